@@ -1,0 +1,73 @@
+"""Canonical encoding: one value, one byte string. What is hashed or signed goes through here.
+
+The form is JSON with sorted keys, no spaces, UTF-8, integers of any size, and finite floats in their shortest
+round-trip form. `decode` refuses every other spelling of the same value (duplicate keys, spaces, `1e0`, `NaN`),
+so a signature covers exactly one text. Bytes travel as lower-case hex strings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from tessera.core.errors import Invalid
+
+__all__ = ["decode", "encode"]
+
+MAX_DEPTH = 32
+
+
+def encode(value: Any) -> bytes:
+    """The canonical bytes of `value`: None, bool, int, finite float, str, and lists, tuples and str-keyed dicts of them.
+
+    Raises: Invalid for anything else.  Cost: O(size).
+
+    >>> encode({"b": 1, "a": [True, None]})
+    b'{"a":[true,null],"b":1}'
+    """
+    _check(value, 0)
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise Invalid(f"text with a lone surrogate cannot be encoded: {error}") from error
+
+
+def decode(data: bytes, limit: int) -> Any:
+    """The value of canonical `data`.
+
+    Args:
+        limit: most bytes to look at; anything from a peer has one.
+
+    Raises: Invalid for too many bytes, bad JSON, or bytes that are not the canonical form of their value.
+    """
+    if len(data) > limit:
+        raise Invalid(f"{len(data)} bytes, at most {limit} expected")
+    try:
+        value = json.loads(data)
+        canonical = encode(value)
+    except (ValueError, RecursionError) as error:
+        raise Invalid(f"not canonical JSON: {error}") from error
+    if canonical != data:
+        raise Invalid("not in canonical form: keys sorted, no spaces, no duplicate keys, shortest numbers")
+    return value
+
+
+def _check(value: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise Invalid(f"nested deeper than {MAX_DEPTH}")
+    if value is None or type(value) in (bool, int, str):
+        return
+    if type(value) is float:
+        if not math.isfinite(value):
+            raise Invalid(f"{value} has no canonical form")
+    elif type(value) in (list, tuple):
+        for item in value:
+            _check(item, depth + 1)
+    elif type(value) is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise Invalid(f"a key must be a str, not {key!r}")
+            _check(item, depth + 1)
+    else:
+        raise Invalid(f"cannot encode a {type(value).__name__}: {value!r}")
