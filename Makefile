@@ -1,0 +1,132 @@
+# The everyday commands. Each one sets up .venv by itself and only with what it needs; a second call starts at once.
+# Needed on the machine: Python 3.11 or newer with its venv module, and make.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PINS := -c constraints.txt
+DECLARED := pyproject.toml constraints.txt
+
+# Which interpreter builds .venv: the first that is new enough and has venv.
+PYTHON ?=
+# Where torch comes from. `auto` is the small CPU build, or pip's own index (CUDA, several GB) when an NVIDIA driver is
+# found. A wheel that pip finds locally (find-links) wins over both, without the network.
+TORCH_INDEX ?= auto
+TORCH := torch==$(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
+
+# pytest processes. Each keeps to one thread, so that two cores serve two of them.
+JOBS ?= 2
+# More words for the command behind a target: make up ARGS="--once --json", make test ARGS="-k merkle".
+ARGS ?=
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help up test test-slow test-all check format golden bench docs install install-test install-dev clean distclean
+
+help:
+	@echo "make up         set up and run the whole economy on this machine   (ARGS=\"--once --json\")"
+	@echo "make test       set up and run the tests, under four minutes       (ARGS=\"-k merkle\")"
+	@echo "make test-slow  the slow tests alone; make test-all runs both"
+	@echo "make check      format, lint, types, import rules, dependencies"
+	@echo "make format     let ruff format and fix what it can"
+	@echo "make golden     rewrite the recorded bytes, gas and schemas"
+	@echo "make bench      run the benchmarks                                 (ARGS=--quick)"
+	@echo "make docs       check that every example and command in the docs runs"
+	@echo "make clean      remove caches and builds; make distclean removes .venv too"
+
+up: install
+	@$(BIN)/tessera up $(ARGS)
+
+test: install-test
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: install-test
+	@$(PYTEST) -m slow $(ARGS)
+
+test-all: install-test
+	@$(PYTEST) $(ARGS)
+
+check: install-dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/deptry src
+
+format: install-dev
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+golden: install-test
+	@$(TEST_ENV) $(BIN)/python -m pytest tests/golden --update-golden $(ARGS)
+	@git diff --stat -- specs tests/golden
+
+bench: install
+	@for file in benchmarks/bench_*.py; do echo "$$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+
+docs: install-test
+	@$(TEST_ENV) $(BIN)/python -m pytest tests/docs $(ARGS)
+
+clean:
+	@rm -rf build dist node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf $(VENV) src/*.egg-info
+
+# --- setting up: a chain of stamps, so that `make -j` never runs two pips at once
+
+install: $(VENV)/.stamp-run
+install-test: $(VENV)/.stamp-test
+install-dev: $(VENV)/.stamp-dev
+
+# What the loop below asks of an interpreter. Debian splits ensurepip off into python3-venv.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+HAS_VENV := import venv, ensurepip
+
+$(VENV)/.stamp-venv:
+	@found=; old=; \
+	for python in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3); do \
+	  "$$python" -c '$(NEW_ENOUGH)' 2>/dev/null || continue; \
+	  if "$$python" -c '$(HAS_VENV)' 2>/dev/null; then found="$$python"; break; fi; \
+	  old="$$python"; \
+	done; \
+	if [ -z "$$found" ] && [ -n "$$old" ]; then \
+	  echo "$$old has no venv module. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; \
+	elif [ -z "$$found" ]; then \
+	  echo "$(or $(PYTHON),python3) is not Python 3.11 or newer. On Debian and Ubuntu: apt-get install python3 python3-venv" >&2; exit 1; \
+	fi; \
+	echo "Setting up $(VENV) with $$("$$found" --version) (once, about 5 s)"; \
+	"$(BIN)/python" -c '$(NEW_ENOUGH)' 2>/dev/null || "$$found" -m venv --clear $(VENV)
+	@touch $@
+
+# A CPU-only machine would otherwise get PyPI's CUDA build.
+$(VENV)/.stamp-torch: $(VENV)/.stamp-venv constraints.txt
+	@if $(PIP) install $(PINS) --no-index --no-deps "$(TORCH)" >/dev/null 2>&1; then touch $@; exit 0; fi; \
+	index="$(TORCH_INDEX)"; what="from $$index"; \
+	if [ "$$index" = auto ]; then \
+	  if [ "$$(uname -s)" != Linux ]; then index=; what="for $$(uname -s)"; \
+	  elif [ -e /proc/driver/nvidia/version ] || nvidia-smi -L >/dev/null 2>&1; then index=; what="CUDA build (several GB)"; \
+	  else index=https://download.pytorch.org/whl/cpu; what="CPU build (200 MB)"; fi; \
+	fi; \
+	echo "Installing $(TORCH), $$what (once, a minute or more)"; \
+	$(PIP) install $(PINS) --no-deps $${index:+--index-url "$$index"} "$(TORCH)" || { \
+	  echo "$(TORCH) did not install. TORCH_INDEX=<url> names another index, PIP_FIND_LINKS=<folder> a local wheel." >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.stamp-run: $(VENV)/.stamp-torch $(DECLARED)
+	@echo "Installing what a run needs: chain, peers, models, gateway (once, about 1 min)"
+	@$(PIP) install $(PINS) -e '.[train,serve]'
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-run
+	@echo "Installing what the tests need (once, about 1 min)"
+	@$(PIP) install $(PINS) -e '.[train,serve,test]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-test
+	@echo "Installing what the checks need (once, about 20 s)"
+	@$(PIP) install $(PINS) -e '.[train,serve,test,dev]'
+	@touch $@
