@@ -1,8 +1,55 @@
-"""What every test shares: anyio runs on asyncio, the only backend that the p2p engine supports."""
+"""What every test shares.
+
+- anyio runs on asyncio, the only backend that the p2p engine supports.
+- Hypothesis draws the same examples every time, and has no deadline: pytest's own is enough.
+- `golden` compares a value with a recorded file; `make golden` rewrites the files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("tessera", derandomize=True, deadline=None, database=None)
+settings.load_profile("tessera")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the recorded files instead of comparing")
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
+    """`golden("specs/vectors/merkle.json", value)`: `value` is what that file, relative to the repository, records."""
+
+    def compare(path: str, value: Any) -> None:
+        file = ROOT / path
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+            return
+        assert file.exists(), f"{path} is not recorded yet: run `make golden`"
+        assert json.loads(file.read_text(encoding="utf-8")) == json.loads(text), (
+            f"{path} differs. If the change is meant, run `make golden` and commit the file."
+        )
+
+    return compare

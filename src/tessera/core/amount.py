@@ -12,7 +12,7 @@ from tessera.core.errors import Invalid, UnitMismatch
 
 __all__ = ["Amount"]
 
-_DECIMAL = re.compile(r"(\d+)(?:\.(\d+))?")
+_DECIMAL = re.compile(r"([0-9]{1,80})(?:\.([0-9]{1,80}))?")  # 80 digits: more than a uint256 has
 
 
 @dataclass(frozen=True, slots=True, order=False)
@@ -64,17 +64,25 @@ class Amount:
         return Amount(-(-self.units * numerator // denominator), self.asset)
 
     def format(self, decimals: int) -> str:
-        """For people: `Amount(1_500_000, "tUSD").format(6)` is `"1.5 tUSD"`."""
+        """For people.
+
+        >>> Amount(1_500_000, "tUSD").format(6)
+        '1.5 tUSD'
+        """
         whole, rest = divmod(self.units, 10**decimals)
         fraction = f".{rest:0{decimals}d}".rstrip("0") if rest else ""
         return f"{whole}{fraction} {self.asset}"
 
     @classmethod
     def parse(cls, text: str, asset: str, decimals: int) -> Amount:
-        """The inverse of `format`'s number. Refuses signs, exponents and more digits than the asset has."""
+        """The inverse of `format`'s number. Refuses signs, exponents and more digits than the asset has.
+
+        >>> Amount.parse("1.5", "tUSD", 6)
+        Amount(units=1500000, asset='tUSD')
+        """
         match = _DECIMAL.fullmatch(text.strip())
         if match is None:
-            raise Invalid(f"an amount looks like 12 or 12.5, not {text!r}")
+            raise Invalid(f"an amount looks like 12 or 12.5, not {text[:100]!r}")
         fraction = match[2] or ""
         if len(fraction) > decimals:
             raise Invalid(f"{asset} has {decimals} decimals, {text!r} has {len(fraction)}")

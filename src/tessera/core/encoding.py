@@ -1,8 +1,9 @@
 """Canonical encoding: one value, one byte string. What is hashed or signed goes through here.
 
-The form is JSON with sorted keys, no spaces, UTF-8, integers of any size, and finite floats in their shortest
-round-trip form. `decode` refuses every other spelling of the same value (duplicate keys, spaces, `1e0`, `NaN`),
-so a signature covers exactly one text. Bytes travel as lower-case hex strings.
+The form is JSON with sorted keys, no spaces, UTF-8, integers of up to 2,048 bits, and finite floats in their
+shortest round-trip form. `decode` refuses every other spelling of the same value (duplicate keys, spaces, `1e0`,
+`NaN`), so a signature covers exactly one text. Bytes travel as lower-case hex strings. specs/encoding.md says it
+for other languages, with test vectors.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from tessera.core.errors import Invalid
 __all__ = ["decode", "encode"]
 
 MAX_DEPTH = 32
+MAX_INT_BITS = 2_048  # 617 digits: within the 640 that every Python setting prints and parses, and in linear time
 
 
 def encode(value: Any) -> bytes:
-    """The canonical bytes of `value`: None, bool, int, finite float, str, and lists, tuples and str-keyed dicts of them.
+    """The canonical bytes of None, bool, int, finite float, str, and lists, tuples and str-keyed dicts of them.
 
     Raises: Invalid for anything else.  Cost: O(size).
 
@@ -56,9 +58,12 @@ def decode(data: bytes, limit: int) -> Any:
 def _check(value: Any, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise Invalid(f"nested deeper than {MAX_DEPTH}")
-    if value is None or type(value) in (bool, int, str):
+    if value is None or type(value) in (bool, str):
         return
-    if type(value) is float:
+    if type(value) is int:
+        if value.bit_length() > MAX_INT_BITS:
+            raise Invalid(f"an integer of {value.bit_length()} bits, at most {MAX_INT_BITS} expected")
+    elif type(value) is float:
         if not math.isfinite(value):
             raise Invalid(f"{value} has no canonical form")
     elif type(value) in (list, tuple):

@@ -23,6 +23,8 @@ __all__ = [
 ]
 
 MESSAGE_LIMIT = 2_000  # characters kept of a message that a peer sent
+RETRY_LIMIT_S = 3_600.0  # a peer that asks for more patience than this, or for nonsense, is not believed
+_RESERVED = frozenset({"self", "message"})  # our constructors' own parameters
 
 
 class TesseraError(Exception):
@@ -119,11 +121,18 @@ def from_dict(data: object) -> TesseraError:
     """The error that a peer sent. Never raises: what cannot be read becomes a plain `TesseraError`."""
     if not isinstance(data, dict):
         return TesseraError("the peer sent an error that cannot be read")
-    cls = _CLASSES.get(str(data.get("code")), TesseraError)
-    message = str(data.get("message", ""))[:MESSAGE_LIMIT]
-    fields = data.get("fields")
-    known = {k: v for k, v in fields.items() if isinstance(k, str)} if isinstance(fields, dict) else {}
-    try:
-        return cls(message, **known)
-    except TypeError:  # a field named like one of our own parameters
-        return cls(message)
+    code, message, fields = data.get("code"), data.get("message"), data.get("fields")
+    cls = _CLASSES.get(code, TesseraError) if isinstance(code, str) else TesseraError
+    text = message[:MESSAGE_LIMIT] if isinstance(message, str) else "the peer sent no message"
+    return cls(text, **_checked(fields if isinstance(fields, dict) else {}))
+
+
+def _checked(fields: dict[Any, Any]) -> dict[str, Any]:
+    """The fields of a peer's error that can be trusted to have the type their reader expects; the rest is dropped."""
+    kept = {name: value for name, value in fields.items() if isinstance(name, str) and name not in _RESERVED}
+    rule, wait_s = kept.get("rule", ""), kept.get("retry_after_s", 0)
+    if not isinstance(rule, str):
+        del kept["rule"]
+    if type(wait_s) not in (int, float) or not 0 <= wait_s <= RETRY_LIMIT_S:
+        del kept["retry_after_s"]
+    return kept

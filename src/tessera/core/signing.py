@@ -19,6 +19,8 @@ from tessera.core.ids import Account, PeerId, account_from_bytes, parse_peer_id
 
 __all__ = ["AccountKey", "PeerKey", "recover_account", "verify_peer"]
 
+_HALF_ORDER = 0x7FFFFFFF_FFFFFFFF_FFFFFFFF_FFFFFFFF_5D576E73_57A4501D_DFE92F46_681B20A0  # of secp256k1
+
 
 @dataclass(frozen=True, slots=True)
 class PeerKey:
@@ -57,6 +59,8 @@ class AccountKey:
     account: Account = field(init=False)
 
     def __post_init__(self) -> None:
+        if len(self.secret) != 32:  # coincurve would pad a shorter one
+            raise Invalid(f"a secp256k1 secret has 32 bytes, not {len(self.secret)}")
         try:
             public = coincurve.PrivateKey(self.secret).public_key.format(compressed=False)
         except (ValueError, TypeError) as error:
@@ -76,9 +80,15 @@ class AccountKey:
 
 
 def recover_account(digest: bytes, signature: bytes) -> Account:
-    """Who signed `digest`. Raises `Invalid` for anything that is not a 65-byte signature with v in {27, 28}."""
+    """Who signed `digest`.
+
+    Raises: Invalid for anything but a 65-byte signature with v in {27, 28} and s in the lower half: each signature
+    has a twin with s in the upper half, and whoever stores or counts signatures must see one form only (EIP-2).
+    """
     if len(digest) != 32 or len(signature) != 65 or signature[64] not in (27, 28):
         raise Invalid("an account signature is 65 bytes over a 32-byte digest, with v 27 or 28")
+    if int.from_bytes(signature[32:64], "big") > _HALF_ORDER:
+        raise Invalid("the signature's s is in the upper half of the curve's order")
     raw = signature[:64] + bytes([signature[64] - 27])
     try:
         public = coincurve.PublicKey.from_signature_and_message(raw, digest, hasher=None)
