@@ -1,0 +1,62 @@
+"""One worker process: it trains its stage, and when the model is done it serves it. `tessera join` runs this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import anyio
+import structlog
+
+from tessera.core.clock import Clock, SystemClock
+from tessera.models.decode import StageDecoder
+from tessera.p2p.iroh_transport import IrohTransport
+from tessera.serving.shards import serve_decode
+from tessera.training.home import Home, write_atomic
+from tessera.training.ticket import Ticket
+from tessera.training.worker import Seated, Worker, WorkerConfig
+
+__all__ = ["NodeConfig", "run_node"]
+
+log = structlog.get_logger()
+
+LOOPBACK = "127.0.0.1:0"
+EVERYWHERE = "0.0.0.0:0"
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """What the owner of a machine chooses."""
+
+    bind: str = ""  # address and UDP port to listen on; "" = loopback when the host is on this machine, else all
+    threads: int = 1  # torch threads
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+
+
+async def run_node(home: Home, ticket_text: str, config: NodeConfig, clock: Clock | None = None) -> None:
+    """Take a seat and work until the host closes the run. The ticket is kept in the state directory.
+
+    Raises: Invalid, Conflict, Unavailable, Misbehaviour as `Worker` does; Conflict when the directory is in use.
+    """
+    import torch
+
+    torch.set_num_threads(config.threads)
+    clock = clock or SystemClock()
+    ticket = Ticket.parse(ticket_text, clock)
+    with home.locked():
+        write_atomic(home.path / "ticket", ticket.to_text().encode())
+        async with IrohTransport.start(home.peer_key, bind=config.bind or default_bind(ticket)) as transport:
+            worker = Worker(home, ticket, transport, config.worker, clock=clock, serve=_serve)
+            await worker.run()
+
+
+def default_bind(ticket: Ticket) -> str:
+    """Loopback when every address in the ticket is loopback: then nobody else takes part."""
+    addresses = [address for peer in ticket.peers for address in peer.addrs]
+    return LOOPBACK if all("127.0.0.1" in address or "[::1]" in address for address in addresses) else EVERYWHERE
+
+
+async def _serve(seated: Seated) -> None:
+    decoder = StageDecoder(seated.trainer.stage)
+    await serve_decode(seated.transport, decoder, seated.stage, seated.roster)
+    log.info("serving", stage=seated.stage)
+    await anyio.sleep_forever()

@@ -1,0 +1,1 @@
+"""Layer 4: training one model over several peers, and turning the work they verify into shares."""

@@ -1,0 +1,54 @@
+"""A stage's checkpoints on disk: the last few, each with its SHA-256, written so that a crash never leaves half of one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tessera.core.errors import Invalid, Missing
+from tessera.core.hashing import sha256
+from tessera.training.home import write_atomic
+
+__all__ = ["Checkpoints"]
+
+_NAME = re.compile(r"step-(\d{9})\.ckpt")
+_DIGEST_BYTES = 32
+
+
+class Checkpoints:
+    """Files `step-<n>.ckpt` in `folder`: a digest, then what the trainer saved. The newest `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """The steps that can be loaded, ascending. Not yet checked for damage."""
+        matches = (_NAME.fullmatch(file.name) for file in self._folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(self, step: int, data: bytes) -> None:
+        write_atomic(self._file(step), sha256(data) + data)
+        for old in [s for s in self.steps() if s <= step][: -self._keep]:
+            self._file(old).unlink(missing_ok=True)
+
+    def load(self, step: int) -> bytes:
+        """Raises `Missing` when there is none, `Invalid` when it is damaged (and then drops it)."""
+        file = self._file(step)
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError as error:
+            raise Missing(f"no checkpoint of step {step} in {self._folder}") from error
+        digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if sha256(data) != digest:
+            file.unlink(missing_ok=True)
+            raise Invalid(f"the checkpoint {file} was damaged and is dropped; training resumes from an older one")
+        return data
+
+    def drop_after(self, step: int) -> None:
+        """Forget later checkpoints: the run goes on from `step`."""
+        for later in [s for s in self.steps() if s > step]:
+            self._file(later).unlink(missing_ok=True)
+
+    def _file(self, step: int) -> Path:
+        return self._folder / f"step-{step:09d}.ckpt"

@@ -1,0 +1,266 @@
+"""The keeper turns finished epochs into shares: every worker runs one, and none is in charge.
+
+For each epoch in order, the worker whose turn it is gathers all receipts, computes the leaves, asks the others to
+sign, and posts the root with more than two thirds of the signatures. When he does not manage in time, it is the next
+one's turn. A voter signs only what he computes himself from receipts whose signatures he has checked, and only if
+none of his own receipts is missing. Once posted, each worker redeems his own leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import structlog
+
+from tessera.chain.client import RpcChain
+from tessera.chain.faces import ModelShare
+from tessera.chain.settle import epoch_digest
+from tessera.core import encoding
+from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, Refused, TesseraError, Unavailable
+from tessera.core.ids import Account, PeerId
+from tessera.core.merkle import share_leaf
+from tessera.core.signing import AccountKey, recover_account
+from tessera.p2p.calls import call, serve_calls
+from tessera.p2p.transport import Transport
+from tessera.training.epochs import EpochLeaves, compute_epoch
+from tessera.training.manifest import Manifest
+from tessera.training.protocols import CALL_S, EPOCH, SMALL
+from tessera.training.receipts import Receipt, ReceiptBook, expected_receipts, verified_tokens
+from tessera.training.roster import Roster
+
+__all__ = ["Keeper"]
+
+log = structlog.get_logger()
+
+TURN_S = 20.0  # a proposer's time before it is the next worker's turn
+GATHER_S = 12.0  # how long a proposer waits for receipts that are still on their way
+POLL_S = 0.5
+RECEIPT_BYTES = 512  # an upper bound for one receipt's row
+
+
+class Keeper:
+    """Settles the epochs of one run for one worker.
+
+    Args:
+        steps_done: how many steps this worker has finished.
+        roster: the present one; addresses may change while peers come and go.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        transport: Transport,
+        chain: RpcChain,
+        account_key: AccountKey,
+        book: ReceiptBook,
+        roster: Callable[[], Roster],
+        steps_done: Callable[[], int],
+    ) -> None:
+        self._manifest, self._transport, self._chain, self._key = manifest, transport, chain, account_key
+        self._book, self._roster, self._steps_done = book, roster, steps_done
+        self.share = ModelShare(chain, roster().share)
+        self._receipts_limit = 4096 + RECEIPT_BYTES * 2 * manifest.model.stages * manifest.schedule.epoch_steps
+
+    def serve(self) -> None:
+        serve_calls(self._transport, EPOCH, self._answer, request_limit=self._receipts_limit)
+
+    async def run(self) -> None:
+        """Settle every epoch as it falls due; returns when the last one is redeemed."""
+        epoch = 0
+        while epoch < self._manifest.schedule.epochs:
+            if self._manifest.schedule.epochs_due(self._steps_done()) <= epoch:
+                await anyio.sleep(POLL_S)
+                continue
+            try:
+                await self._settle(epoch)
+                epoch += 1
+            except TesseraError as error:  # a peer or the chain was away: the epoch stays due
+                log.warning("epoch_not_settled", epoch=epoch, code=error.code, reason=error.message)
+                await anyio.sleep(POLL_S)
+
+    # --- one epoch --------------------------------------------------------------------------------------------------
+
+    async def _settle(self, epoch: int) -> None:
+        turn = 0
+        stages = self._manifest.model.stages
+        while await self.share.epoch_count() <= epoch:
+            if (epoch + turn) % stages == self._my_stage():
+                await self._propose(epoch)
+            elif not await self._posted_within(epoch, TURN_S):
+                turn += 1
+        leaves = await self._posted_leaves(epoch)
+        await self._redeem(leaves)
+
+    async def _propose(self, epoch: int) -> None:
+        """Gather, compute, collect signatures, post. Raises when too few sign."""
+        receipts = await self._gather(epoch)
+        leaves = self._compute(epoch, receipts)
+        signatures = {self._key.account: self._sign(leaves)}
+        body = encoding.encode([receipt.to_row() for receipt in receipts])
+        async with anyio.create_task_group() as tasks:
+            for stage in self._others():
+                tasks.start_soon(self._collect, stage, leaves, body, signatures)
+        accounts = set(self._roster().accounts)
+        if 3 * len(signatures) <= 2 * len(accounts):
+            raise Unavailable(f"{len(signatures)} of {len(accounts)} workers signed epoch {epoch}, more than 2/3 needed")
+        ordered = [signatures[account] for account in sorted(signatures, key=lambda a: int(a, 16))]
+        self._book.save_epoch(epoch, leaves.to_text())
+        try:
+            await self.share.post(self._key, epoch, leaves.root, leaves.total, ordered)
+        except Conflict:
+            return  # somebody posted it first
+        log.info("epoch_posted", epoch=epoch, shares=str(leaves.total), signers=len(ordered))
+
+    async def _collect(self, stage: int, leaves: EpochLeaves, body: bytes, signatures: dict[Account, bytes]) -> None:
+        """Ask one worker for his signature; a refusal is logged, not fatal."""
+        seat = self._roster().seats[stage]
+        request = {"op": "vote", "epoch": leaves.epoch, "root": leaves.root.hex()}
+        try:
+            reply, _ = await self._ask(stage, request, body)
+            signature = bytes.fromhex(str(reply.get("signature", "")))
+            if recover_account(self._digest(leaves), signature) != seat.account:
+                raise Misbehaviour(f"stage {stage} signed something else")
+            signatures[seat.account] = signature
+        except (TesseraError, ValueError) as error:
+            log.warning("vote_missing", epoch=leaves.epoch, stage=stage, reason=str(error))
+
+    async def _gather(self, epoch: int) -> list[Receipt]:
+        """All receipts of the epoch that any worker holds, checked. Waits a little while some are missing."""
+        steps = self._manifest.schedule.epoch_range(epoch)
+        known: dict[tuple[int, PeerId, str], Receipt] = {}
+        due = sum(len(expected_receipts(self._roster().peers, s)) for s in range(self._manifest.model.stages)) * len(steps)
+        with anyio.move_on_after(GATHER_S):
+            while True:
+                for receipt in self._book.of_steps(self._manifest.run_id, steps):
+                    known[receipt.step, receipt.worker, receipt.direction] = receipt
+                for stage in self._others():
+                    for receipt in await self._fetch_receipts(stage, epoch):
+                        known.setdefault((receipt.step, receipt.worker, receipt.direction), receipt)
+                if len(known) >= due:
+                    break
+                await anyio.sleep(POLL_S)
+        return [known[name] for name in sorted(known)]
+
+    async def _fetch_receipts(self, stage: int, epoch: int) -> list[Receipt]:
+        try:
+            _, body = await self._ask(stage, {"op": "receipts", "epoch": epoch}, b"")
+            return self._read_receipts(body, epoch)
+        except TesseraError as error:
+            log.warning("receipts_missing", epoch=epoch, stage=stage, code=error.code, reason=error.message)
+            return []
+
+    def _read_receipts(self, body: bytes, epoch: int) -> list[Receipt]:
+        """Receipts from a peer. Raises `Misbehaviour` when one is forged or is not of this epoch and roster."""
+        rows = encoding.decode(body, self._receipts_limit)
+        if not isinstance(rows, list):
+            raise Invalid("receipts come as a list")
+        receipts = [Receipt.from_row(self._manifest.run_id, row) for row in rows]
+        steps, peers = self._manifest.schedule.epoch_range(epoch), self._roster().peers
+        for receipt in receipts:
+            stage = peers.index(receipt.worker) if receipt.worker in peers else None
+            if stage is None or receipt.step not in steps:
+                raise Misbehaviour("a receipt of another run's worker or another epoch", evidence=receipt.to_row())
+            if (receipt.direction, receipt.signer) not in expected_receipts(peers, stage):
+                raise Misbehaviour("a receipt whose signer is no neighbour", evidence=receipt.to_row())
+            receipt.check()
+        return receipts
+
+    def _compute(self, epoch: int, receipts: list[Receipt]) -> EpochLeaves:
+        roster = self._roster()
+        steps = self._manifest.schedule.epoch_range(epoch)
+        tokens = verified_tokens(receipts, roster.peers, steps, self._manifest.tokens_per_step)
+        leaves = compute_epoch(self._manifest, epoch, roster.accounts, tokens)
+        if leaves is None:
+            raise Unavailable(f"no receipt proves any work in epoch {epoch}")
+        return leaves
+
+    async def _posted_within(self, epoch: int, seconds: float) -> bool:
+        with anyio.move_on_after(seconds):
+            while await self.share.epoch_count() <= epoch:
+                await anyio.sleep(POLL_S)
+            return True
+        return False
+
+    async def _posted_leaves(self, epoch: int) -> EpochLeaves:
+        """The leaves whose root stands on chain: our own, or another worker's if ours differ."""
+        posted = (await self.share.epochs(epoch))[0]
+        texts = [self._book.epoch(epoch)]
+        for stage in self._others():
+            if texts[-1] is not None and EpochLeaves.from_text(texts[-1]).root == posted:
+                break
+            reply, _ = await self._ask(stage, {"op": "leaves", "epoch": epoch}, b"")
+            texts.append(str(reply.get("leaves")))
+        for text in texts:
+            if text is not None and (leaves := EpochLeaves.from_text(text)).root == posted:
+                self._book.save_epoch(epoch, text)
+                return leaves
+        raise Missing(f"nobody knows the leaves of epoch {epoch}'s root")
+
+    async def _redeem(self, leaves: EpochLeaves) -> None:
+        account = self._key.account
+        shares = leaves.shares_of(account)
+        if shares == 0 or await self.share.counted(share_leaf(leaves.epoch, account, shares)):
+            return
+        await self.share.redeem(self._key, leaves.epoch, account, shares, leaves.proof(account))
+        log.info("shares_redeemed", epoch=leaves.epoch, shares=str(shares))
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    async def _answer(self, peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        if self._roster().stage_of(peer) is None:
+            raise Refused("only this run's workers settle its epochs", rule="seated")
+        epoch, op = request.get("epoch"), request.get("op")
+        if type(epoch) is not int or not 0 <= epoch < self._manifest.schedule.epochs:
+            raise Invalid(f"epoch {epoch!r}, expected 0 to {self._manifest.schedule.epochs - 1}")
+        if op == "receipts":
+            steps = self._manifest.schedule.epoch_range(epoch)
+            rows = [receipt.to_row() for receipt in self._book.of_steps(self._manifest.run_id, steps)]
+            return {}, encoding.encode(rows)
+        if op == "leaves":
+            text = self._book.epoch(epoch)
+            if text is None:
+                raise Missing(f"epoch {epoch} is not known here")
+            return {"leaves": text}, b""
+        if op == "vote":
+            return {"signature": self._vote(epoch, str(request.get("root")), body).hex()}, b""
+        raise Invalid(f"unknown operation {str(op)[:40]!r}")
+
+    def _vote(self, epoch: int, root: str, body: bytes) -> bytes:
+        """Our signature under the proposed root, if we compute the same from receipts that leave none of ours out."""
+        receipts = self._read_receipts(body, epoch)
+        proposed = {(r.step, r.worker, r.direction) for r in receipts}
+        own = self._book.of_steps(self._manifest.run_id, self._manifest.schedule.epoch_range(epoch))
+        missing = sum((r.step, r.worker, r.direction) not in proposed for r in own)
+        if missing:
+            raise Conflict(f"the proposal leaves out {missing} receipts that we hold: gather again")
+        leaves = self._compute(epoch, receipts)
+        if leaves.root.hex() != root:
+            raise Misbehaviour(f"epoch {epoch}: these receipts give root {leaves.root.hex()[:16]}…, not {root[:16]}…")
+        self._book.save_epoch(epoch, leaves.to_text())
+        return self._sign(leaves)
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    async def _ask(self, stage: int, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        record = self._roster().seats[stage].record
+        return await call(
+            self._transport, record, EPOCH, request, body, timeout_s=CALL_S, reply_limit=self._receipts_limit + SMALL
+        )
+
+    def _digest(self, leaves: EpochLeaves) -> bytes:
+        manifest = self._manifest
+        share = self._roster().share
+        return epoch_digest(manifest.chain_id, share, manifest.run_id, leaves.epoch, leaves.root, leaves.total)
+
+    def _sign(self, leaves: EpochLeaves) -> bytes:
+        return self._key.sign_digest(self._digest(leaves))
+
+    def _my_stage(self) -> int:
+        return self._roster().accounts.index(self._key.account)
+
+    def _others(self) -> list[int]:
+        mine = self._my_stage()
+        return [stage for stage in range(self._manifest.model.stages) if stage != mine]

@@ -1,0 +1,197 @@
+"""The manifest fixes a run: its SHA-256 is the run id, so nothing in it can change afterwards.
+
+Everything that two workers must agree on stands here; everything that one worker may choose alone (device, threads,
+folders) does not. Unknown fields are errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tessera.core import encoding
+from tessera.core.errors import Invalid, Misbehaviour
+from tessera.core.hashing import sha256
+from tessera.core.ids import Account, BlobId, RunId, parse_account, parse_blob_id
+from tessera.models.config import ModelSpec
+
+__all__ = ["Allocation", "DataRecipe", "Manifest", "Owner", "Part", "Schedule", "load_manifest"]
+
+MANIFEST_LIMIT = 64 * 1024  # bytes
+WHOLE_BPS = 10_000
+SHARE_FLOPS = 10**12  # verified floating-point operations that earn the workers one share
+SHARE_WAD = 10**18  # smallest units of one share
+MAX_OWNERS = 64
+
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Part(_Strict):
+    """A share of every epoch that goes to `account` without work: a data owner's or the creator's."""
+
+    account: str
+    bps: Annotated[int, Field(ge=0, le=WHOLE_BPS)]
+
+    @field_validator("account")
+    @classmethod
+    def _checksummed(cls, value: str) -> str:
+        return _as_value_error(parse_account, value)
+
+
+class Allocation(_Strict):
+    """Who gets how much of each epoch's shares, in basis points that sum to 10,000."""
+
+    work: Annotated[int, Field(ge=1, le=WHOLE_BPS)]
+    data: Annotated[tuple[Part, ...], Field(max_length=MAX_OWNERS)]
+    creator: Part
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        total = self.work + sum(part.bps for part in self.data) + self.creator.bps
+        if total != WHOLE_BPS:
+            raise ValueError(f"allocation sums to {total} basis points, expected {WHOLE_BPS}")
+        return self
+
+
+class DataRecipe(_Strict):
+    """Which text, by hash: the tokenised data set and the tokenizer, both fetched from peers and checked."""
+
+    dataset: str
+    tokenizer: str
+    description: Annotated[str, Field(max_length=200)] = ""
+
+    @field_validator("dataset", "tokenizer")
+    @classmethod
+    def _blob(cls, value: str) -> str:
+        return _as_value_error(parse_blob_id, value)
+
+
+class Schedule(_Strict):
+    """How the work is cut: a step is `microbatches` of `sequences` windows of the model's context length."""
+
+    steps: Positive
+    microbatches: Annotated[int, Field(ge=1, le=1024)]
+    sequences: Annotated[int, Field(ge=1, le=1024)]
+    evaluate_every: Positive
+    evaluate_batches: Annotated[int, Field(ge=1, le=4096)]
+    epoch_steps: Positive
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.steps // self.epoch_steps)
+
+    def epoch_range(self, epoch: int) -> range:
+        """The steps that epoch `epoch` pays for."""
+        return range(epoch * self.epoch_steps, min((epoch + 1) * self.epoch_steps, self.steps))
+
+    def epochs_due(self, steps_done: int) -> int:
+        """How many epochs are complete after `steps_done` steps."""
+        return self.epochs if steps_done >= self.steps else steps_done // self.epoch_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Somebody who owns a part of the model without computing: role `data` or `creator`."""
+
+    account: Account
+    role: Literal["data", "creator"]
+    bps: int
+
+
+class Manifest(_Strict):
+    """One run, complete."""
+
+    version: Literal[1] = 1
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\w .:/+-]+$")]
+    chain_id: Annotated[int, Field(ge=1, lt=2**53)]
+    model: ModelSpec
+    data: DataRecipe
+    schedule: Schedule
+    allocation: Allocation
+    pay_to: str = "share"
+    price_units: Annotated[int, Field(ge=1, le=10**15)]
+    nonce: Annotated[str, Field(max_length=64)] = ""
+
+    @field_validator("pay_to")
+    @classmethod
+    def _payee(cls, value: str) -> str:
+        return value if value == "share" else _as_value_error(parse_account, value)
+
+    @model_validator(mode="after")
+    def _verifiable(self) -> Self:
+        if self.model.stages < 2:
+            raise ValueError("a run needs at least 2 stages: only a neighbour can sign receipts")
+        return self
+
+    @property
+    def canonical(self) -> bytes:
+        return encoding.encode(self.model_dump(mode="json"))
+
+    @property
+    def run_id(self) -> RunId:
+        return RunId(sha256(self.canonical).hex())
+
+    @property
+    def dataset(self) -> BlobId:
+        return BlobId(self.data.dataset)
+
+    @property
+    def tokenizer(self) -> BlobId:
+        return BlobId(self.data.tokenizer)
+
+    @property
+    def tokens_per_microbatch(self) -> int:
+        return self.schedule.sequences * self.model.model.context
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.schedule.microbatches * self.tokens_per_microbatch
+
+    @property
+    def owners(self) -> list[Owner]:
+        parts = [Owner(Account(part.account), "data", part.bps) for part in self.allocation.data]
+        creator = self.allocation.creator
+        return [*parts, Owner(Account(creator.account), "creator", creator.bps)]
+
+    @classmethod
+    def parse(cls, data: bytes | str) -> Manifest:
+        """From JSON in any layout. Raises `Invalid` naming the field that is wrong."""
+        if len(data) > MANIFEST_LIMIT:
+            raise Invalid(f"a manifest has at most {MANIFEST_LIMIT} bytes, this one {len(data)}")
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise Invalid(f"the manifest is wrong: {_first_errors(error)}") from error
+
+
+def load_manifest(data: bytes, expected: RunId) -> Manifest:
+    """A manifest from a peer. Raises `Misbehaviour` when its hash is not the run id."""
+    manifest = Manifest.parse(data)
+    if manifest.run_id != expected:
+        raise Misbehaviour(
+            f"the manifest hashes to {manifest.run_id[:16]}…, expected {expected[:16]}…",
+            evidence={"run_id": manifest.run_id},
+        )
+    return manifest
+
+
+def _as_value_error(parse: Any, value: str) -> str:
+    try:
+        return str(parse(value))
+    except Invalid as error:  # pydantic collects ValueErrors and says which field
+        raise ValueError(error.message) from error
+
+
+def _first_errors(error: ValidationError, most: int = 5) -> str:
+    lines = []
+    for item in error.errors()[:most]:
+        where = ".".join(str(part) for part in item["loc"]) or "the whole"
+        what = "unknown field" if item["type"] == "extra_forbidden" else item["msg"]
+        lines.append(f"{where}: {what}")
+    return "; ".join(lines)

@@ -1,0 +1,291 @@
+"""A worker's training life: sessions come and go, checkpoints stay.
+
+Stage 0 drives: it asks everybody which checkpoints they hold, picks the newest that all have, tells each stage to load
+it, last stage first, and starts. Whatever breaks, the links close one after another, and stage 0 tries again. So a dead
+worker makes training pause, and a restarted one makes it go on from the last common checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import anyio
+import anyio.abc
+import structlog
+from anyio import to_thread
+
+from tessera.core import encoding
+from tessera.core.clock import Clock
+from tessera.core.errors import Conflict, Invalid, Late, Misbehaviour, Refused, TesseraError, Unavailable
+from tessera.core.ids import PeerId
+from tessera.core.signing import PeerKey
+from tessera.p2p.calls import call, serve_calls
+from tessera.p2p.transport import Stream, Transport
+from tessera.training.checkpoints import Checkpoints
+from tessera.training.manifest import Manifest
+from tessera.training.protocols import CALL_S, CONTROL, PIPELINE, SMALL, WORK_S
+from tessera.training.receipts import ReceiptBook
+from tessera.training.roster import Roster
+from tessera.training.session import Batches, Session, Trainer
+
+__all__ = ["Pipeline", "SavedTrainer"]
+
+log = structlog.get_logger()
+
+CHECKPOINT_EVERY = 10  # steps
+RETRY_S = 1.0
+RETRY_MISBEHAVIOUR_S = 5.0
+
+
+class SavedTrainer(Trainer, Protocol):
+    """A trainer whose state can be put on disk."""
+
+    def save(self) -> bytes: ...
+    def load(self, data: bytes) -> None: ...
+    def reset_step(self) -> None: ...
+
+
+class Watcher(Protocol):
+    """Told of progress, for people to see."""
+
+    def step_done(self, step: int, loss: float | None) -> None: ...
+    def validated(self, steps: int, loss: float) -> None: ...
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A session that was started here: where its upstream link will arrive, and how to stop it."""
+
+    number: int
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    up: Stream | None = None
+    arrived: anyio.Event = field(default_factory=anyio.Event)
+    over: anyio.Event = field(default_factory=anyio.Event)
+
+
+class Pipeline:
+    """Trains this worker's stage of `manifest`, as driver (stage 0) or follower.
+
+    Args:
+        roster: the newest roster that is known.
+        refresh: fetch it again, because a peer may have come back at another address.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        stage: int,
+        key: PeerKey,
+        transport: Transport,
+        trainer: SavedTrainer,
+        batches: Batches,
+        book: ReceiptBook,
+        checkpoints: Checkpoints,
+        roster: Callable[[], Roster],
+        refresh: Callable[[], Awaitable[None]],
+        watcher: Watcher,
+        clock: Clock,
+    ) -> None:
+        self._manifest, self._stage, self._key, self._transport = manifest, stage, key, transport
+        self._trainer, self._batches, self._book, self._checkpoints = trainer, batches, book, checkpoints
+        self._roster, self._refresh, self._watcher, self._clock = roster, refresh, watcher, clock
+        self._attempt: _Attempt | None = None
+        self._last_number = -1
+        self._earlier_wire = (0, 0)
+        self._session_wire = (0, 0)
+        self.sessions = 0
+        self.steps_done = max(checkpoints.steps(), default=0)
+        self.trained = anyio.Event()
+        if 0 not in checkpoints.steps():
+            checkpoints.save(0, trainer.save())
+
+    @property
+    def wire(self) -> tuple[int, int]:
+        """Bytes and tokens that crossed the boundary below, both directions together, over all sessions."""
+        return self._earlier_wire[0] + self._session_wire[0], self._earlier_wire[1] + self._session_wire[1]
+
+    async def run(self) -> None:
+        """Serve the others and, at stage 0, drive; until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            self._transport.serve(PIPELINE, self._accept)
+            serve_calls(self._transport, CONTROL, self._control, request_limit=SMALL)
+            if self._stage == 0:
+                await self._drive()
+            elif self._manifest.schedule.steps in self._checkpoints.steps():
+                await self._start(0, self._manifest.schedule.steps)  # a finished stage that was restarted
+            await anyio.sleep_forever()
+
+    # --- driving ----------------------------------------------------------------------------------------------------
+
+    async def _drive(self) -> None:
+        while not self.trained.is_set():
+            try:
+                step, number = await self._common_step(), int(self._clock.time() * 1000)
+                for stage in reversed(range(1, self._manifest.model.stages)):
+                    await self._ask(stage, {"op": "start", "session": number, "step": step}, WORK_S)
+                await self._start(number, step)
+                attempt = self._attempt
+                if attempt is not None:
+                    await attempt.over.wait()
+                if not self.trained.is_set():
+                    await anyio.sleep(RETRY_S)
+            except TesseraError as error:
+                log.info("pipeline_not_ready", code=error.code, reason=error.message)
+                await anyio.sleep(RETRY_MISBEHAVIOUR_S if isinstance(error, Misbehaviour) else RETRY_S)
+            await self._refresh()
+
+    async def _common_step(self) -> int:
+        """The newest step of which every worker holds a checkpoint."""
+        common = set(self._checkpoints.steps())
+        for stage in range(1, self._manifest.model.stages):
+            reply = await self._ask(stage, {"op": "status"}, CALL_S)
+            steps = reply.get("steps")
+            if not isinstance(steps, list) or not all(type(step) is int for step in steps):
+                raise Misbehaviour(f"stage {stage} answers its status with {str(steps)[:80]}")
+            common &= set(steps)
+        if not common:
+            raise Conflict("the workers hold no common checkpoint")
+        return max(common)
+
+    async def _ask(self, stage: int, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        record = self._roster().seats[stage].record
+        reply, _ = await call(self._transport, record, CONTROL, request, timeout_s=timeout_s, reply_limit=SMALL)
+        return reply
+
+    # --- following --------------------------------------------------------------------------------------------------
+
+    async def _control(self, peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        if self._roster().stage_of(peer) != 0:
+            raise Refused("only stage 0 drives the pipeline", rule="driver")
+        if request.get("op") == "status":
+            return {"steps": self._checkpoints.steps()}, b""
+        if request.get("op") == "start":
+            number, step = request.get("session"), request.get("step")
+            if type(number) is not int or type(step) is not int:
+                raise Invalid("a session starts with two integers: session and step")
+            await self._refresh()
+            await self._start(number, step)
+            return {}, b""
+        raise Invalid(f"unknown operation {str(request.get('op'))[:40]!r}")
+
+    async def _accept(self, stream: Stream) -> None:
+        """The link from the stage above arrives; hold it until the session is over."""
+        with anyio.move_on_after(CALL_S) as scope:
+            hello = encoding.decode(await stream.recv(SMALL), SMALL)
+        attempt = self._attempt
+        expected = None if attempt is None else {"run_id": self._manifest.run_id, "session": attempt.number}
+        if scope.cancelled_caught or attempt is None or hello != expected or attempt.arrived.is_set():
+            raise Conflict("no session waits for this link")
+        if self._stage == 0 or stream.peer != self._roster().peers[self._stage - 1]:
+            raise Refused("only the stage above may open this link", rule="neighbour")
+        attempt.up = stream
+        attempt.arrived.set()
+        await attempt.over.wait()
+
+    # --- sessions ---------------------------------------------------------------------------------------------------
+
+    async def _start(self, number: int, step: int) -> None:
+        """Stop what runs, load `step`, open the link below, and run the session in the background."""
+        if number <= self._last_number:
+            raise Conflict(f"session {number} is not newer than {self._last_number}")
+        self._last_number = number
+        await self._stop()
+        await to_thread.run_sync(self._load, step)
+        if step >= self._manifest.schedule.steps:
+            self.trained.set()
+            return
+        self.trained = anyio.Event()
+        attempt = self._attempt = _Attempt(number)
+        try:
+            down = await self._dial(number) if self._stage + 1 < self._manifest.model.stages else None
+        except TesseraError:
+            attempt.over.set()
+            self._attempt = None
+            raise
+        self._tasks.start_soon(self._run_session, attempt, step, down)
+
+    async def _stop(self) -> None:
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            attempt.scope.cancel()
+            await attempt.over.wait()
+
+    def _load(self, step: int) -> None:
+        self._trainer.reset_step()
+        self._trainer.load(self._checkpoints.load(step))
+        self._checkpoints.drop_after(step)
+
+    async def _dial(self, number: int) -> Stream:
+        below = self._roster().seats[self._stage + 1].record
+        stream = await self._transport.open(below, PIPELINE, timeout_s=CALL_S)
+        await stream.send(encoding.encode({"run_id": self._manifest.run_id, "session": number}))
+        return stream
+
+    async def _run_session(self, attempt: _Attempt, step: int, down: Stream | None) -> None:
+        log.info("session_started", stage=self._stage, step=step)
+        self.sessions += 1
+        try:
+            with attempt.scope:
+                await self._train(attempt, step, down)
+        except TesseraError as error:
+            log.warning("session_broken", stage=self._stage, code=error.code, reason=error.message)
+        finally:
+            with anyio.CancelScope(shield=True):
+                for stream in (attempt.up, down):
+                    if stream is not None and not self.trained.is_set():
+                        await stream.abort()
+            earlier, present = self._earlier_wire, self._session_wire
+            self._earlier_wire, self._session_wire = (earlier[0] + present[0], earlier[1] + present[1]), (0, 0)
+            attempt.over.set()
+
+    async def _train(self, attempt: _Attempt, step: int, down: Stream | None) -> None:
+        peers = self._roster().peers
+        if self._stage > 0:
+            with anyio.move_on_after(WORK_S) as scope:
+                await attempt.arrived.wait()
+            if scope.cancelled_caught:
+                raise Late("the stage above never opened its link")
+        session = Session(
+            manifest=self._manifest,
+            stage=self._stage,
+            key=self._key,
+            trainer=self._trainer,
+            batches=self._batches,
+            book=self._book,
+            events=self,
+            up=(peers[self._stage - 1], attempt.up) if attempt.up is not None else None,
+            down=(peers[self._stage + 1], down) if down is not None else None,
+            first_step=step,
+        )
+        try:
+            await session.run()
+        except BaseExceptionGroup as group:
+            raise _named(group) from group
+        self.trained.set()
+
+    # --- what a session tells ---------------------------------------------------------------------------------------
+
+    async def step_done(self, step: int, loss: float | None, wire: dict[str, int]) -> None:
+        done = step + 1
+        self.steps_done = max(self.steps_done, done)
+        self._session_wire = (wire.get("bytes", 0), wire.get("tokens", 0))
+        if done % CHECKPOINT_EVERY == 0 or done == self._manifest.schedule.steps:
+            await to_thread.run_sync(lambda: self._checkpoints.save(done, self._trainer.save()))
+        self._watcher.step_done(done, loss)
+
+    def validated(self, steps: int, loss: float) -> None:
+        self._watcher.validated(steps, loss)
+
+
+def _named(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure to report of several that happened together: one that we can name, if there is one."""
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves.append(_named(error) if isinstance(error, BaseExceptionGroup) else error)
+    named = [error for error in leaves if isinstance(error, TesseraError)]
+    wrong = [error for error in named if not isinstance(error, Unavailable)]
+    return (wrong or named or leaves)[0]

@@ -1,0 +1,12 @@
+"""The names under which a run's members answer each other, and how long each may take."""
+
+JOIN = "tessera/join/1"  # to the host: give me a seat
+RUN = "tessera/run/1"  # to the host: roster, reports
+RPC = "tessera/rpc/1"  # to the host: JSON-RPC of the run's chain
+CONTROL = "tessera/control/1"  # from stage 0: which checkpoints, start a session
+PIPELINE = "tessera/pipeline/1"  # a boundary link
+EPOCH = "tessera/epoch/1"  # among workers: receipts, votes, leaves
+
+CALL_S = 10.0  # an answer that needs no work
+WORK_S = 90.0  # an answer that loads a checkpoint or deploys a contract
+SMALL = 64 * 1024  # bytes of an ordinary request or reply

@@ -1,0 +1,113 @@
+"""The roster: who holds which stage, and which account is paid for it.
+
+A seat is bound by two signatures: the peer proves itself when it dials, and the account signs the peer's id. So neither
+the host nor another peer can put somebody else's account in a worker's place without being seen by that worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tessera.core import encoding
+from tessera.core.errors import Invalid, Misbehaviour
+from tessera.core.hashing import keccak
+from tessera.core.ids import Account, PeerId, RunId, parse_account
+from tessera.core.signing import AccountKey, recover_account
+from tessera.p2p.transport import PeerRecord
+
+__all__ = ["Roster", "Seat", "seat_binding"]
+
+
+def seat_binding(run_id: RunId, peer: PeerId, key: AccountKey) -> bytes:
+    """The account's signature that says: in this run, `peer` works for me. 65 bytes."""
+    return key.sign_digest(_binding_digest(run_id, peer))
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One stage's holder."""
+
+    stage: int
+    record: PeerRecord
+    account: Account
+    binding: bytes
+
+    @property
+    def peer(self) -> PeerId:
+        return self.record.id
+
+    def check(self, run_id: RunId) -> None:
+        """Raises `Misbehaviour` unless the account signed for this peer in this run."""
+        try:
+            signer = recover_account(_binding_digest(run_id, self.peer), self.binding)
+        except Invalid as error:
+            raise Misbehaviour(f"the seat of stage {self.stage} has no valid binding: {error}") from error
+        if signer != self.account:
+            raise Misbehaviour(f"the seat of stage {self.stage} names {self.account}, signed by {signer}")
+
+    def to_value(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "record": self.record.to_text(),
+            "account": self.account,
+            "binding": self.binding.hex(),
+        }
+
+    @classmethod
+    def from_value(cls, value: object) -> Seat:
+        if not isinstance(value, dict) or value.keys() != {"stage", "record", "account", "binding"}:
+            raise Invalid("a seat has the fields stage, record, account, binding")
+        stage, binding = value["stage"], value["binding"]
+        if type(stage) is not int or not 0 <= stage < 1024 or not isinstance(binding, str) or len(binding) != 130:
+            raise Invalid("a seat has a stage from 0 and a binding of 65 bytes")
+        try:
+            signature = bytes.fromhex(binding)
+        except ValueError as error:
+            raise Invalid("a seat's binding is hex") from error
+        return cls(stage, PeerRecord.from_text(value["record"]), parse_account(value["account"]), signature)
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """All seats of a run, in order of stage, and where its shares and its coin are."""
+
+    run_id: RunId
+    seats: tuple[Seat, ...]
+    share: Account
+    coin: Account
+
+    @property
+    def peers(self) -> list[PeerId]:
+        return [seat.peer for seat in self.seats]
+
+    @property
+    def accounts(self) -> list[Account]:
+        return [seat.account for seat in self.seats]
+
+    @property
+    def records(self) -> list[PeerRecord]:
+        return [seat.record for seat in self.seats]
+
+    def stage_of(self, peer: PeerId) -> int | None:
+        return self.peers.index(peer) if peer in self.peers else None
+
+    def to_value(self) -> dict[str, Any]:
+        return {"seats": [seat.to_value() for seat in self.seats], "share": self.share, "coin": self.coin}
+
+    @classmethod
+    def from_value(cls, run_id: RunId, stages: int, value: dict[str, Any]) -> Roster:
+        """A roster that the host sent. Raises `Invalid` or `Misbehaviour` unless it is complete and every seat signed."""
+        rows = value.get("seats")
+        if not isinstance(rows, list) or len(rows) != stages:
+            raise Invalid(f"a roster of {stages} stages has {stages} seats")
+        seats = tuple(Seat.from_value(row) for row in rows)
+        if [seat.stage for seat in seats] != list(range(stages)) or len({seat.peer for seat in seats}) != stages:
+            raise Misbehaviour("the roster does not seat one peer at each stage")
+        for seat in seats:
+            seat.check(run_id)
+        return cls(run_id, seats, parse_account(value.get("share")), parse_account(value.get("coin")))
+
+
+def _binding_digest(run_id: RunId, peer: PeerId) -> bytes:
+    return keccak(b"tessera/seat\0" + encoding.encode({"run_id": run_id, "peer": peer}))
