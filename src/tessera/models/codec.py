@@ -1,0 +1,140 @@
+"""The boundary codec: how a stage turns an incoming message into its stream, and its stream into a message.
+
+One interface, three kinds (k numbers cross for each token; K, K' are what both ends know from the token ids alone):
+
+    dense     message = y                     x' = message
+    reparam   message = Uᵀ (y - F)            x' = U message + F          U, F fixed, from the seed
+    codec     message = Eᵀ (y - K)            x' = D message + K'         all four trained
+
+A codec's K is the stage's own token table plus a causal 3-tap convolution over it. At the start E = D = U and all
+tables are equal, without a byte exchanged: their values follow from the run's seed. Reasons and measurements:
+research/codec_study.
+
+Legend: B sequences, T tokens, V vocabulary, D width, k code width, W message width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tessera.models.config import ModelSpec
+from tessera.models.functional import linear
+from tessera.models.noise import orthonormal, symmetric
+
+__all__ = ["HISTORY", "Codec", "make_codec", "shared_basis"]
+
+HISTORY = 3  # tokens before the first new one that a codec must see: the taps of the convolution
+
+
+class Codec(Protocol):
+    """Both ends of a stage. `known` passes from `enter` to `leave`, so that it is computed once."""
+
+    def enter(self, ids: Tensor, message: Tensor | None, skip: int = 0) -> tuple[Tensor, Tensor | None]:
+        """(stream [B, T, D], known). `message` is None at stage 0. The first `skip` ids are history, not input."""
+        ...
+
+    def leave(self, y: Tensor, known: Tensor | None) -> Tensor:
+        """The message [B, T, W] for the next stage."""
+        ...
+
+
+def make_codec(spec: ModelSpec, stage: int) -> DenseCodec | ReparamCodec | BoundaryCodec:
+    if spec.codec.kind == "dense":
+        return DenseCodec(spec, stage)
+    if spec.codec.kind == "reparam":
+        return ReparamCodec(spec, stage)
+    return BoundaryCodec(spec, stage)
+
+
+def shared_basis(spec: ModelSpec) -> Tensor:
+    """U [D, k], orthonormal columns; every stage derives the same one."""
+    return torch.from_numpy(orthonormal(spec.model.width, spec.codec.k, spec.seed, "basis"))
+
+
+class TokenTable(nn.Module):
+    """A trained row for each token; with `conv`, plus per-channel multiples of the three rows before it."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        m = spec.model
+        # One name for all stages: their tables start equal (tied), which lets a code start as a small difference.
+        self.rows = nn.Parameter(torch.from_numpy(symmetric((m.vocab_size, m.width), m.table_std, spec.seed, "table")))
+        self.taps = nn.Parameter(torch.zeros(HISTORY, m.width)) if spec.codec.conv else None
+
+    def forward(self, ids: Int[Tensor, "B T"], skip: int = 0) -> Float[Tensor, "B T D"]:
+        e_BTD = F.embedding(ids, self.rows)
+        known = e_BTD
+        if self.taps is not None:
+            length = ids.size(1)
+            for back in range(1, HISTORY + 1):
+                known = known + self.taps[back - 1] * F.pad(e_BTD, (0, 0, back, 0))[:, :length]
+        return known[:, skip:]
+
+
+class DenseCodec(nn.Module):
+    """The stream itself crosses. Only stage 0 has a token table."""
+
+    def __init__(self, spec: ModelSpec, stage: int) -> None:
+        super().__init__()
+        self.table = TokenTable(spec) if stage == 0 else None
+
+    def enter(self, ids: Tensor, message: Tensor | None, skip: int = 0) -> tuple[Tensor, Tensor | None]:
+        if self.table is not None:
+            return self.table(ids, skip), None
+        return _present(message), None
+
+    def leave(self, y: Tensor, known: Tensor | None) -> Tensor:
+        return y
+
+
+class ReparamCodec(nn.Module):
+    """The stream lies in span(U) plus a fixed token table, because the layers write only into span(U)."""
+
+    def __init__(self, spec: ModelSpec, stage: int) -> None:
+        super().__init__()
+        m = spec.model
+        fixed = symmetric((m.vocab_size, m.width), m.table_std, spec.seed, "table")
+        self.register_buffer("fixed", torch.from_numpy(fixed), persistent=False)
+        self.register_buffer("basis", shared_basis(spec), persistent=False)
+        self.rows = nn.Parameter(torch.zeros(m.vocab_size, spec.codec.k)) if stage == 0 else None
+
+    def enter(self, ids: Tensor, message: Tensor | None, skip: int = 0) -> tuple[Tensor, Tensor | None]:
+        ids = ids[:, skip:]
+        known = F.embedding(ids, self.get_buffer("fixed"))
+        code = F.embedding(ids, self.rows) if self.rows is not None else _present(message)
+        return code @ self.get_buffer("basis").T + known, known
+
+    def leave(self, y: Tensor, known: Tensor | None) -> Tensor:
+        return (y - _present(known)) @ self.get_buffer("basis")
+
+
+class BoundaryCodec(nn.Module):
+    """Own token table per stage, learned decoder at the entry and encoder at the exit."""
+
+    def __init__(self, spec: ModelSpec, stage: int) -> None:
+        super().__init__()
+        self.low = spec.model.compute == "bfloat16"
+        self.table = TokenTable(spec)
+        basis = shared_basis(spec) if spec.stages > 1 else None
+        self.decode = nn.Parameter(_present(basis).clone()) if stage > 0 else None  # [D, k]
+        self.encode = nn.Parameter(_present(basis).T.contiguous()) if stage < spec.stages - 1 else None  # [k, D]
+
+    def enter(self, ids: Tensor, message: Tensor | None, skip: int = 0) -> tuple[Tensor, Tensor | None]:
+        known = self.table(ids, skip)
+        if self.decode is None:
+            return known, known
+        return linear(_present(message), self.decode, self.low) + known, known
+
+    def leave(self, y: Tensor, known: Tensor | None) -> Tensor:
+        return linear(y - _present(known), _present(self.encode), self.low)
+
+
+def _present(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise RuntimeError("a stage after the first needs a message, and only the last has no encoder")
+    return value

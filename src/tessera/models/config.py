@@ -1,0 +1,188 @@
+"""What a model is, as plain data: everything that two peers must agree on to compute the same numbers.
+
+A `ModelSpec` travels inside a run's manifest, so it is frozen, strict, refuses unknown fields and imports no torch.
+`digest()` names it. All costs that follow from shapes alone (cuts, FLOPs, bytes on the wire) are computed here, so
+that a payer and a worker can never count differently.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tessera.core.encoding import encode
+from tessera.core.errors import Invalid
+from tessera.core.hashing import sha256
+
+__all__ = ["CodecConfig", "ModelConfig", "ModelSpec", "OptimizerConfig", "parse_spec"]
+
+_NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
+SCALE_BYTES = 2  # an int8 message carries one bfloat16 scale for each token
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Frozen):
+    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    vocab_size: int = Field(ge=2, le=65_536)  # token ids fit two bytes
+    width: int = Field(ge=8, le=16_384)  # numbers in the residual stream, for each token
+    layers: int = Field(ge=1, le=512)
+    heads: int = Field(ge=1, le=256)
+    kv_heads: int = Field(ge=1, le=256)  # heads share keys and values in equal groups
+    ffn: int = Field(ge=8, le=65_536)  # hidden width of the SwiGLU feed-forward part
+    context: int = Field(ge=2, le=131_072)  # tokens; positions beyond it do not exist
+    rope_base: float = Field(default=10_000.0, gt=1.0)
+    norm_eps: float = Field(default=1e-6, gt=0.0, lt=1e-2)
+    qk_norm: bool = True  # normalise queries and keys for each head, as Qwen3 does; Muon's high rates want it
+    table_std: float = Field(default=0.3, gt=0.0, le=10.0)  # initial spread of the token tables
+    compute: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; sums are float32 in both
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.width % self.heads or self.head_dim % 2:
+            raise ValueError(f"width {self.width} must split into {self.heads} heads of even size")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key-value heads equally")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+class CodecConfig(_Frozen):
+    """What crosses a boundary between stages.
+
+    dense: the residual stream itself.  reparam: output matrices are U C, so that the stream lies in a k-dimensional
+    subspace plus a fixed token table.  codec: weights are free; learned encoder and decoder, and a token table per
+    stage that both ends know (`research`: 18 bytes instead of 512 for a token).
+    """
+
+    kind: Literal["codec", "reparam", "dense"] = "codec"
+    k: int = Field(default=0, ge=0)  # numbers in a code; 0 for dense, which sends `width` of them
+    wire: Literal["int8", "bfloat16", "float32"] = "int8"  # int8 carries a 2-byte scale for each token
+    conv: bool = True  # add a causal 3-tap convolution over the token table; costs no bytes
+
+    @model_validator(mode="after")
+    def _one_spelling(self) -> Self:
+        if self.kind == "dense" and self.k != 0:
+            raise ValueError(f"dense sends the whole width: k must be 0, not {self.k}")
+        if self.kind != "dense" and self.k == 0:
+            raise ValueError(f"{self.kind} needs k, the numbers in a code")
+        if self.kind == "reparam" and self.conv:
+            raise ValueError("reparam has a fixed token table: conv must be false")
+        return self
+
+
+class OptimizerConfig(_Frozen):
+    """Muon for hidden matrices, AdamW for the rest. Rates are peaks: warm-up, then linear decay to zero at the end."""
+
+    muon_rate: float = Field(default=0.04, gt=0.0, le=1.0)
+    muon_decay: float = Field(default=0.05, ge=0.0, le=1.0)  # weight decay, times the rate
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    momentum_start: float = Field(default=0.85, ge=0.0, lt=1.0)  # grows to `momentum` over `momentum_warmup` steps
+    momentum_warmup: int = Field(default=100, ge=1)
+    newton_schulz: int = Field(default=5, ge=1, le=12)  # iterations
+    table_rate: float = Field(default=0.1, gt=0.0, le=1.0)  # token tables and their convolution
+    head_rate: float = Field(default=0.02, gt=0.0, le=1.0)
+    code_rate: float = Field(default=0.001, gt=0.0, le=1.0)  # the boundary's encoder and decoder
+    gain_rate: float = Field(default=0.01, gt=0.0, le=1.0)  # gains of the norms
+    adam_decay: float = Field(default=0.001, ge=0.0, le=1.0)  # of tables and head only
+    beta1: float = Field(default=0.8, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    adam_eps: float = Field(default=1e-10, gt=0.0, lt=1e-2)
+    warmup: int = Field(default=10, ge=1)  # steps
+
+
+class ModelSpec(_Frozen):
+    """A model, its codec, its optimiser, its cut into stages and the seed of everything random in it."""
+
+    model: ModelConfig
+    codec: CodecConfig = CodecConfig(kind="dense", wire="bfloat16")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    stages: int = Field(ge=1, le=512)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _cut_fits(self) -> Self:
+        if self.stages > self.model.layers:
+            raise ValueError(f"{self.stages} stages need at least as many layers, not {self.model.layers}")
+        if self.codec.k > self.model.width:
+            raise ValueError(f"a code of {self.codec.k} numbers is wider than the stream of {self.model.width}")
+        return self
+
+    def cuts(self) -> list[range]:
+        """The layers of each stage: contiguous, sizes differ by one at most, the longer ones first.
+
+        The last stage also pays for the head, so it never gets the extra layer.
+        """
+        base, extra = divmod(self.model.layers, self.stages)
+        starts = [stage * base + min(stage, extra) for stage in range(self.stages + 1)]
+        return [range(a, b) for a, b in itertools.pairwise(starts)]
+
+    @property
+    def message_width(self) -> int:
+        """Numbers for one token in a message that crosses a boundary."""
+        return self.model.width if self.codec.kind == "dense" else self.codec.k
+
+    def message_bytes_per_token(self) -> int:
+        """Bytes of one token's message, in either direction, without any envelope."""
+        if self.codec.wire == "int8":
+            return self.message_width + SCALE_BYTES
+        return self.message_width * _NUMBER_BYTES[self.codec.wire]
+
+    def dense_bytes_per_token(self) -> int:
+        """Bytes that the uncompressed stream would need for one token and direction, in bfloat16."""
+        return 2 * self.model.width
+
+    def flops_per_token(self, stage: int) -> int:
+        """Floating-point operations of `stage` for one training token, forward and backward.
+
+        Counted from shapes, so that it is the same for everybody: a matrix of m × n numbers costs 2 m n forward and
+        4 m n backward; causal attention looks back at context / 2 tokens on average, with two products of `width`
+        for each. Element-wise work, recomputation and the optimiser are not counted.
+
+        Raises: Invalid: no such stage.
+        """
+        self._check_stage(stage)
+        m = self.model
+        kv = m.kv_heads * m.head_dim
+        rank_cost = self._output_matrices(stage)
+        layer = m.width * (m.width + 2 * kv) + m.width * 2 * m.ffn + rank_cost
+        attention = 2 * m.width * (m.context // 2)
+        total = len(self.cuts()[stage]) * (layer + attention)
+        if self.codec.kind != "dense":
+            total += m.width * self.codec.k * ((stage > 0) + (stage < self.stages - 1))
+        if stage == self.stages - 1:
+            total += m.width * m.vocab_size
+        return 6 * total
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical encoding, 64 hex digits."""
+        return sha256(encode(self.model_dump())).hex()
+
+    def _output_matrices(self, stage: int) -> int:
+        """Multiplications for one token in a layer's two output matrices."""
+        m, k = self.model, self.codec.k
+        if self.codec.kind == "reparam" and stage < self.stages - 1:
+            return k * (m.width + m.ffn) + 2 * k * m.width
+        return m.width * m.width + m.ffn * m.width
+
+    def _check_stage(self, stage: int) -> None:
+        if not 0 <= stage < self.stages:
+            raise Invalid(f"stage {stage} does not exist: the model has {self.stages}, counted from 0")
+
+
+def parse_spec(data: Any) -> ModelSpec:
+    """The spec in a decoded manifest. Raises: Invalid naming the first wrong field."""
+    try:
+        return ModelSpec.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "spec"
+        raise Invalid(f"model spec: {where}: {first['msg']}") from error

@@ -1,0 +1,111 @@
+"""The layers of a Llama-family decoder, laid out so that Hugging Face's Llama and Qwen3 can be read and written.
+
+Differences in storage only: q, k, v lie in one matrix (`qkv`, rows in that order) and gate, up in one (`gate_up`),
+which saves a third of the small-model overhead. Each layer says how its fused matrices split (`fused_rows`).
+Output matrices start at zero, so an untrained layer is the identity.
+
+Legend: B sequences, T tokens, S tokens seen so far, D width, H heads, K key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tessera.models.config import ModelConfig
+from tessera.models.functional import linear, rms_norm, rope, swiglu
+from tessera.models.noise import symmetric
+
+__all__ = ["Layer", "LayerCache", "Rotation"]
+
+Rotation = tuple[Tensor, Tensor]  # cos, sin of the positions at hand
+
+
+class LayerCache:
+    """Keys and values of one session in one layer, room for `context` tokens. The owner tracks how many are filled."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        shape = (1, config.kv_heads, config.context, config.head_dim)
+        self.keys = torch.zeros(shape, device=device)
+        self.values = torch.zeros(shape, device=device)
+
+    def extend(self, filled: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes new tokens after `filled` and returns everything up to them."""
+        end = filled + keys.size(2)
+        self.keys[:, :, filled:end] = keys
+        self.values[:, :, filled:end] = values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward part, each added to the stream.
+
+    Args:
+        name: of the layer in the whole model; initial values follow from it and `seed`.
+        basis_Dk: where given, both output matrices are basis · C with C trained (`reparam`).
+    """
+
+    def __init__(self, config: ModelConfig, seed: int, name: str, basis_Dk: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.low = config.compute == "bfloat16"
+        self.register_buffer("basis_Dk", basis_Dk, persistent=False)
+        d, kv = config.width, config.kv_heads * config.head_dim
+        rows = d if basis_Dk is None else basis_Dk.size(1)
+        std = (3 * d) ** -0.5
+        self.qkv = _matrix((d + 2 * kv, d), std, seed, f"{name}.qkv")
+        self.out = nn.Parameter(torch.zeros(rows, d))
+        self.gate_up = _matrix((2 * config.ffn, d), std, seed, f"{name}.gate_up")
+        self.down = nn.Parameter(torch.zeros(rows, config.ffn))
+        self.attention_gain = nn.Parameter(torch.ones(d))
+        self.ffn_gain = nn.Parameter(torch.ones(d))
+        if config.qk_norm:
+            self.q_gain = nn.Parameter(torch.ones(config.head_dim))
+            self.k_gain = nn.Parameter(torch.ones(config.head_dim))
+
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """How fused matrices split by rows into the matrices that they stand for."""
+        c = self.config
+        kv = c.kv_heads * c.head_dim
+        return {"qkv": (c.width, kv, kv), "gate_up": (c.ffn, c.ffn)}
+
+    def forward(
+        self, x_BTD: Float[Tensor, "B T D"], rotation: Rotation, cache: LayerCache | None = None, filled: int = 0
+    ) -> Float[Tensor, "B T D"]:
+        eps = self.config.norm_eps
+        x_BTD = x_BTD + self._attend(rms_norm(x_BTD, self.attention_gain, eps), rotation, cache, filled)
+        hidden = swiglu(linear(rms_norm(x_BTD, self.ffn_gain, eps), self.gate_up, self.low))
+        return x_BTD + self._project(hidden, self.down)
+
+    def _attend(self, x_BTD: Tensor, rotation: Rotation, cache: LayerCache | None, filled: int) -> Tensor:
+        c = self.config
+        batch, length, _ = x_BTD.shape
+        qkv = linear(x_BTD, self.qkv, self.low).view(batch, length, c.heads + 2 * c.kv_heads, c.head_dim)
+        q, k, v = qkv.split_with_sizes((c.heads, c.kv_heads, c.kv_heads), dim=2)
+        if c.qk_norm:
+            q, k = rms_norm(q, self.q_gain, c.norm_eps), rms_norm(k, self.k_gain, c.norm_eps)
+        q, k = rope(q, *rotation).transpose(1, 2), rope(k, *rotation).transpose(1, 2)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(filled, k, v)
+        if c.kv_heads != c.heads:
+            k, v = (z.repeat_interleave(c.heads // c.kv_heads, dim=1) for z in (k, v))
+        mask = _mask(length, filled, x_BTD.device) if filled and length > 1 else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=filled == 0 and length > 1)
+        return self._project(y.transpose(1, 2).reshape(batch, length, c.width), self.out)
+
+    def _project(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = linear(x, weight, self.low)
+        basis_Dk = self._buffers["basis_Dk"]
+        return y if basis_Dk is None else linear(y, basis_Dk, self.low)
+
+
+def _matrix(shape: tuple[int, int], std: float, seed: int, name: str) -> nn.Parameter:
+    return nn.Parameter(torch.from_numpy(symmetric(shape, std, seed, name)))
+
+
+def _mask(length: int, filled: int, device: torch.device) -> Tensor:
+    """Token i of the new ones sees the `filled` ones before and the new ones up to itself."""
+    return torch.ones(length, filled + length, dtype=torch.bool, device=device).tril(diagonal=filled)

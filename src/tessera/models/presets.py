@@ -1,0 +1,54 @@
+"""Models to start from: the default run's, and a tiny one that trains in seconds. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tessera.models.config import CodecConfig, ModelConfig, ModelSpec, OptimizerConfig
+
+__all__ = ["DEFAULT_BATCH", "TINY_BATCH", "Batch", "default_spec", "preset_codec", "tiny_spec"]
+
+Kind = Literal["codec", "reparam", "dense"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a step's tokens are cut: `microbatches` of `sequences` × `length` tokens, for `steps` steps."""
+
+    sequences: int
+    length: int
+    microbatches: int
+    steps: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences * self.length * self.microbatches
+
+
+DEFAULT_BATCH = Batch(sequences=2, length=128, microbatches=8, steps=500)
+TINY_BATCH = Batch(sequences=2, length=32, microbatches=4, steps=20)
+
+
+def preset_codec(kind: Kind, k: int) -> CodecConfig:
+    """The usual settings of each kind; `k` matters to codec and reparam."""
+    if kind == "dense":
+        return CodecConfig(kind="dense", wire="bfloat16")
+    if kind == "reparam":
+        return CodecConfig(kind="reparam", k=k, wire="bfloat16", conv=False)
+    return CodecConfig(kind="codec", k=k)
+
+
+def default_spec(stages: int = 4, *, codec: Kind = "codec", seed: int = 0, vocab_size: int = 1024) -> ModelSpec:
+    """The default run's model: about 3 million parameters, 8 layers, so 1 to 8 stages.
+
+    The code is as wide as 1/20 of the dense bfloat16 stream allows, scale and envelope included.
+    """
+    model = ModelConfig(vocab_size=vocab_size, width=192, layers=8, heads=4, kv_heads=4, ffn=256, context=256)
+    return ModelSpec(model=model, codec=preset_codec(codec, 16), optimizer=OptimizerConfig(), stages=stages, seed=seed)
+
+
+def tiny_spec(stages: int = 2, *, codec: Kind = "codec", seed: int = 0, vocab_size: int = 300) -> ModelSpec:
+    """For tests: 1 to 4 stages, 60,000 parameters, a step of `TINY_BATCH` in about 30 ms."""
+    model = ModelConfig(vocab_size=vocab_size, width=32, layers=4, heads=2, kv_heads=1, ffn=64, context=64)
+    return ModelSpec(model=model, codec=preset_codec(codec, 8), optimizer=OptimizerConfig(), stages=stages, seed=seed)
