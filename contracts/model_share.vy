@@ -1,0 +1,356 @@
+# pragma version 0.4.3
+# pragma nonreentrancy on
+"""
+@title Model share
+@license Apache-2.0
+@notice Ownership of one jointly trained model, as an ERC-20 that earns.
+
+        Shares come into being only through `post`: an epoch of verified work, as the Merkle root over every
+        contributor's shares, signed by more than two thirds of the run's workers. A posted epoch counts in
+        `totalSupply` and earns from that moment; each contributor's leaf is turned into a balance by `redeem`,
+        whenever anybody likes, and loses nothing by waiting.
+
+        Income is whatever arrives in `asset`: a plain transfer, an x402 payment, an escrow's release. Anyone may call
+        `distribute` to spread what has arrived; holders pull their part with `claim`.
+
+        What cannot happen:
+        - a share without the signatures, an epoch posted twice or out of order, a leaf redeemed twice, or more shares
+          redeemed from an epoch than were posted;
+        - a contract that owes more than it holds: held >= sum of everything claimable, and asset balance >= held;
+        - income paid to anybody but the holder who earned it.
+
+        The books balance to the last unit. With S = 2**128, over all holders and all epochs,
+
+            S * held = sum of accrued(holder) + sum of pending(epoch) + carry
+
+        so that what `held` exceeds the whole units of all claims by (the dust) is less than one unit for each holder
+        and each epoch not fully redeemed, plus one.
+@dev    Nobody owns the contract; there is no mint, no pause and no upgrade. A leaf is
+        keccak256(keccak256(abi_encode(epoch, holder, shares))): hashed twice, because a node of the tree is hashed
+        once and must never pass for a leaf. `asset` must be a plain ERC-20: no fee on transfer, no rebasing.
+@custom:kill Nobody can stop the contract. Workers end new issuance by not signing; claims stay open for ever.
+"""
+
+from ethereum.ercs import IERC20
+from ethereum.ercs import IERC20Detailed
+
+from modules import accrual
+from modules import typed_data
+
+implements: IERC20
+implements: IERC20Detailed
+
+initializes: accrual
+
+exports: (accrual.index, accrual.carry)
+
+MAX_WORKERS: constant(uint256) = 128
+MAX_DEPTH: constant(uint256) = 32
+MAX_SUPPLY: constant(uint256) = 2**128 - 1  # keeps `accrual` free of overflow
+MAX_HELD: constant(uint256) = 2**128 - 1
+SCALE: constant(uint256) = 2**128
+DOMAIN_NAME: constant(String[19]) = "Tessera model share"
+DOMAIN_VERSION: constant(String[1]) = "1"
+EPOCH_TYPE: constant(bytes32) = keccak256("Epoch(bytes32 runId,uint256 epoch,bytes32 root,uint256 shares)")
+
+decimals: public(constant(uint8)) = 18
+
+asset: public(immutable(IERC20))
+run_id: public(immutable(bytes32))
+worker_count: public(immutable(uint256))
+
+
+struct Epoch:
+    root: bytes32
+    unredeemed: uint256  # shares posted and not yet redeemed
+    index: uint256  # accrual index when the epoch was posted
+
+
+name: public(String[64])
+symbol: public(String[16])
+workers: public(DynArray[address, MAX_WORKERS])
+is_worker: public(HashMap[address, bool])
+totalSupply: public(uint256)  # balances and unredeemed shares
+balanceOf: public(HashMap[address, uint256])
+allowance: public(HashMap[address, HashMap[address, uint256]])
+epoch_count: public(uint256)
+epochs: public(HashMap[uint256, Epoch])
+counted: public(HashMap[bytes32, bool])  # leaves already redeemed
+held: public(uint256)  # income distributed and not yet claimed
+
+
+event Transfer:
+    sender: indexed(address)
+    receiver: indexed(address)
+    value: uint256
+
+event Approval:
+    owner: indexed(address)
+    spender: indexed(address)
+    value: uint256
+
+event Posted:
+    epoch: indexed(uint256)
+    root: bytes32
+    shares: uint256
+    signers: uint256
+
+event Redeemed:
+    epoch: indexed(uint256)
+    holder: indexed(address)
+    shares: uint256
+
+event Distributed:
+    income: uint256
+    index: uint256
+
+event Claimed:
+    holder: indexed(address)
+    amount: uint256
+
+
+@deploy
+def __init__(
+    name_: String[64], symbol_: String[16], asset_: IERC20, run_id_: bytes32, workers_: DynArray[address, MAX_WORKERS]
+):
+    """
+    @param asset_ The ERC-20 in which the model earns.
+    @param run_id_ The hash of the run's manifest.
+    @param workers_ The accounts whose signatures admit an epoch: at least one, none twice.
+    """
+    assert len(workers_) > 0, "model_share: no workers"
+    assert asset_.address.is_contract, "model_share: asset is no contract"
+    for worker: address in workers_:
+        assert worker != empty(address), "model_share: bad worker"
+        assert not self.is_worker[worker], "model_share: worker named twice"
+        self.is_worker[worker] = True
+    self.name = name_
+    self.symbol = symbol_
+    self.workers = workers_
+    asset = asset_
+    run_id = run_id_
+    worker_count = len(workers_)
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+@external
+def post(epoch: uint256, root: bytes32, shares: uint256, signatures: DynArray[Bytes[65], MAX_WORKERS]):
+    """
+    @notice Admit an epoch of work. Anyone may send it; the signatures decide.
+    @param epoch The next one: each epoch comes exactly once, in order.
+    @param root Merkle root over the leaves of all contributors.
+    @param shares The sum of all leaves.
+    @param signatures 65 bytes r, s, v over `digest`, by ascending signer, from more than two thirds of the workers.
+    """
+    assert epoch == self.epoch_count, "model_share: not the next epoch"
+    assert shares > 0, "model_share: empty epoch"
+    assert shares <= MAX_SUPPLY - self.totalSupply, "model_share: too many shares"
+    assert 3 * len(signatures) > 2 * worker_count, "model_share: too few signatures"
+    self._check_signatures(self._digest(epoch, root, shares), signatures)
+    self.epochs[epoch] = Epoch(root=root, unredeemed=shares, index=accrual.index)
+    self.epoch_count = epoch + 1
+    self.totalSupply += shares
+    log Posted(epoch=epoch, root=root, shares=shares, signers=len(signatures))
+
+
+@external
+def redeem(epoch: uint256, holder: address, shares: uint256, proof: DynArray[bytes32, MAX_DEPTH]):
+    """
+    @notice Turn a leaf into a balance, with all it has earned since its epoch was posted. Anyone may send it.
+    @param proof The siblings from the leaf up to the root.
+    """
+    assert holder not in [empty(address), self], "model_share: bad holder"
+    leaf: bytes32 = keccak256(keccak256(abi_encode(epoch, holder, shares)))
+    assert not self.counted[leaf], "model_share: already redeemed"
+    assert self._fold(leaf, proof) == self.epochs[epoch].root, "model_share: bad proof"
+    assert shares <= self.epochs[epoch].unredeemed, "model_share: epoch exhausted"
+    self.counted[leaf] = True
+    self.epochs[epoch].unredeemed -= shares
+    accrual._settle(holder, self.balanceOf[holder])
+    accrual._credit(holder, shares, self.epochs[epoch].index)
+    self.balanceOf[holder] += shares
+    log Transfer(sender=empty(address), receiver=holder, value=shares)
+    log Redeemed(epoch=epoch, holder=holder, shares=shares)
+
+
+@external
+@view
+def digest(epoch: uint256, root: bytes32, shares: uint256) -> bytes32:
+    """
+    @notice The EIP-712 digest that workers sign to admit an epoch.
+    """
+    return self._digest(epoch, root, shares)
+
+
+@external
+@view
+def DOMAIN_SEPARATOR() -> bytes32:
+    """
+    @notice The EIP-712 domain of this contract.
+    """
+    return self._domain()
+
+
+# --- income -----------------------------------------------------------------------------------------------------------
+
+
+@external
+def distribute() -> uint256:
+    """
+    @notice Spread what has arrived since the last time over all shares. Anyone may send it.
+    @return What was spread; zero while there are no shares, and the money waits.
+    """
+    income: uint256 = self._arrived()
+    if income == 0 or self.totalSupply == 0:
+        return 0
+    assert self.held + income <= MAX_HELD, "model_share: too much income"
+    self.held += income
+    accrual._accrue(income, self.totalSupply)
+    log Distributed(income=income, index=accrual.index)
+    return income
+
+
+@external
+def claim(holder: address = msg.sender) -> uint256:
+    """
+    @notice Pay `holder`, and nobody else, what its shares have earned. Anyone may send it.
+    @return What was paid: whole units, rounded down; the fraction stays credited.
+    """
+    accrual._settle(holder, self.balanceOf[holder])
+    amount: uint256 = accrual._take(holder)
+    if amount > 0:
+        self.held -= amount
+        log Claimed(holder=holder, amount=amount)
+        assert extcall asset.transfer(holder, amount, default_return_value=True), "model_share: transfer failed"
+    return amount
+
+
+@external
+@view
+def claimable(holder: address) -> uint256:
+    """
+    @notice What `claim` would pay now.
+    """
+    return accrual._earned(holder, self.balanceOf[holder]) // SCALE
+
+
+@external
+@view
+def accrued(holder: address) -> uint256:
+    """
+    @notice What `holder` is owed, in 1/2**128 of the asset's smallest unit.
+    """
+    return accrual._earned(holder, self.balanceOf[holder])
+
+
+@external
+@view
+def pending(epoch: uint256) -> uint256:
+    """
+    @notice What the unredeemed shares of an epoch have earned, in 1/2**128 of the asset's smallest unit.
+    """
+    return accrual._growth(self.epochs[epoch].unredeemed, self.epochs[epoch].index)
+
+
+@external
+@view
+def undistributed() -> uint256:
+    """
+    @notice What has arrived and waits for `distribute`.
+    """
+    return self._arrived()
+
+
+# --- ERC-20 -----------------------------------------------------------------------------------------------------------
+
+
+@external
+def transfer(receiver: address, amount: uint256) -> bool:
+    """
+    @notice Hand over shares. What they have earned so far stays with the sender.
+    """
+    self._move(msg.sender, receiver, amount)
+    return True
+
+
+@external
+def transferFrom(owner: address, receiver: address, amount: uint256) -> bool:
+    """
+    @notice Hand over shares of an owner who has approved it.
+    """
+    allowed: uint256 = self.allowance[owner][msg.sender]
+    if allowed != max_value(uint256):
+        assert amount <= allowed, "model_share: allowance too small"
+        self.allowance[owner][msg.sender] = allowed - amount
+    self._move(owner, receiver, amount)
+    return True
+
+
+@external
+def approve(spender: address, amount: uint256) -> bool:
+    """
+    @notice Let `spender` move up to `amount` of the caller's shares; the maximum means no limit.
+    """
+    self.allowance[msg.sender][spender] = amount
+    log Approval(owner=msg.sender, spender=spender, value=amount)
+    return True
+
+
+# --- inside -----------------------------------------------------------------------------------------------------------
+
+
+@internal
+def _move(sender: address, receiver: address, amount: uint256):
+    assert receiver not in [empty(address), self], "model_share: bad receiver"
+    assert amount <= self.balanceOf[sender], "model_share: balance too small"
+    accrual._settle(sender, self.balanceOf[sender])
+    accrual._settle(receiver, self.balanceOf[receiver])
+    self.balanceOf[sender] -= amount
+    self.balanceOf[receiver] += amount
+    log Transfer(sender=sender, receiver=receiver, value=amount)
+
+
+@internal
+@view
+def _arrived() -> uint256:
+    return staticcall asset.balanceOf(self) - self.held
+
+
+@internal
+@view
+def _check_signatures(digest: bytes32, signatures: DynArray[Bytes[65], MAX_WORKERS]):
+    """
+    @dev Strictly ascending signers: that none counts twice costs one comparison each.
+    """
+    last: address = empty(address)
+    for signature: Bytes[65] in signatures:
+        signer: address = typed_data._signer_of(digest, signature)
+        assert self.is_worker[signer], "model_share: not a worker's signature"
+        assert convert(signer, uint160) > convert(last, uint160), "model_share: signers not ascending"
+        last = signer
+
+
+@internal
+@view
+def _digest(epoch: uint256, root: bytes32, shares: uint256) -> bytes32:
+    return typed_data._digest(self._domain(), keccak256(abi_encode(EPOCH_TYPE, run_id, epoch, root, shares)))
+
+
+@internal
+@view
+def _domain() -> bytes32:
+    return typed_data._domain(keccak256(DOMAIN_NAME), keccak256(DOMAIN_VERSION))
+
+
+@internal
+@pure
+def _fold(leaf: bytes32, proof: DynArray[bytes32, MAX_DEPTH]) -> bytes32:
+    node: bytes32 = leaf
+    for sibling: bytes32 in proof:
+        if convert(node, uint256) < convert(sibling, uint256):
+            node = keccak256(concat(node, sibling))
+        else:
+            node = keccak256(concat(sibling, node))
+    return node
