@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import anyio
 import structlog
-
-from tessera.core.clock import Clock, SystemClock
 from tessera.models.decode import StageDecoder
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.serving.shards import serve_decode
+
+from tessera.core.clock import Clock, SystemClock
 from tessera.training.home import Home, write_atomic
 from tessera.training.ticket import Ticket
 from tessera.training.worker import Seated, Worker, WorkerConfig

@@ -1,4 +1,4 @@
-"""A stage's checkpoints on disk: the last few, each with its SHA-256, written so that a crash never leaves half of one."""
+"""A stage's checkpoints on disk: the first and the last few, each with its SHA-256, never half of one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DIGEST_BYTES = 32
 
 
 class Checkpoints:
-    """Files `step-<n>.ckpt` in `folder`: a digest, then what the trainer saved. The newest `keep` stay."""
+    """Files `step-<n>.ckpt` in `folder`: a digest, then what the trainer saved. Step 0 and the newest `keep` stay."""
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ class Checkpoints:
 
     def save(self, step: int, data: bytes) -> None:
         write_atomic(self._file(step), sha256(data) + data)
-        for old in [s for s in self.steps() if s <= step][: -self._keep]:
+        for old in [s for s in self.steps() if 0 < s <= step][: -self._keep]:
             self._file(old).unlink(missing_ok=True)
 
     def load(self, step: int) -> bytes:

@@ -1,8 +1,8 @@
 """What crosses a boundary link: frames of 8 header bytes and a payload, in both directions of one stream.
 
-    down:  FORWARD  codes of one microbatch      EVALUATE  the same for a validation window      DONE  no more steps
-    up:    GRADIENT codes of one microbatch
-    both:  RECEIPT  digest (32 bytes) and signature (64 bytes) of one step
+down:  FORWARD  codes of one microbatch      EVALUATE  the same for a validation window      DONE  no more steps
+up:    GRADIENT codes of one microbatch
+both:  RECEIPT  digest (32 bytes) and signature (64 bytes) of one step
 """
 
 from __future__ import annotations

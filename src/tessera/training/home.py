@@ -51,6 +51,10 @@ class Home:
     def blobs(self) -> Path:
         return self.path / "blobs"
 
+    def account(self, name: str) -> AccountKey:
+        """A further account of this directory's owner, in `<name>.key`; created at first use."""
+        return AccountKey(self._secret(f"{name}.key", AccountKey.generate().secret))
+
     def run_folder(self, run_id: RunId) -> Path:
         folder = self.path / "runs" / run_id
         folder.mkdir(parents=True, exist_ok=True)

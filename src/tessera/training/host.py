@@ -121,7 +121,9 @@ class RunHost:
 
     async def _join(self, peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         if request.get("run_id") != self.manifest.run_id:
-            raise Conflict(f"this host runs {self.manifest.run_id[:16]}…: the ticket is for another run, ask for a new one")
+            raise Conflict(
+                f"this host runs {self.manifest.run_id[:16]}…: the ticket is for another run, ask for a new one"
+            )
         seat = self._take_seat(peer, request)
         self._db.execute("insert or replace into seats values(?, ?)", (seat.stage, json.dumps(seat.to_value())))
         self._seats[seat.stage] = seat

@@ -30,13 +30,14 @@ from tessera.training.protocols import CALL_S, EPOCH, SMALL
 from tessera.training.receipts import Receipt, ReceiptBook, expected_receipts, verified_tokens
 from tessera.training.roster import Roster
 
-__all__ = ["Keeper"]
+__all__ = ["Keeper", "known_leaves"]
 
 log = structlog.get_logger()
 
 TURN_S = 20.0  # a proposer's time before it is the next worker's turn
 GATHER_S = 12.0  # how long a proposer waits for receipts that are still on their way
 POLL_S = 0.5
+LEAVES_LIMIT = 1 << 20  # bytes
 RECEIPT_BYTES = 512  # an upper bound for one receipt's row
 
 
@@ -105,7 +106,9 @@ class Keeper:
                 tasks.start_soon(self._collect, stage, leaves, body, signatures)
         accounts = set(self._roster().accounts)
         if 3 * len(signatures) <= 2 * len(accounts):
-            raise Unavailable(f"{len(signatures)} of {len(accounts)} workers signed epoch {epoch}, more than 2/3 needed")
+            raise Unavailable(
+                f"{len(signatures)} of {len(accounts)} workers signed epoch {epoch}, more than 2/3 needed"
+            )
         ordered = [signatures[account] for account in sorted(signatures, key=lambda a: int(a, 16))]
         self._book.save_epoch(epoch, leaves.to_text())
         try:
@@ -131,7 +134,9 @@ class Keeper:
         """All receipts of the epoch that any worker holds, checked. Waits a little while some are missing."""
         steps = self._manifest.schedule.epoch_range(epoch)
         known: dict[tuple[int, PeerId, str], Receipt] = {}
-        due = sum(len(expected_receipts(self._roster().peers, s)) for s in range(self._manifest.model.stages)) * len(steps)
+        due = sum(len(expected_receipts(self._roster().peers, s)) for s in range(self._manifest.model.stages)) * len(
+            steps
+        )
         with anyio.move_on_after(GATHER_S):
             while True:
                 for receipt in self._book.of_steps(self._manifest.run_id, steps):
@@ -186,18 +191,14 @@ class Keeper:
 
     async def _posted_leaves(self, epoch: int) -> EpochLeaves:
         """The leaves whose root stands on chain: our own, or another worker's if ours differ."""
-        posted = (await self.share.epochs(epoch))[0]
-        texts = [self._book.epoch(epoch)]
-        for stage in self._others():
-            if texts[-1] is not None and EpochLeaves.from_text(texts[-1]).root == posted:
-                break
-            reply, _ = await self._ask(stage, {"op": "leaves", "epoch": epoch}, b"")
-            texts.append(str(reply.get("leaves")))
-        for text in texts:
-            if text is not None and (leaves := EpochLeaves.from_text(text)).root == posted:
-                self._book.save_epoch(epoch, text)
+        text = self._book.epoch(epoch)
+        if text is not None:
+            leaves = EpochLeaves.from_text(text)
+            if leaves.root == (await self.share.epochs(epoch))[0]:
                 return leaves
-        raise Missing(f"nobody knows the leaves of epoch {epoch}'s root")
+        leaves = await known_leaves(self._transport, self._roster(), self.share, epoch)
+        self._book.save_epoch(epoch, leaves.to_text())
+        return leaves
 
     async def _redeem(self, leaves: EpochLeaves) -> None:
         account = self._key.account
@@ -210,9 +211,9 @@ class Keeper:
     # --- answers ----------------------------------------------------------------------------------------------------
 
     async def _answer(self, peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-        if self._roster().stage_of(peer) is None:
-            raise Refused("only this run's workers settle its epochs", rule="seated")
         epoch, op = request.get("epoch"), request.get("op")
+        if op != "leaves" and self._roster().stage_of(peer) is None:
+            raise Refused("only this run's workers settle its epochs", rule="seated")
         if type(epoch) is not int or not 0 <= epoch < self._manifest.schedule.epochs:
             raise Invalid(f"epoch {epoch!r}, expected 0 to {self._manifest.schedule.epochs - 1}")
         if op == "receipts":
@@ -264,3 +265,24 @@ class Keeper:
     def _others(self) -> list[int]:
         mine = self._my_stage()
         return [stage for stage in range(self._manifest.model.stages) if stage != mine]
+
+
+async def known_leaves(transport: Transport, roster: Roster, share: ModelShare, epoch: int) -> EpochLeaves:
+    """The leaves of a posted epoch, from any worker whose answer hashes to the root on chain.
+
+    Raises: Missing when nobody has them now.
+    """
+    root = (await share.epochs(epoch))[0]
+    for seat in roster.seats:
+        if seat.peer == transport.id:
+            continue
+        try:
+            request = {"op": "leaves", "epoch": epoch}
+            reply, _ = await call(transport, seat.record, EPOCH, request, timeout_s=CALL_S, reply_limit=LEAVES_LIMIT)
+            leaves = EpochLeaves.from_text(str(reply.get("leaves")))
+            if leaves.epoch == epoch and leaves.root == root:
+                return leaves
+            log.warning("leaves_wrong", epoch=epoch, stage=seat.stage)
+        except TesseraError as error:
+            log.debug("leaves_missing", epoch=epoch, stage=seat.stage, reason=error.message)
+    raise Missing(f"no worker can show the leaves of epoch {epoch} now")

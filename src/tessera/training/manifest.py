@@ -73,11 +73,12 @@ class DataRecipe(_Strict):
 
 
 class Schedule(_Strict):
-    """How the work is cut: a step is `microbatches` of `sequences` windows of the model's context length."""
+    """How the work is cut: a step is `microbatches` of `sequences` windows of `length` tokens."""
 
     steps: Positive
     microbatches: Annotated[int, Field(ge=1, le=1024)]
     sequences: Annotated[int, Field(ge=1, le=1024)]
+    length: Annotated[int, Field(ge=1, le=131_072)]
     evaluate_every: Positive
     evaluate_batches: Annotated[int, Field(ge=1, le=4096)]
     epoch_steps: Positive
@@ -127,6 +128,8 @@ class Manifest(_Strict):
     def _verifiable(self) -> Self:
         if self.model.stages < 2:
             raise ValueError("a run needs at least 2 stages: only a neighbour can sign receipts")
+        if self.schedule.length > self.model.model.context:
+            raise ValueError(f"windows of {self.schedule.length} tokens exceed the context of {self.model.model.context}")
         return self
 
     @property
@@ -147,7 +150,7 @@ class Manifest(_Strict):
 
     @property
     def tokens_per_microbatch(self) -> int:
-        return self.schedule.sequences * self.model.model.context
+        return self.schedule.sequences * self.schedule.length
 
     @property
     def tokens_per_step(self) -> int:

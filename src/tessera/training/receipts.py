@@ -67,7 +67,15 @@ class Receipt:
 
     def to_row(self) -> list[Any]:
         """The form that travels: a list without the run id, which both sides know."""
-        return [self.step, self.worker, self.signer, self.direction, self.tokens, self.digest.hex(), self.signature.hex()]
+        return [
+            self.step,
+            self.worker,
+            self.signer,
+            self.direction,
+            self.tokens,
+            self.digest.hex(),
+            self.signature.hex(),
+        ]
 
     @classmethod
     def from_row(cls, run_id: RunId, row: object) -> Receipt:
@@ -126,7 +134,8 @@ class ReceiptBook:
             self._db.execute("pragma synchronous=normal")
             self._db.executescript(
                 """create table if not exists receipts(
-                     step integer, worker text, signer text, direction text, tokens integer, digest text, signature text,
+                     step integer, worker text, signer text, direction text,
+                     tokens integer, digest text, signature text,
                      primary key(step, worker, direction)) without rowid;
                    create table if not exists epochs(epoch integer primary key, leaves text not null);"""
             )

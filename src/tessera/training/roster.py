@@ -97,7 +97,7 @@ class Roster:
 
     @classmethod
     def from_value(cls, run_id: RunId, stages: int, value: dict[str, Any]) -> Roster:
-        """A roster that the host sent. Raises `Invalid` or `Misbehaviour` unless it is complete and every seat signed."""
+        """From the host. Raises `Invalid` or `Misbehaviour` unless it is complete and every seat is signed."""
         rows = value.get("seats")
         if not isinstance(rows, list) or len(rows) != stages:
             raise Invalid(f"a roster of {stages} stages has {stages} seats")

@@ -39,7 +39,7 @@ class Trainer(Protocol):
     def backward(self, step: int, index: int, payload: bytes | None) -> bytes | None: ...
     def finish_step(self, step: int, tokens: int) -> float | None: ...
     def evaluate(self, ids: Any, payload: bytes | None) -> bytes | tuple[float, int]: ...
-    def payload_limit(self, sequences: int, length: int) -> int: ...
+    def payload_limit(self, batch: int, length: int) -> int: ...
 
 
 class Batches(Protocol):
@@ -194,7 +194,9 @@ class Session:
         receipt = Receipt(**{**_fields(unsigned), "signature": frame.payload[32:]})
         receipt.check()
         if receipt.digest != digest:
-            raise Misbehaviour(f"step {frame.step}: the neighbour signed other bytes than we sent", evidence=receipt.to_row())
+            raise Misbehaviour(
+                f"step {frame.step}: the neighbour signed other bytes than we sent", evidence=receipt.to_row()
+            )
         self._book.add([receipt])
 
     def _receipt(
@@ -240,7 +242,7 @@ class Session:
     async def _read(self, link: Link) -> None:
         """Move frames from one link into the inbox until the neighbour is done."""
         schedule = self._manifest.schedule
-        limit = 64 + self._trainer.payload_limit(schedule.sequences, self._manifest.model.model.context)
+        limit = 64 + self._trainer.payload_limit(schedule.sequences, schedule.length)
         while data := await link.stream.recv(limit):
             frame = Frame.parse(data)
             await self._inbox_in.send((link, frame))
@@ -291,7 +293,9 @@ class Session:
         schedule, expected = self._manifest.schedule, self._next_index[frame.kind]
         count = self._batches.validation_count if frame.kind is Kind.EVALUATE else schedule.microbatches
         if frame.index != expected or expected >= count:
-            raise Misbehaviour(f"{frame.kind.name} {frame.index} of step {frame.step}, expected index {expected} of {count}")
+            raise Misbehaviour(
+                f"{frame.kind.name} {frame.index} of step {frame.step}, expected index {expected} of {count}"
+            )
         self._next_index[frame.kind] += 1
         if frame.kind is not Kind.EVALUATE:
             link.digest.update(frame.payload)
@@ -338,4 +342,3 @@ class Session:
 
 def _fields(receipt: Receipt) -> dict[str, Any]:
     return {name: getattr(receipt, name) for name in Receipt.__slots__}
-

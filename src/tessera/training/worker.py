@@ -20,7 +20,7 @@ from tessera.chain.settle import check_share
 from tessera.core.clock import Clock
 from tessera.core.errors import Late, Misbehaviour, TesseraError, Unavailable
 from tessera.core.ids import BlobId
-from tessera.models.corpus import Dataset
+from tessera.models.dataset import Dataset
 from tessera.models.trainer import StageTrainer
 from tessera.p2p.blobs import BlobStore, fetch, serve_blobs
 from tessera.p2p.calls import call
@@ -307,4 +307,3 @@ async def _event_set(current: Callable[[], anyio.Event]) -> None:
     while not current().is_set():
         with anyio.move_on_after(1.0):
             await current().wait()
-

@@ -1,0 +1,5 @@
+"""`python -m tessera` is `tessera`."""
+
+from tessera.cli.main import app
+
+app()

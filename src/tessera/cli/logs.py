@@ -1,0 +1,30 @@
+"""Logs go to standard error: short coloured lines for people, the same without colours in a file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import structlog
+
+__all__ = ["configure_logs"]
+
+
+def configure_logs(level: str = "") -> None:
+    """`level` or TESSERA_LOG: debug, info, warning or error. Third parties' logs from warning on only."""
+    name = (level or os.environ.get("TESSERA_LOG", "info")).upper()
+    number = logging.getLevelNamesMapping().get(name, logging.INFO)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)

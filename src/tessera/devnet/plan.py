@@ -1,0 +1,78 @@
+"""What `tessera up` was asked for, and the manifest that follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tessera.core.errors import Invalid
+from tessera.core.ids import Account
+from tessera.devnet.text import Text
+from tessera.models.presets import DEFAULT_BATCH, Kind, default_spec
+from tessera.training.manifest import Allocation, DataRecipe, Manifest, Part, Schedule
+
+__all__ = ["UpConfig", "make_manifest"]
+
+EPOCHS = 4  # payout periods in a run
+EVALUATIONS = 10  # validation points on the curve
+EVALUATE_TOKENS = 8_192  # validation tokens each time, about
+
+
+@dataclass(frozen=True)
+class UpConfig:
+    """One economy on one machine. Defaults run in two to three minutes on two cores."""
+
+    state_dir: Path
+    data: Path | None = None  # a folder of text; None = the sources of Python's standard library
+    steps: int = 0  # optimiser steps; 0 = the preset's
+    stages: int = 4
+    codec: Kind = "codec"
+    host: str = "127.0.0.1"  # address that page, gateway and JSON-RPC listen on
+    port: int = 8402  # page and gateway; JSON-RPC one above; peers on UDP of the same number; 0 = any free ones
+    seats: int = 0  # stages left to others who join by ticket
+    chain_url: str | None = None  # JSON-RPC of an EVM network; None = the embedded chain
+    once: bool = False  # end after one round of payments
+    requests: int = 4  # paid requests of the first buyer
+    price_units: int = 10_000  # of the coin's smallest unit, for each request: 0.01 tUSD
+    name: str = "tessera-py"
+    bind: str = ""  # address of the peer link; "" = loopback, or every address when seats are open
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seats <= self.stages:
+            raise Invalid(f"{self.seats} open seats of {self.stages} stages")
+        if self.stages < 2:
+            raise Invalid(f"a run needs at least 2 stages, not {self.stages}: only a neighbour can sign receipts")
+        if self.steps < 0 or not 0 <= self.port <= 65_534:
+            raise Invalid(f"steps {self.steps} and port {self.port} must be in range")
+
+
+def make_manifest(
+    config: UpConfig, text: Text, *, chain_id: int, data_owner: Account, creator: Account
+) -> Manifest:
+    """The run that `config` describes on this text. Equal arguments give an equal run id.
+
+    Raises: Invalid when the numbers do not fit the model, naming the field.
+    """
+    batch = DEFAULT_BATCH
+    steps = config.steps or batch.steps
+    spec = default_spec(config.stages, codec=config.codec)
+    manifest = Manifest(
+        name=config.name,
+        chain_id=chain_id,
+        model=spec,
+        data=DataRecipe(dataset=text.dataset, tokenizer=text.tokenizer, description=text.source[:200]),
+        schedule=Schedule(
+            steps=steps,
+            microbatches=batch.microbatches,
+            sequences=batch.sequences,
+            length=batch.length,
+            evaluate_every=max(1, steps // EVALUATIONS),
+            evaluate_batches=max(1, EVALUATE_TOKENS // (batch.sequences * batch.length)),
+            epoch_steps=-(-steps // EPOCHS),
+        ),
+        allocation=Allocation(
+            work=8_500, data=(Part(account=data_owner, bps=1_000),), creator=Part(account=creator, bps=500)
+        ),
+        price_units=config.price_units,
+    )
+    return Manifest.parse(manifest.canonical)

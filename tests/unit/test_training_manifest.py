@@ -1,0 +1,104 @@
+"""The manifest: one hash for one meaning, and a clear word for everything that is wrong in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from training_world import small_manifest
+
+from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing
+from tessera.core.ids import RunId
+from tessera.training.home import Home
+from tessera.training.manifest import Manifest, load_manifest
+
+
+def altered(**changes: object) -> bytes:
+    value = json.loads(small_manifest().canonical)
+    for path, change in changes.items():
+        target = value
+        *parents, name = path.split("__")
+        for parent in parents:
+            target = target[parent]
+        target[name] = change
+    return json.dumps(value).encode()
+
+
+def test_the_run_id_survives_any_layout_of_the_json() -> None:
+    manifest = small_manifest()
+    pretty = json.dumps(json.loads(manifest.canonical), indent=2)
+    assert Manifest.parse(pretty).run_id == manifest.run_id
+    assert Manifest.parse(altered(name="other")).run_id != manifest.run_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"surprise": 1}, "surprise: unknown field"),
+        ({"schedule__surprise": 1}, "schedule.surprise: unknown field"),
+        ({"allocation__work": 8499}, "sums to 9999 basis points, expected 10000"),
+        ({"pay_to": "0x12"}, "pay_to"),
+        ({"price_units": 0}, "price_units"),
+        ({"price_units": "10"}, "price_units"),
+        ({"model__stages": 1}, "only a neighbour can sign receipts"),
+        ({"data__dataset": "../../etc/passwd"}, "data.dataset"),
+        ({"name": "<script>"}, "name"),
+        ({"version": 2}, "version"),
+    ],
+)
+def test_a_wrong_field_is_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(Invalid, match=message.replace(".", r"\.")):
+        Manifest.parse(altered(**changes))
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 5000, b" " * 70_000])
+def test_what_is_no_manifest_is_refused(data: bytes) -> None:
+    with pytest.raises(Invalid):
+        Manifest.parse(data)
+
+
+def test_a_manifest_with_another_hash_is_misbehaviour() -> None:
+    manifest = small_manifest()
+    assert load_manifest(manifest.canonical, manifest.run_id) == manifest
+    with pytest.raises(Misbehaviour, match="hashes to"):
+        load_manifest(manifest.canonical, RunId("00" * 32))
+
+
+def test_epochs_cover_every_step_once() -> None:
+    schedule = small_manifest(steps=7, epoch_steps=3).schedule
+    assert [list(schedule.epoch_range(e)) for e in range(schedule.epochs)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [schedule.epochs_due(done) for done in range(8)] == [0, 0, 0, 1, 1, 1, 2, 3]
+
+
+def test_a_state_directory_keeps_its_keys(tmp_path: Path) -> None:
+    first = Home(tmp_path / "state")
+    again = Home.existing(tmp_path / "state")
+    assert (first.peer_key, first.account_key) == (again.peer_key, again.account_key)
+    assert (tmp_path / "state" / "account.key").stat().st_mode & 0o077 == 0
+
+
+def test_two_processes_cannot_share_a_state_directory(tmp_path: Path) -> None:
+    home = Home(tmp_path / "state")
+    with home.locked(), pytest.raises(Conflict, match="in use by process"), Home(tmp_path / "state").locked():
+        pytest.fail("both hold it")
+    with home.locked():  # free again
+        pass
+
+
+def test_a_damaged_or_foreign_state_directory_is_named(tmp_path: Path) -> None:
+    Home(tmp_path / "a")
+    (tmp_path / "a" / "peer.key").write_text("zz")
+    with pytest.raises(Invalid, match=r"peer\.key is damaged"):
+        Home(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.doc").write_text("mine")
+    with pytest.raises(Invalid, match=r"not a Tessera state directory: it holds thesis\.doc"):
+        Home(tmp_path / "b")
+    Home(tmp_path / "c")
+    (tmp_path / "c" / "version").write_text("99")
+    with pytest.raises(Invalid, match="version '99', this Tessera reads version '1'"):
+        Home(tmp_path / "c")
+    (tmp_path / "d").write_text("a file")
+    with pytest.raises(Invalid, match="cannot use"):
+        Home(tmp_path / "d")
+    with pytest.raises(Missing):
+        Home.existing(tmp_path / "e")
