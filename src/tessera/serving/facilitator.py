@@ -1,0 +1,151 @@
+"""The x402 facilitator inside the gateway: its signer, over our chain client.
+
+x402's `exact` scheme verifies and settles synchronously; the chain client is asynchronous. So the scheme runs in a
+worker thread of its own limiter, and each chain call goes back to the event loop. A failure to reach the chain is kept
+apart from a payment that the chain refuses: the first is the gateway's trouble, the second is the buyer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import anyio.from_thread
+import anyio.to_thread
+from anyio import CapacityLimiter
+from eth_abi.abi import decode as abi_decode
+
+from tessera.core.errors import Late, TesseraError, Unavailable
+from tessera.core.ids import Account, parse_account
+from tessera.core.signing import AccountKey
+
+if TYPE_CHECKING:
+    from x402.mechanisms.evm.types import TransactionReceipt
+    from x402.schemas import PaymentPayload, PaymentRequirements, SettleResponse, VerifyResponse
+
+__all__ = ["Facilitator", "PaymentChain"]
+
+MAX_THREADS = 8
+T = TypeVar("T")
+
+
+class SentTransaction(Protocol):
+    """What the chain says of a transaction that took place."""
+
+    @property
+    def transaction_hash(self) -> str: ...
+    @property
+    def block_number(self) -> int: ...
+    @property
+    def logs(self) -> Sequence[Any]: ...
+
+
+class PaymentChain(Protocol):
+    """What payments ask of a chain; `tessera.chain.RpcChain` is one."""
+
+    async def chain_id(self) -> int: ...
+    async def call(self, to: Account, data: bytes) -> bytes: ...
+    async def code(self, account: Account) -> bytes: ...
+    async def send(self, key: AccountKey, to: Account, data: bytes) -> SentTransaction: ...
+
+
+class Facilitator:
+    """Verifies and settles payments on one chain, paying the gas with `key`."""
+
+    def __init__(self, chain: PaymentChain, key: AccountKey, chain_id: int) -> None:
+        from x402.pending_settlement_store import InMemoryPendingSettlementStore
+
+        self._chain = chain
+        self._key = key
+        self._chain_id = chain_id
+        self._pending = InMemoryPendingSettlementStore()
+        # Its own limiter: chain calls may need threads of the default one, and must never wait for us to free them.
+        self._limiter = CapacityLimiter(MAX_THREADS)
+
+    async def verify(self, payload: PaymentPayload, requirements: PaymentRequirements) -> VerifyResponse:
+        """x402's verdict. Raises: Unavailable or Late when the chain could not be asked."""
+        return await self._run(lambda scheme: scheme.verify(payload, requirements))
+
+    async def settle(self, payload: PaymentPayload, requirements: PaymentRequirements) -> SettleResponse:
+        """Sends the transfer and waits for it. Raises: Unavailable or Late when the chain gave no answer."""
+        return await self._run(lambda scheme: scheme.settle(payload, requirements))
+
+    async def _run(self, work: Callable[[Any], T]) -> T:
+        from x402.mechanisms.evm.exact.facilitator import ExactEvmScheme
+
+        signer = _Signer(self._chain, self._key, self._chain_id)
+        scheme = ExactEvmScheme(signer, pending_store=self._pending)
+        result = await anyio.to_thread.run_sync(work, scheme, limiter=self._limiter)
+        if signer.trouble is not None:
+            raise signer.trouble
+        return result
+
+
+class _Signer:
+    """x402's `FacilitatorEvmSigner` for one verification or settlement. Called in a worker thread."""
+
+    def __init__(self, chain: PaymentChain, key: AccountKey, chain_id: int) -> None:
+        self._chain = chain
+        self._key = key
+        self._chain_id = chain_id
+        self._receipts: dict[str, SentTransaction] = {}
+        self.trouble: TesseraError | None = None  # why the chain could not be asked
+
+    def get_addresses(self) -> list[str]:
+        return [self._key.account]
+
+    def get_chain_id(self) -> int:
+        return self._chain_id
+
+    def get_code(self, address: str) -> bytes:
+        return self._ask(lambda: self._chain.code(parse_account(address)))
+
+    def read_contract(self, address: str, abi: list[dict[str, Any]], function_name: str, *args: Any) -> Any:
+        from x402.mechanisms.evm.multicall import encode_contract_call
+
+        data = encode_contract_call(abi, function_name, *args)
+        result = self._ask(lambda: self._chain.call(parse_account(address), data))
+        function = next(entry for entry in abi if entry.get("name") == function_name)
+        values = abi_decode([output["type"] for output in function.get("outputs", [])], result)
+        return values[0] if len(values) == 1 else (values or None)
+
+    def write_contract(
+        self, address: str, abi: list[dict[str, Any]], function_name: str, *args: Any, data_suffix: str | None = None
+    ) -> str:
+        from x402.mechanisms.evm.multicall import encode_contract_call
+
+        suffix = bytes.fromhex((data_suffix or "").removeprefix("0x"))
+        return self.send_transaction(address, encode_contract_call(abi, function_name, *args) + suffix)
+
+    def send_transaction(self, to: str, data: bytes) -> str:
+        receipt = self._ask(lambda: self._chain.send(self._key, parse_account(to), data))
+        self._receipts[receipt.transaction_hash] = receipt
+        return receipt.transaction_hash
+
+    def wait_for_transaction_receipt(self, tx_hash: str) -> TransactionReceipt:
+        from x402.mechanisms.evm.types import TransactionReceipt
+
+        receipt = self._receipts[tx_hash]  # `send` has waited for it, and raises on a revert
+        return TransactionReceipt(1, receipt.block_number, tx_hash, [_log(log) for log in receipt.logs])
+
+    def verify_typed_data(self, *args: Any, **kwargs: Any) -> bool:
+        raise NotImplementedError("only EIP-3009 is offered; Permit2 alone asks for this")
+
+    def get_balance(self, address: str, token_address: str) -> int:
+        raise NotImplementedError("only EIP-3009 is offered; Permit2 alone asks for this")
+
+    def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
+        async def asked() -> T:
+            return await question()
+
+        try:
+            return anyio.from_thread.run(asked)
+        except (Unavailable, Late) as error:
+            self.trouble = error
+            raise
+        except TesseraError as error:  # x402 knows a refusal of the chain by this word
+            raise RuntimeError(f"execution reverted: {error.message}") from error
+
+
+def _log(log: Any) -> dict[str, Any]:
+    return {"address": log.address, "topics": list(log.topics), "data": log.data}

@@ -1,0 +1,226 @@
+"""x402 `exact` payments on an EVM chain, verified and settled by the gateway itself.
+
+Invariants: one authorization pays for one request, however often and at once it is sent; nothing is served before its
+transfer is on the chain; what was settled without an answer is served later for the same request without paying again
+(`charging` says what a buyer can rely on). Amounts are integers of the asset's smallest unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import structlog
+from eth_abi.abi import decode as abi_decode
+from eth_abi.abi import encode as abi_encode
+
+from tessera.core.clock import Clock, SystemClock
+from tessera.core.errors import Conflict, Invalid, Late, Unavailable
+from tessera.core.hashing import keccak
+from tessera.core.ids import Account, parse_account
+from tessera.core.signing import AccountKey
+from tessera.serving.charging import PaidRequest
+from tessera.serving.facilitator import Facilitator, PaymentChain
+from tessera.serving.ledger import PaymentLedger, PaymentName
+from tessera.serving.offers import Offer, encode_header, parse_payment
+
+__all__ = ["PaymentConfig", "Settlement", "X402Payments"]
+
+log = structlog.get_logger()
+
+NONCE_USED = "invalid_exact_evm_nonce_already_used"
+POOR = "invalid_exact_evm_insufficient_balance"
+SIMULATION_FAILED = "invalid_exact_evm_transaction_simulation_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentConfig:
+    """The price list and its limits."""
+
+    asset: Account  # the coin's contract; it must speak EIP-3009
+    asset_name: str  # as in the coin's EIP-712 domain
+    asset_version: str
+    price_units: int  # for one request, in the coin's smallest unit
+    pay_to: Account  # normally the model's share contract
+    timeout_s: int = 120  # how long a signed authorization should stay valid
+    max_held_per_payer: int = 16  # payments of one payer in flight
+    description: str = "one completion"
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """A payment that arrived. `time` in seconds since 1970."""
+
+    transaction: str
+    payer: Account
+    units: int
+    time: float
+
+
+class X402Payments:
+    """The gateway's `Payments`, over a chain.
+
+    Args:
+        key: sends the settlements and pays their gas; it never holds the buyers' money.
+        on_settled: told of each settlement, for pages and tables.
+    """
+
+    def __init__(
+        self,
+        config: PaymentConfig,
+        chain: PaymentChain,
+        key: AccountKey,
+        chain_id: int,
+        *,
+        clock: Clock | None = None,
+        on_settled: Callable[[Settlement], None] | None = None,
+    ) -> None:
+        self._chain = chain
+        self._clock = clock or SystemClock()
+        self._ledger = PaymentLedger(self._clock, max_held_per_payer=config.max_held_per_payer)
+        self._facilitator = Facilitator(chain, key, chain_id)
+        self._on_settled = on_settled
+        self.offer = Offer(
+            network=f"eip155:{chain_id}",
+            asset=parse_account(config.asset),
+            asset_name=config.asset_name,
+            asset_version=config.asset_version,
+            units=config.price_units,
+            pay_to=parse_account(config.pay_to),
+            timeout_s=config.timeout_s,
+            description=config.description,
+        )
+
+    @classmethod
+    async def open(
+        cls,
+        config: PaymentConfig,
+        chain: PaymentChain,
+        key: AccountKey,
+        *,
+        clock: Clock | None = None,
+        on_settled: Callable[[Settlement], None] | None = None,
+    ) -> X402Payments:
+        """Reads the chain's id and checks that the asset is a contract. Raises: Invalid when it is not."""
+        if not await chain.code(parse_account(config.asset)):
+            raise Invalid(f"the asset {config.asset} is no contract on this chain")
+        return cls(config, chain, key, await chain.chain_id(), clock=clock, on_settled=on_settled)
+
+    @property
+    def held(self) -> int:
+        """Payments in flight."""
+        return self._ledger.held
+
+    async def hold(self, header: str | None, request: PaidRequest) -> X402Hold:
+        """See `Payments.hold`. Cost: two or three reads of the chain."""
+        if header is None:
+            raise self.offer.refuse(request.url)
+        try:
+            payment, name = parse_payment(header)
+        except Invalid as error:
+            raise self.offer.refuse(request.url, f"invalid_payload: {error.message}") from error
+        if reason := self.offer.mismatch(payment["accepted"]):
+            raise self.offer.refuse(request.url, reason)
+        try:
+            self._ledger.hold(name)
+        except Conflict as error:
+            raise self.offer.refuse(request.url, NONCE_USED) from error
+        hold = X402Hold(self, payment, name, request)
+        try:
+            await hold.verify()
+        except BaseException:
+            hold.release()
+            raise
+        return hold
+
+
+class X402Hold:
+    """One authorization, set aside for one request."""
+
+    def __init__(self, owner: X402Payments, payment: dict[str, Any], name: PaymentName, request: PaidRequest) -> None:
+        from x402.schemas import PaymentPayload, PaymentRequirements
+
+        self._owner = owner
+        self._payload = PaymentPayload.model_validate(payment)
+        self._requirements = PaymentRequirements.model_validate(owner.offer.requirements())
+        self._name = name
+        self._request = request
+        self._state: Literal["held", "paid", "released"] = "held"
+
+    async def verify(self) -> None:
+        """Raises: PaymentRequired with the reason; Unavailable or Late when the chain cannot be asked."""
+        if await self._owed():
+            self._state = "paid"
+            return
+        verdict = await self._owner._facilitator.verify(self._payload, self._requirements)
+        if not verdict.is_valid:
+            reason = verdict.invalid_reason or "invalid_payment"
+            raise self._refuse(await self._diagnose() if reason == SIMULATION_FAILED else reason)
+
+    async def settle(self) -> dict[str, str]:
+        """See `Hold.settle`. An owed payment is not settled again."""
+        ledger = self._owner._ledger
+        if self._state == "paid":
+            ledger.forget(self._name)
+            return {}
+        try:
+            result = await self._owner._facilitator.settle(self._payload, self._requirements)
+        except (Unavailable, Late):
+            ledger.remember(self._name, "doubtful", self._request.digest)
+            raise
+        header = {"PAYMENT-RESPONSE": encode_header(result.model_dump(by_alias=True, exclude_none=True))}
+        if not result.success:
+            reason = result.error_reason or "settlement_failed"
+            if reason == "settlement_pending":
+                ledger.remember(self._name, "doubtful", self._request.digest)
+            raise self._refuse(reason, header)
+        self._state = "paid"
+        ledger.forget(self._name)
+        self._announce(result.transaction)
+        return header
+
+    def owe(self) -> None:
+        """See `Hold.owe`."""
+        self._owner._ledger.remember(self._name, "owed", self._request.digest)
+
+    def release(self) -> None:
+        """See `Hold.release`."""
+        if self._state != "released":
+            self._state = "released"
+            self._owner._ledger.release(self._name)
+
+    async def _owed(self) -> bool:
+        """Whether this payment was settled for this very request, which got no answer."""
+        memory = self._owner._ledger.recall(self._name, self._request.digest)
+        if memory == "doubtful":
+            return await self._used()
+        return memory == "owed"
+
+    async def _diagnose(self) -> str:
+        """Why the chain would refuse the transfer."""
+        if await self._used():
+            return NONCE_USED
+        payer = abi_encode(["address"], [self._name.payer])
+        (balance,) = abi_decode(["uint256"], await self._read("balanceOf(address)", payer))
+        return POOR if balance < self._owner.offer.units else SIMULATION_FAILED
+
+    async def _used(self) -> bool:
+        nonce = bytes.fromhex(self._name.nonce[2:])
+        arguments = abi_encode(["address", "bytes32"], [self._name.payer, nonce])
+        (used,) = abi_decode(["bool"], await self._read("authorizationState(address,bytes32)", arguments))
+        return bool(used)
+
+    async def _read(self, signature: str, arguments: bytes) -> bytes:
+        return await self._owner._chain.call(self._owner.offer.asset, keccak(signature.encode())[:4] + arguments)
+
+    def _refuse(self, reason: str, headers: dict[str, str] | None = None) -> Exception:
+        log.info("payment_refused", reason=reason, payer=self._name.payer)
+        return self._owner.offer.refuse(self._request.url, reason, headers)
+
+    def _announce(self, transaction: str) -> None:
+        units = self._owner.offer.units
+        payer = parse_account(self._name.payer)
+        log.info("payment_settled", transaction=transaction, payer=payer, units=units)
+        if self._owner._on_settled is not None:
+            self._owner._on_settled(Settlement(transaction, payer, units, self._owner._clock.time()))
