@@ -1,0 +1,42 @@
+"""ABI in and out, in our own types: an address is a checksummed `Account`, an integer an int, bytes are bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from eth_abi import abi as eth_abi
+from eth_abi.exceptions import DecodingError, EncodingError, ParseError
+
+from tessera.core.errors import Invalid
+from tessera.core.ids import parse_account
+
+__all__ = ["decode", "encode", "plain"]
+
+
+def encode(types: Sequence[str], values: Sequence[Any]) -> bytes:
+    """The ABI bytes of `values`. Raises `Invalid` for a value that its type cannot hold."""
+    try:
+        return eth_abi.encode(types, values)
+    except (EncodingError, ParseError, TypeError, ValueError, OverflowError) as error:
+        raise Invalid(f"cannot encode ({', '.join(types)}): {error}") from error
+
+
+def decode(types: Sequence[str], data: bytes) -> tuple[Any, ...]:
+    """The values in a contract's answer. Raises `Invalid` when the bytes are not of these types."""
+    try:
+        values = eth_abi.decode(types, data)
+    except (DecodingError, ParseError, ValueError, OverflowError) as error:
+        raise Invalid(f"expected ({', '.join(types)}), the contract sent {len(data)} bytes: {error}") from error
+    return tuple(plain(kind, value) for kind, value in zip(types, values, strict=True))
+
+
+def plain(kind: str, value: Any) -> Any:
+    """A decoded value with checksummed addresses. Tuples are taken apart by `face`, which knows their fields."""
+    if kind == "address":
+        return parse_account(value)
+    if kind == "address[]":
+        return [parse_account(item) for item in value]
+    if kind.endswith("]"):
+        return list(value)
+    return value
