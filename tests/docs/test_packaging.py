@@ -91,7 +91,6 @@ def test_a_fresh_venv_is_made_once(tmp_path: Path) -> None:
     assert (again.returncode, again.stdout) == (0, "")
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     """Built from what git tracks, without the network; data files (artifacts, templates, static) included."""
     listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
