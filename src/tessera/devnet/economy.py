@@ -18,18 +18,18 @@ import anyio
 import structlog
 from anyio import to_thread
 
-from tessera.chain.faces import ModelShare
+from tessera.chain.faces import Coin
 from tessera.chain.http import rpc_app
-from tessera.chain.settle import IncomeTable, income_table
 from tessera.core.clock import Clock
-from tessera.core.errors import Late, TesseraError
+from tessera.core.errors import TesseraError
 from tessera.core.ids import Account
-from tessera.core.merkle import share_leaf
-from tessera.core.signing import AccountKey
+from tessera.devnet.access import remember_urls
 from tessera.devnet.board import Board
+from tessera.devnet.books import Books
 from tessera.devnet.front import Asgi, Front
 from tessera.devnet.http import bind_ports, listening
 from tessera.devnet.ledger import Ledger, ensure_coin, ensure_funded, give_coins, open_ledger
+from tessera.devnet.node import LiveRoster
 from tessera.devnet.people import People, load_people
 from tessera.devnet.plan import UpConfig, make_manifest
 from tessera.devnet.processes import WorkerProcesses
@@ -39,14 +39,13 @@ from tessera.p2p.blobs import BlobStore, serve_blobs
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.serving.buyer import Buyer
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.payments import EvmPayments
-from tessera.serving.shards import ShardEngine
-from tessera.training.epochs import EpochLeaves
+from tessera.serving.payments import PaymentConfig, Settlement, X402Payments
+from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
 from tessera.training.home import Home, write_atomic
 from tessera.training.host import RunHost
-from tessera.training.keeper import known_leaves
 from tessera.training.manifest import Manifest
-from tessera.training.roster import Roster
+from tessera.training.receipts import ReceiptBook
+from tessera.training.roster import Roster, remember_run
 from tessera.training.rpc_link import serve_rpc
 from tessera.training.ticket import Ticket
 
@@ -81,6 +80,7 @@ class Economy:
     urls: dict[str, str] = field(default_factory=dict)
     ticket: str = ""
     samples: list[tuple[str, str]] = field(default_factory=list)  # prompt, answer
+    payments: list[Settlement] = field(default_factory=list)
     ledger: Ledger = field(init=False)
     coin: Account = field(init=False)
     people: People = field(init=False)
@@ -89,9 +89,10 @@ class Economy:
     board: Board = field(init=False)
     host: RunHost = field(init=False)
     roster: Roster | None = None
-    income: IncomeTable | None = None
-    epochs: list[EpochLeaves] = field(default_factory=list)
+    books: Books = field(init=False)
     processes: WorkerProcesses | None = None
+    opened: bool = False  # host and board stand
+    params: int = 0  # numbers in the whole model
 
     async def run(self) -> None:
         """Everything, in order. With `once` it returns when the table adds up; else it goes on until cancelled."""
@@ -121,6 +122,7 @@ class Economy:
                 open_ledger(home.path / "chain.sqlite", config.chain_url, self.clock)
             )
             await self._serve_http(stack, front, sockets)
+            remember_urls(home, self.urls)
             self.people = load_people(home)
             self._enter("starting", "deploying the test coin")
             await ensure_funded(self.ledger, self.people.operator)
@@ -131,10 +133,14 @@ class Economy:
             write_atomic(folder / "manifest.json", manifest.canonical)
             self.board = Board(manifest, folder / "board.sqlite")
             stack.callback(self.board.close)
+            self._book = ReceiptBook(folder / "book.sqlite")
+            stack.callback(self._book.close)
             transport = await stack.enter_async_context(IrohTransport.start(home.peer_key, bind=self._bind()))
+            self._transport = transport
             serve_blobs(transport, blobs)
             serve_rpc(transport, self.ledger.exchange)
             self._open_host(manifest, transport, folder)
+            self.opened = True
             self._print_ticket(manifest, transport, home)
             own = WorkerProcesses(self.ticket, home.path / "workers", config.stages - config.seats)
             self.processes = own
@@ -202,7 +208,11 @@ class Economy:
         open_seats = f"{self.config.seats} open, ticket printed below" if self.config.seats else "own workers"
         self._enter("seating", f"{self.config.stages} stages, {open_seats}")
         self.roster = await self.host.seat_everyone()
-        self.board.note(f"shares at {self.roster.share}")
+        assert self.manifest is not None
+        remember_run(folder, self.manifest, self.roster)
+        self.board.note(f"the share contract stands at {self.roster.share}")
+        accounts = [*self.roster.accounts, *(owner.account for owner in self.manifest.owners)]
+        self.books = Books(self.ledger.chain, self.roster, self._transport, self._book, accounts)
 
     async def _train(self) -> None:
         """Wait until every stage is trained and every epoch is on the chain."""
@@ -211,7 +221,6 @@ class Economy:
             await self._refresh_books()
             self.changed(self)
             await anyio.sleep(POLL_S)
-        await self._refresh_books()
 
     def _on_report(self, stage: int, report: Any) -> None:
         self.board.report(stage, report)
@@ -225,32 +234,49 @@ class Economy:
         self.host.phase = "serving"
         blobs = BlobStore(home.blobs)
         tokenizer = await to_thread.run_sync(load_tokenizer, blobs, manifest.tokenizer)
-        engine = ShardEngine(transport, lambda: self.host.roster().records, manifest.model)
-        pay_to = roster.share if manifest.pay_to == "share" else Account(manifest.pay_to)
-        payments = await EvmPayments.create(
-            self.ledger.chain, self.people.operator, coin=self.coin, pay_to=pay_to, price_units=manifest.price_units
+        model = manifest.model.model
+        engine = ShardEngine(
+            transport,
+            LiveRoster(self.host.roster),
+            ShardEngineConfig(context=model.context, vocab_size=model.vocab_size),
+        )
+        coin = Coin(self.ledger.chain, self.coin)
+        config = PaymentConfig(
+            asset=self.coin,
+            asset_name=await coin.name(),
+            asset_version=await coin.version(),
+            price_units=manifest.price_units,
+            pay_to=roster.share if manifest.pay_to == "share" else Account(manifest.pay_to),
+        )
+        payments = await X402Payments.open(
+            config, self.ledger.chain, self.people.operator, clock=self.clock, on_settled=self._on_settled
         )
         front.gateway = create_app(GatewayConfig(model=manifest.name), engine, tokenizer, payments)
 
+    def _on_settled(self, payment: Settlement) -> None:
+        self.payments.append(payment)
+        self.board.note(f"{payment.payer} paid {payment.units} units for an answer")
+
     async def _sell(self) -> None:
         """The first buyer pays for a few answers, through the same door as any other."""
-        assert self.manifest is not None
-        await give_coins(self.ledger, self.coin, self.people.operator, self.people.buyer.account, BUYER_UNITS)
+        assert self.manifest is not None and self.roster is not None
+        account = self.people.buyer.account
+        await give_coins(self.ledger, self.coin, self.people.operator, account, BUYER_UNITS)
         buyer = Buyer(
+            self.urls["page"],
             self.people.buyer,
-            self.urls["gateway"],
             chain_id=self.ledger.chain_id,
-            coin=self.coin,
-            max_units=self.manifest.price_units,
+            asset=self.coin,
+            max_units_each=self.manifest.price_units,
+            max_units=self.manifest.price_units * self.config.requests,
         )
-        for number, prompt in enumerate(await self._prompts()):
-            answer = await buyer.complete(
-                model=self.manifest.name, prompt=prompt, max_tokens=SAMPLE_TOKENS, temperature=0.6, seed=number
-            )
-            self.samples.append((prompt, answer.text))
-            self.board.note(f"the buyer paid {self.manifest.price_units} units for an answer")
-            await self._refresh_books()
-            self.changed(self)
+        async with buyer:
+            for number, prompt in enumerate(await self._prompts()):
+                answer = await buyer.complete(
+                    prompt, model=self.manifest.name, max_tokens=SAMPLE_TOKENS, temperature=0.5, seed=number
+                )
+                self.samples.append((prompt, str(answer["choices"][0]["text"])))
+                await self._refresh_books()
 
     async def _prompts(self) -> list[str]:
         """What the first buyer asks: beginnings of Python, or of the run's own validation text."""
@@ -269,51 +295,32 @@ class Economy:
     # --- money ------------------------------------------------------------------------------------------------------
 
     async def _settle_all(self) -> None:
-        """Spread what came in, redeem and claim the owners' part, and wait until the workers have claimed theirs."""
-        assert self.roster is not None
+        """Spread what came in, and wait until everybody has his part; the workers claim their own."""
         self.note = "spreading the income"
         deadline = time.monotonic() + SETTLE_S
         while True:
-            await self._distribute()
-            await self._refresh_books()
-            self.changed(self)
-            if self.income is not None and self.income.unclaimed == 0 and self.income.undistributed == 0:
+            await self._move_money()
+            income = self.books.income
+            if income.unclaimed == 0 and income.undistributed == 0:
                 self.note = "every part is claimed"
                 return
             if time.monotonic() > deadline:
                 self.note = "some income is not claimed yet; it waits in the contract"
-                log.warning("income_unclaimed", seconds=SETTLE_S)
+                log.warning("income_unclaimed", units=str(income.unclaimed), seconds=SETTLE_S)
                 return
             await anyio.sleep(POLL_S)
 
-    async def _distribute(self) -> None:
-        """Spread new income and pull the owners' part; anyone may do both."""
-        assert self.roster is not None
-        share, operator = ModelShare(self.ledger.chain, self.roster.share), self.people.operator
-        if self.income is None or self.income.undistributed > 0:
-            await share.distribute(operator)
-        for key in (self.people.data_owner, self.people.creator):
-            await self._redeem_for(share, key)
-            if await share.claimable(key.account) > 0:
-                await share.claim(operator, key.account)
-
-    async def _redeem_for(self, share: ModelShare, key: AccountKey) -> None:
-        for leaves in self.epochs:
-            shares = leaves.shares_of(key.account)
-            leaf = share_leaf(leaves.epoch, key.account, shares)
-            if shares and not await share.counted(leaf):
-                proof = leaves.proof(key.account)
-                await share.redeem(self.people.operator, leaves.epoch, key.account, shares, proof)
+    async def _move_money(self) -> None:
+        """Anyone may do this; the economy does it for the owners, who run no process."""
+        await self._refresh_books()
+        await self.books.distribute(self.people.operator)
+        for owner in (self.people.data_owner, self.people.creator):
+            await self.books.pay_out(owner.account, self.people.operator)
+        await self._refresh_books()
 
     async def _refresh_books(self) -> None:
-        """Read income and newly posted epochs from the chain."""
-        assert self.roster is not None and self.manifest is not None
-        share = ModelShare(self.ledger.chain, self.roster.share)
-        for epoch in range(len(self.epochs), await share.epoch_count()):
-            leaves = await known_leaves(self.host.transport, self.roster, share, epoch)
-            self.epochs.append(leaves)
-            self.board.note(f"epoch {epoch} posted: {leaves.total} units of shares")
-        self.income = await income_table(self.ledger.chain, self.roster.share, self.coin, self.epochs)
+        if await self.books.refresh():
+            self.changed(self)
 
     async def _stay_open(self) -> None:
         """Serve until cancelled; income that arrives is spread as it comes."""
@@ -321,11 +328,10 @@ class Economy:
         while True:
             try:
                 await self._refresh_books()
-                if self.income is not None and (self.income.undistributed or self.income.unclaimed):
-                    await self._distribute()
-            except (TesseraError, Late) as error:
+                if self.books.income.undistributed or self.books.income.unclaimed:
+                    await self._move_money()
+            except TesseraError as error:
                 log.warning("books_not_refreshed", code=error.code, reason=error.message)
-            self.changed(self)
             await anyio.sleep(4 * POLL_S)
 
     def _enter(self, phase: str, note: str = "") -> None:

@@ -100,7 +100,7 @@ async def ensure_coin(ledger: Ledger, operator: AccountKey, file: Path) -> Accou
 async def give_coins(ledger: Ledger, coin: Account, operator: AccountKey, account: Account, units: int) -> None:
     """Test money for a buyer, up to `units`."""
     face = Coin(ledger.chain, coin)
-    missing = units - await face.balance_of(account)
+    missing = units - await face.balanceOf(account)
     if missing > 0:
         await face.mint(operator, account, missing)
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import anyio
 import structlog
-from tessera.models.decode import StageDecoder
-from tessera.p2p.iroh_transport import IrohTransport
-from tessera.serving.shards import serve_decode
 
 from tessera.core.clock import Clock, SystemClock
+from tessera.models.decode import StageDecoder
+from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.transport import PeerRecord
+from tessera.serving.shards import ShardConfig, serve_decode
 from tessera.training.home import Home, write_atomic
+from tessera.training.roster import Roster
 from tessera.training.ticket import Ticket
 from tessera.training.worker import Seated, Worker, WorkerConfig
 
-__all__ = ["NodeConfig", "run_node"]
+__all__ = ["LiveRoster", "NodeConfig", "run_node"]
 
 log = structlog.get_logger()
 
@@ -55,8 +58,24 @@ def default_bind(ticket: Ticket) -> str:
     return LOOPBACK if all("127.0.0.1" in address or "[::1]" in address for address in addresses) else EVERYWHERE
 
 
+class LiveRoster:
+    """A roster whose addresses follow peers that come back elsewhere."""
+
+    def __init__(self, current: Callable[[], Roster]) -> None:
+        self._current = current
+
+    @property
+    def stages(self) -> int:
+        return self._current().stages
+
+    def holder(self, stage: int) -> PeerRecord:
+        return self._current().holder(stage)
+
+
 async def _serve(seated: Seated) -> None:
-    decoder = StageDecoder(seated.trainer.stage)
-    await serve_decode(seated.transport, decoder, seated.stage, seated.roster)
+    model = seated.manifest.model.model
+    config = ShardConfig(context=model.context, vocab_size=model.vocab_size)
+    roster = LiveRoster(lambda: seated.roster)
+    serve_decode(seated.transport, StageDecoder(seated.trainer), seated.stage, roster, config)
     log.info("serving", stage=seated.stage)
     await anyio.sleep_forever()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
@@ -185,7 +185,12 @@ class Urls:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One moment of a run. Sequences may be given as lists; payments and events are oldest first."""
+    """One moment of a run. Sequences may be given as lists; payments and events are oldest first.
+
+    Attributes:
+        sample: what the model wrote when it was asked `sample_prompt`.
+        total_shares: what the chain says was minted, unredeemed leaves included.
+    """
 
     run_id: str = ""
     chain_id: int = 0
@@ -211,12 +216,14 @@ class Snapshot:
     events: Sequence[Event] = ()
     urls: Urls = field(default_factory=Urls)
     total_shares: int = 0
+    sample_prompt: str = ""
 
     def __post_init__(self) -> None:
         _one_of("phase", self.phase, get_args(Phase))
         _finite(self, "tokens_per_s", "unigram_loss", "bigram_loss", "wire_bytes_per_token", "dense_bytes_per_token")
         _clean(self, "phase_note")
-        object.__setattr__(self, "sample", printable(self.sample, SAMPLE_LIMIT, lines=True))
+        for name in ("sample", "sample_prompt"):
+            object.__setattr__(self, name, printable(getattr(self, name), SAMPLE_LIMIT, lines=True))
         if len(self.losses) > LOSS_LIMIT:
             raise Invalid(f"a snapshot carries at most {LOSS_LIMIT} loss points, not {len(self.losses)}: use thinned()")
         for name in ("losses", "boundaries", "peers", "owners", "epochs"):
@@ -251,8 +258,11 @@ class Feed(Protocol):
         """The newest one."""
         ...
 
-    def changes(self) -> AsyncIterator[Snapshot]:
-        """The newest one at once, then each time it changed; a slow reader skips to the newest. Ends with the run."""
+    def changes(self) -> AsyncGenerator[Snapshot, None]:
+        """The newest one at once, then each time it changed; a slow reader skips to the newest. Ends with the feed.
+
+        Read it within `contextlib.aclosing`, so that a reader who leaves early leaves nothing behind.
+        """
         ...
 
 
@@ -285,7 +295,7 @@ class SnapshotFeed:
     def snapshot(self) -> Snapshot:
         return self._newest
 
-    async def changes(self) -> AsyncIterator[Snapshot]:
+    async def changes(self) -> AsyncGenerator[Snapshot, None]:
         seen = 0
         while True:
             while self._version == seen and not self._closed:

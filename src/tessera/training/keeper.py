@@ -194,7 +194,7 @@ class Keeper:
         text = self._book.epoch(epoch)
         if text is not None:
             leaves = EpochLeaves.from_text(text)
-            if leaves.root == (await self.share.epochs(epoch))[0]:
+            if leaves.root == (await self.share.epochs(epoch)).root:
                 return leaves
         leaves = await known_leaves(self._transport, self._roster(), self.share, epoch)
         self._book.save_epoch(epoch, leaves.to_text())
@@ -272,7 +272,7 @@ async def known_leaves(transport: Transport, roster: Roster, share: ModelShare, 
 
     Raises: Missing when nobody has them now.
     """
-    root = (await share.epochs(epoch))[0]
+    root = (await share.epochs(epoch)).root
     for seat in roster.seats:
         if seat.peer == transport.id:
             continue

@@ -7,16 +7,19 @@ the host nor another peer can put somebody else's account in a worker's place wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tessera.core import encoding
-from tessera.core.errors import Invalid, Misbehaviour
+from tessera.core.errors import Invalid, Misbehaviour, Missing
 from tessera.core.hashing import keccak
-from tessera.core.ids import Account, PeerId, RunId, parse_account
+from tessera.core.ids import Account, PeerId, RunId, parse_account, parse_run_id
 from tessera.core.signing import AccountKey, recover_account
 from tessera.p2p.transport import PeerRecord
+from tessera.training.home import write_atomic
+from tessera.training.manifest import MANIFEST_LIMIT, Manifest, load_manifest
 
-__all__ = ["Roster", "Seat", "seat_binding"]
+__all__ = ["Roster", "Seat", "recall_run", "remember_run", "seat_binding"]
 
 
 def seat_binding(run_id: RunId, peer: PeerId, key: AccountKey) -> bytes:
@@ -78,6 +81,14 @@ class Roster:
     coin: Account
 
     @property
+    def stages(self) -> int:
+        return len(self.seats)
+
+    def holder(self, stage: int) -> PeerRecord:
+        """Whom to dial for `stage`."""
+        return self.seats[stage].record
+
+    @property
     def peers(self) -> list[PeerId]:
         return [seat.peer for seat in self.seats]
 
@@ -107,6 +118,22 @@ class Roster:
         for seat in seats:
             seat.check(run_id)
         return cls(run_id, seats, parse_account(value.get("share")), parse_account(value.get("coin")))
+
+
+def remember_run(folder: Path, manifest: Manifest, roster: Roster) -> None:
+    """Keep what outlives the run's host: its manifest, and where its shares are."""
+    write_atomic(folder / "manifest.json", manifest.canonical)
+    write_atomic(folder / "roster.json", encoding.encode(roster.to_value()))
+
+
+def recall_run(folder: Path) -> tuple[Manifest, Roster]:
+    """What `remember_run` kept. Raises `Missing` when this run was never seated here, `Invalid` when it is damaged."""
+    try:
+        manifest = load_manifest((folder / "manifest.json").read_bytes(), parse_run_id(folder.name))
+        value = encoding.decode((folder / "roster.json").read_bytes(), MANIFEST_LIMIT * 16)
+        return manifest, Roster.from_value(manifest.run_id, manifest.model.stages, value)
+    except FileNotFoundError as error:
+        raise Missing(f"run {folder.name[:16]}… was never seated in this state directory") from error
 
 
 def _binding_digest(run_id: RunId, peer: PeerId) -> bytes:

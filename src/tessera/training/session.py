@@ -62,6 +62,7 @@ class Link:
     digest: Any = field(default_factory=hashlib.sha256)  # of this step's payloads that arrived
     sent: Any = field(default_factory=hashlib.sha256)  # of this step's payloads that we sent
     unsigned: dict[int, bytes] = field(default_factory=dict)  # step -> digest of what we sent
+    tokens: int = 0  # that crossed, both directions together, evaluation included
     done: bool = False  # the neighbour said that nothing follows
 
 
@@ -109,7 +110,6 @@ class Session:
         self._forward: deque[Frame] = deque()
         self._next_index = {Kind.FORWARD: 0, Kind.GRADIENT: 0, Kind.EVALUATE: 0}
         self._losses: list[tuple[float, int]] = []
-        self._crossed = {"forward": 0, "backward": 0}  # tokens that crossed our links, evaluation included
 
     async def run(self) -> None:
         """Train to the end. Raises the first failure: a neighbour gone, late, or wrong."""
@@ -299,12 +299,12 @@ class Session:
         self._next_index[frame.kind] += 1
         if frame.kind is not Kind.EVALUATE:
             link.digest.update(frame.payload)
-        self._crossed[link.takes] += self._manifest.tokens_per_microbatch
+        link.tokens += self._manifest.tokens_per_microbatch
 
     async def _send(self, link: Link, kind: Kind, index: int, payload: bytes) -> None:
         if kind is not Kind.EVALUATE:
             link.sent.update(payload)
-        self._crossed[link.gives] += self._manifest.tokens_per_microbatch
+        link.tokens += self._manifest.tokens_per_microbatch
         await link.stream.send(Frame(kind, self._step, index, payload).to_bytes())
 
     def _wire(self) -> dict[str, int]:
@@ -312,10 +312,7 @@ class Session:
         link = self._down
         if link is None:
             return {}
-        return {
-            "bytes": link.stream.sent_bytes + link.stream.received_bytes,
-            "tokens": self._crossed["forward"] + self._crossed["backward"],
-        }
+        return {"bytes": link.stream.sent_bytes + link.stream.received_bytes, "tokens": link.tokens}
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

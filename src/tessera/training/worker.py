@@ -33,7 +33,7 @@ from tessera.training.manifest import MANIFEST_LIMIT, Manifest, load_manifest
 from tessera.training.pipeline import Pipeline
 from tessera.training.protocols import CALL_S, JOIN, RUN, SMALL
 from tessera.training.receipts import ReceiptBook
-from tessera.training.roster import Roster, seat_binding
+from tessera.training.roster import Roster, remember_run, seat_binding
 from tessera.training.rpc_link import peer_rpc
 from tessera.training.ticket import Ticket
 
@@ -130,6 +130,7 @@ class Worker:
         folder = self._home.run_folder(manifest.run_id)
         log.info("seated", run_id=manifest.run_id, stage=stage)
         roster = await self._wait_for_roster(manifest)
+        remember_run(folder, manifest, roster)
         chain = RpcChain(peer_rpc(self._transport, lambda: self._ticket.peers[0]))
         await self._check_chain(manifest, roster, chain)
         blobs = BlobStore(self._home.blobs)

@@ -1,0 +1,112 @@
+"""`tessera shares` and `tessera claim`: what the chain says about owners, and pulling one's part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tessera.chain.faces import ModelShare
+from tessera.chain.settle import income_table
+from tessera.core.amount import Amount
+from tessera.core.ids import Account
+from tessera.core.merkle import share_leaf
+from tessera.devnet.access import OpenRun, open_run
+from tessera.training.manifest import SHARE_WAD
+
+__all__ = ["run_claim", "run_shares"]
+
+COIN, DECIMALS = "tUSD", 6
+
+
+async def run_shares(state_dir: Path, as_json: bool) -> None:
+    async with open_run(state_dir) as run:
+        facts = await _shares(run)
+    if as_json:
+        print(json.dumps(facts))  # noqa: T201  the command's result
+        return
+    table = Table("account", "role", "shares", "claimable", "claimed", title=f"{facts['name']} · {facts['share']}")
+    for row in facts["owners"]:
+        cells = [_wad(row["shares"]), _money(row["claimable"]), _money(row["claimed"])]
+        table.add_row(row["account"], row["role"], *cells)
+    table.add_section()
+    table.add_row("all", "", _wad(facts["total_shares"]), _money(facts["unclaimed"]), _money(facts["claimed"]))
+    console = Console()
+    console.print(table, highlight=False)
+    console.print(
+        f"revenue {_money(facts['revenue'])} = claimed {_money(facts['claimed'])} + unclaimed "
+        f"{_money(facts['unclaimed'])} + undistributed {_money(facts['undistributed'])} + dust {facts['dust']} units",
+        highlight=False,
+    )
+
+
+async def run_claim(state_dir: Path, as_json: bool) -> None:
+    """Redeem every epoch that this directory knows, spread what has arrived, and claim."""
+    async with open_run(state_dir) as run:
+        key, share = run.home.account_key, ModelShare(run.chain, run.roster.share)
+        redeemed = await _redeem(run, share)
+        income = await income_table(run.chain, run.roster.share)
+        if income.undistributed > 0:
+            await share.distribute(key)
+        units = await share.claimable(key.account)
+        if units > 0:
+            await share.claim(key, key.account)
+        facts = {"account": key.account, "redeemed": redeemed, "claimed": units}
+    if as_json:
+        print(json.dumps(facts))  # noqa: T201  the command's result
+    else:
+        Console().print(f"{key.account}: redeemed {_wad(redeemed)} shares, claimed {_money(units)}", highlight=False)
+
+
+async def _redeem(run: OpenRun, share: ModelShare) -> int:
+    account, total = run.home.account_key.account, 0
+    for leaves in run.leaves:
+        shares = leaves.shares_of(account)
+        if shares and not await share.counted(share_leaf(leaves.epoch, account, shares)):
+            await share.redeem(run.home.account_key, leaves.epoch, account, shares, leaves.proof(account))
+            total += shares
+    return total
+
+
+async def _shares(run: OpenRun) -> dict[str, Any]:
+    share = ModelShare(run.chain, run.roster.share)
+    income = await income_table(run.chain, run.roster.share)
+    roles: dict[Account, str] = {seat.account: f"stage {seat.stage}" for seat in run.roster.seats}
+    for owner in run.manifest.owners:
+        roles.setdefault(owner.account, owner.role)
+    owners = []
+    for account, role in roles.items():
+        owners.append(
+            {
+                "account": account,
+                "role": role,
+                "shares": await share.balanceOf(account),
+                "claimable": await share.claimable(account),
+                "claimed": income.claimed.get(account, 0),
+            }
+        )
+    return {
+        "run_id": run.manifest.run_id,
+        "name": run.manifest.name,
+        "share": run.roster.share,
+        "owners": owners,
+        "total_shares": await share.totalSupply(),
+        "revenue": income.revenue,
+        "claimed": sum(income.claimed.values()),
+        "unclaimed": income.unclaimed,
+        "undistributed": income.undistributed,
+        "dust": income.dust,
+    }
+
+
+def _money(units: int) -> str:
+    return Amount(units, COIN).format(DECIMALS)
+
+
+def _wad(shares: int) -> str:
+    """Shares with four decimals, rounded down: enough to compare, never more than owned."""
+    whole, rest = divmod(shares, SHARE_WAD)
+    return f"{whole}.{rest * 10_000 // SHARE_WAD:04d}"

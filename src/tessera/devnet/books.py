@@ -1,0 +1,99 @@
+"""The books: epochs, shares and income of one run as the chain has them; and what anybody may do to move them on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+
+from tessera.chain.client import RpcChain
+from tessera.chain.faces import ModelShare
+from tessera.chain.settle import IncomeTable, income_table
+from tessera.core.ids import Account
+from tessera.core.merkle import share_leaf
+from tessera.core.signing import AccountKey
+from tessera.p2p.transport import Transport
+from tessera.training.epochs import EpochLeaves
+from tessera.training.keeper import known_leaves
+from tessera.training.receipts import ReceiptBook
+from tessera.training.roster import Roster
+
+__all__ = ["Books"]
+
+log = structlog.get_logger()
+
+
+class Books:
+    """Read from the chain by `refresh`; every figure is as of then.
+
+    Args:
+        accounts: whose shares and income are looked up.
+    """
+
+    def __init__(
+        self, chain: RpcChain, roster: Roster, transport: Transport, book: ReceiptBook, accounts: Sequence[Account]
+    ) -> None:
+        self._chain, self._roster, self._transport, self._book = chain, roster, transport, book
+        self._share = ModelShare(chain, roster.share)
+        self._accounts = tuple(dict.fromkeys(accounts))
+        self._seen_block = -1
+        self.epochs: list[EpochLeaves] = []
+        self.postings: dict[int, str] = {}  # epoch -> transaction
+        self.shares: dict[Account, int] = {}
+        self.claimable: dict[Account, int] = {}
+        self.total_shares = 0
+        self.income = IncomeTable.empty()
+
+    @property
+    def work_shares(self) -> dict[Account, int]:
+        """Shares that the posted epochs give each account, redeemed or not."""
+        totals: dict[Account, int] = {}
+        for leaves in self.epochs:
+            for account, shares in leaves.leaves:
+                totals[account] = totals.get(account, 0) + shares
+        return totals
+
+    async def refresh(self) -> bool:
+        """Read again if the chain has moved; True when it had."""
+        block = await self._chain.block_number()
+        if block == self._seen_block:
+            return False
+        await self._read_epochs()
+        for account in self._accounts:
+            self.shares[account] = await self._share.balanceOf(account)
+            self.claimable[account] = await self._share.claimable(account)
+        self.total_shares = await self._share.totalSupply()
+        self.income = await income_table(self._chain, self._roster.share)
+        self._seen_block = block
+        return True
+
+    async def distribute(self, sender: AccountKey) -> None:
+        """Spread what has arrived. Anyone may; it costs the sender gas."""
+        if self.income.undistributed > 0:
+            await self._share.distribute(sender)
+
+    async def pay_out(self, account: Account, sender: AccountKey) -> None:
+        """Redeem `account`'s leaves and claim its income. Anyone may; the money goes to `account` alone."""
+        for leaves in self.epochs:
+            shares = leaves.shares_of(account)
+            if shares and not await self._share.counted(share_leaf(leaves.epoch, account, shares)):
+                await self._share.redeem(sender, leaves.epoch, account, shares, leaves.proof(account))
+        if await self._share.claimable(account) > 0:
+            await self._share.claim(sender, account)
+
+    async def _read_epochs(self) -> None:
+        for epoch in range(len(self.epochs), await self._share.epoch_count()):
+            leaves = await self._leaves(epoch)
+            self.epochs.append(leaves)
+            log.info("epoch_on_chain", epoch=epoch, shares=str(leaves.total))
+        if len(self.postings) < len(self.epochs):
+            for entry in await self._chain.logs(self._roster.share, [ModelShare.Posted.TOPIC], 0):
+                self.postings[ModelShare.Posted.decode(entry).epoch] = entry.tx_hash
+
+    async def _leaves(self, epoch: int) -> EpochLeaves:
+        text = self._book.epoch(epoch)
+        if text is not None:
+            return EpochLeaves.from_text(text)
+        leaves = await known_leaves(self._transport, self._roster, self._share, epoch)
+        self._book.save_epoch(epoch, leaves.to_text())
+        return leaves

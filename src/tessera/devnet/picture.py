@@ -1,0 +1,192 @@
+"""From an economy's state to what people see of it: a `Snapshot` for page and terminal, and the closing JSON object."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tessera.core.ids import Account
+from tessera.devnet.economy import Economy
+from tessera.devnet.snapshot import (
+    Boundary,
+    Epoch,
+    Event,
+    Income,
+    LossPoint,
+    Model,
+    Owner,
+    Payment,
+    Peer,
+    Snapshot,
+    Status,
+    Urls,
+    thinned,
+)
+from tessera.training.manifest import SHARE_FLOPS, SHARE_WAD
+
+__all__ = ["closing_object", "take_snapshot"]
+
+SILENT_S = 5.0  # a worker that has not reported for so long counts as down
+
+
+def take_snapshot(economy: Economy) -> Snapshot:
+    """The economy as it stands now. Cheap: nothing is asked of the chain here."""
+    manifest = economy.manifest
+    if manifest is None or not economy.opened:
+        return Snapshot(phase=economy.phase, phase_note=economy.note, urls=Urls(**economy.urls))
+    spec, board = manifest.model, economy.board
+    return Snapshot(
+        run_id=manifest.run_id,
+        chain_id=manifest.chain_id,
+        phase=economy.phase,
+        phase_note=economy.note,
+        model=Model(
+            params=economy.params,
+            stages=spec.stages,
+            vocab=spec.model.vocab_size,
+            width=spec.model.width,
+            codec=f"{spec.codec.kind} {spec.codec.wire}",
+            name=manifest.name,
+        ),
+        step=board.step,
+        steps=manifest.schedule.steps,
+        tokens=board.step * manifest.tokens_per_step,
+        tokens_per_s=board.tokens_per_s if economy.phase == "training" else None,
+        losses=_losses(economy),
+        unigram_loss=economy.text.unigram_loss,
+        bigram_loss=economy.text.bigram_loss,
+        wire_bytes_per_token=board.wire_bytes_per_token or None,
+        dense_bytes_per_token=float(spec.dense_bytes_per_token()),
+        boundaries=[
+            Boundary(stage, count / tokens if tokens else None, count)
+            for stage, (count, tokens) in sorted(board.wire().items())
+        ],
+        peers=_peers(economy),
+        owners=_owners(economy),
+        epochs=_epochs(economy),
+        income=_income(economy),
+        payments=[Payment(p.transaction, p.payer, p.units, p.time) for p in economy.payments],
+        sample=sample(economy),
+        events=[Event(when, text) for when, text in board.events],
+        urls=Urls(**economy.urls),
+        total_shares=economy.books.total_shares,
+    )
+
+
+def closing_object(economy: Economy) -> dict[str, Any]:
+    """What `tessera up --once --json` prints; money and shares as integers, all of them read from the chain."""
+    assert economy.manifest is not None  # set long before the end
+    snapshot, income, validations = take_snapshot(economy), economy.books.income, economy.board.points("validation")
+    return {
+        "run_id": snapshot.run_id,
+        "chain_id": snapshot.chain_id,
+        "stages": snapshot.model.stages,
+        "steps": snapshot.step,
+        "tokens": snapshot.tokens,
+        "val_loss_first": validations[0][1],
+        "val_loss_last": validations[-1][1],
+        "unigram_loss": snapshot.unigram_loss,
+        "bigram_loss": snapshot.bigram_loss,
+        "wire_bytes_per_token": snapshot.wire_bytes_per_token,
+        "dense_bytes_per_token": snapshot.dense_bytes_per_token,
+        "workers": [
+            {
+                "peer": peer.peer,
+                "account": peer.account,
+                "stage": peer.stage,
+                "verified_tokens": peer.verified_tokens,
+                "shares": peer.shares,
+                "claimed": peer.claimed,
+            }
+            for peer in snapshot.peers
+        ],
+        "owners": [
+            {"account": owner.account, "role": owner.role, "shares": owner.shares, "claimed": owner.claimed}
+            for owner in snapshot.owners
+        ],
+        "total_shares": snapshot.total_shares,
+        "requests_paid": income.payments,
+        "revenue": income.revenue,
+        "unclaimed": income.unclaimed,
+        "undistributed": income.undistributed,
+        "dust": income.dust,
+        "sample": snapshot.sample,
+        "elapsed_s": round(time.monotonic() - economy.started, 1),
+    }
+
+
+def sample(economy: Economy) -> str:
+    """The longest answer that the first buyer got, after its question."""
+    return max((prompt + answer for prompt, answer in economy.samples), key=len, default="")
+
+
+def _losses(economy: Economy) -> tuple[LossPoint, ...]:
+    assert economy.manifest is not None
+    per_step = economy.manifest.tokens_per_step
+    train, validation = dict(economy.board.points("train")), dict(economy.board.points("validation"))
+    steps = sorted({*train, *validation})
+    points = [LossPoint(step, step * per_step, train.get(step), validation.get(step)) for step in steps]
+    return thinned(points)
+
+
+def _peers(economy: Economy) -> list[Peer]:
+    assert economy.manifest is not None
+    spec, books = economy.manifest.model, economy.books
+    peers = []
+    for seat in economy.host.seats:
+        shares = books.work_shares.get(seat.account, 0)
+        peers.append(
+            Peer(
+                peer=seat.peer,
+                account=seat.account,
+                stage=seat.stage,
+                status=_status(economy, seat.stage),
+                verified_tokens=shares * SHARE_FLOPS // SHARE_WAD // spec.flops_per_token(seat.stage),
+                shares=books.shares.get(seat.account, 0),
+                claimable=books.claimable.get(seat.account, 0),
+                claimed=books.income.claimed.get(seat.account, 0),
+            )
+        )
+    return peers
+
+
+def _status(economy: Economy, stage: int) -> Status:
+    heard = economy.board.heard.get(stage)
+    if heard is None:
+        return "waiting"
+    return "up" if time.monotonic() - heard < SILENT_S else "down"
+
+
+def _owners(economy: Economy) -> list[Owner]:
+    assert economy.manifest is not None
+    books = economy.books
+    return [
+        Owner(
+            account=owner.account,
+            role=owner.role,
+            shares=books.shares.get(owner.account, 0),
+            claimed=books.income.claimed.get(owner.account, 0),
+            claimable=books.claimable.get(owner.account, 0),
+        )
+        for owner in economy.manifest.owners
+    ]
+
+
+def _epochs(economy: Economy) -> list[Epoch]:
+    return [
+        Epoch(leaves.epoch, leaves.root.hex(), leaves.total, economy.books.postings.get(leaves.epoch, ""))
+        for leaves in economy.books.epochs
+    ]
+
+
+def _income(economy: Economy) -> Income:
+    income = economy.books.income
+    return Income(
+        revenue=income.revenue,
+        claimed=sum(income.claimed.values()),
+        unclaimed=income.unclaimed,
+        undistributed=income.undistributed,
+        dust=income.dust,
+        requests_paid=income.payments,
+        contract=economy.roster.share if economy.roster is not None else Account(""),
+    )
