@@ -28,6 +28,7 @@ STAGE_STYLES = ("blue", "green", "yellow", "magenta", "cyan", "red")
 STATUS_STYLES = {"up": ("●", "green"), "down": ("●", "red"), "waiting": ("○", "yellow")}
 QUIET = "bright_black"
 EVENTS_SHOWN = 6
+CAPTION = "Shares are cut to four decimals here; the check is exact to the last of 18."
 TILE, GAP = 13, 12  # columns of a stage and of what stands between two
 
 
@@ -242,9 +243,9 @@ def _ownership(snapshot: Snapshot) -> Table:
     held, total, income = snapshot.held_shares, snapshot.total_shares, snapshot.income
     verified = sum(peer.verified_tokens for peer in snapshot.peers)
     claimed = sum(peer.claimed for peer in snapshot.peers) + sum(owner.claimed for owner in snapshot.owners)
-    check = "= all that were minted" if held == total else f"≠ {fig.shares_down(total)} that were minted"
-    sums = (fig.count(verified), fig.shares_down(held), fig.percent_down(held, total), fig.money(claimed, income))
-    table = Table(title="Who owns the model", title_justify="left", show_footer=True)
+    check = "= all that were minted" if held == total else f"≠ {fig.shares_down(total, 4)} that were minted"
+    sums = (fig.count(verified), fig.shares_down(held, 4), fig.percent_down(held, total), fig.money(claimed, income))
+    table = Table(title="Who owns the model", title_justify="left", show_footer=True, caption=CAPTION)
     table.add_column("holder", footer="all", no_wrap=True)
     table.add_column("account", footer=check)
     for title, footer in zip(("verified tokens", "shares", "of all", "claimed"), sums, strict=True):
@@ -254,7 +255,7 @@ def _ownership(snapshot: Snapshot) -> Table:
         *((owner.role, "", owner) for owner in snapshot.owners),
     ]
     for name, tokens, holder in holders:
-        part = (fig.shares_down(holder.shares), fig.percent_down(holder.shares, total))
+        part = (fig.shares_down(holder.shares, 4), fig.percent_down(holder.shares, total))
         table.add_row(*_cells(name, fig.short(holder.account), tokens, *part, fig.money(holder.claimed, income)))
     return table
 

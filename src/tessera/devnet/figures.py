@@ -63,16 +63,17 @@ def money(units: int, income: Income) -> str:
     return Amount(units, income.asset).format(income.decimals)
 
 
-def shares_down(units: int) -> str:
-    """Whole shares; below a hundred with four decimals, rounded down.
+def shares_down(units: int, decimals: int | None = None) -> str:
+    """Shares cut to `decimals`; by default to none, or to four below a hundred.
 
-    >>> shares_down(1_234 * 10**18 + 1), shares_down(99_999_999 * 10**12), shares_down(1)
-    ('1,234', '99.9999', '0.0000')
+    >>> shares_down(1_234 * 10**18 + 1), shares_down(99_999_999 * 10**12), shares_down(1, 6)
+    ('1,234', '99.9999', '0.000000')
     """
-    whole = units // 10**SHARE_DECIMALS
-    if units == 0 or whole >= 100:
-        return count(whole)
-    return f"{whole}.{units % 10**SHARE_DECIMALS // 10 ** (SHARE_DECIMALS - 4):04d}"
+    whole, rest = divmod(units, 10**SHARE_DECIMALS)
+    if decimals is None:
+        decimals = 0 if units == 0 or whole >= 100 else 4
+    fraction = f".{rest:0{SHARE_DECIMALS}d}"[: decimals + 1] if decimals else ""
+    return count(whole) + fraction
 
 
 def percent_down(part: int, whole: int) -> str:

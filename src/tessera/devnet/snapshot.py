@@ -188,6 +188,7 @@ class Snapshot:
     """One moment of a run. Sequences may be given as lists; payments and events are oldest first.
 
     Attributes:
+        phase_note: what it is doing now, in a few words that change seldom.
         sample: what the model wrote when it was asked `sample_prompt`.
         total_shares: what the chain says was minted, unredeemed leaves included.
     """
