@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tessera.models.config import ModelConfig
-from tessera.models.functional import linear, rms_norm, rope, swiglu
+from tessera.models.functional import linear, rms_norm, split_heads, swiglu
 from tessera.models.noise import symmetric
 
 __all__ = ["Layer", "LayerCache", "Rotation"]
@@ -83,11 +83,8 @@ class Layer(nn.Module):
         c = self.config
         batch, length, _ = x_BTD.shape
         qkv = linear(x_BTD, self.qkv, self.low).view(batch, length, c.heads + 2 * c.kv_heads, c.head_dim)
-        q, k, v = qkv.split_with_sizes((c.heads, c.kv_heads, c.kv_heads), dim=2)
-        if c.qk_norm:
-            q, k = rms_norm(q, self.q_gain, c.norm_eps), rms_norm(k, self.k_gain, c.norm_eps)
-        q, k = rope(q, *rotation).transpose(1, 2), rope(k, *rotation).transpose(1, 2)
-        v = v.transpose(1, 2)
+        q, k, v = split_heads(qkv, self._qk_gain(), *rotation, c.heads, c.norm_eps)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(filled, k, v)
         if c.kv_heads != c.heads:
@@ -95,6 +92,13 @@ class Layer(nn.Module):
         mask = _mask(length, filled, x_BTD.device) if filled and length > 1 else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=filled == 0 and length > 1)
         return self._project(y.transpose(1, 2).reshape(batch, length, c.width), self.out)
+
+    def _qk_gain(self) -> Tensor | None:
+        """One row for each query and key head. [H + K, E]"""
+        c = self.config
+        if not c.qk_norm:
+            return None
+        return torch.cat((self.q_gain.expand(c.heads, -1), self.k_gain.expand(c.kv_heads, -1)))
 
     def _project(self, x: Tensor, weight: Tensor) -> Tensor:
         y = linear(x, weight, self.low)

@@ -3,7 +3,7 @@
 torch's own CPU kernels spend most of a small model's time on these; writing the backward by hand halves it. Each
 function equals its plain definition (`tests/exact/test_models_functional.py`).
 
-Legend: B sequences, T tokens, H heads, D head size; `...` any leading axes.
+Legend: B sequences, T tokens, H heads, K key-value heads, G both with the values, E head size, D, I, O, F widths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear", "rms_norm", "rope", "rope_tables", "swiglu"]
+__all__ = ["linear", "rms_norm", "rope_tables", "split_heads", "swiglu"]
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -51,22 +51,19 @@ def rms_norm(x: Float[Tensor, "... D"], gain: Float[Tensor, " D"], eps: float) -
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, -1)
-        sigmoid = torch.sigmoid(gate)
-        ctx.save_for_backward(gate_up, sigmoid)
-        return (gate * sigmoid).mul_(up)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        gate_up, sigmoid = ctx.saved_tensors
+        (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         out = torch.empty_like(gate_up)
-        silu = gate * sigmoid
-        torch.mul(grad, silu, out=out.narrow(-1, gate.size(-1), gate.size(-1)))
-        # d silu / d gate = sigmoid + silu · (1 - sigmoid)
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        torch.mul(slope.mul_(up), grad, out=out.narrow(-1, 0, gate.size(-1)))
+        out_gate, out_up = out.chunk(2, -1)
+        torch.mul(F.silu(gate), grad, out=out_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=out_gate)
         return out
 
 
@@ -75,34 +72,62 @@ def swiglu(gate_up: Float[Tensor, "... twoF"]) -> Float[Tensor, "... F"]:
     return _apply(_SwiGlu, gate_up)
 
 
-class _Rope(torch.autograd.Function):
+class _SplitHeads(torch.autograd.Function):
+    """One pass from the fused projection to rotated queries and keys: a layer has no costlier element-wise part."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+    def forward(
+        ctx: Any, qkv: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, heads: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        turned = gain.size(0) if gain is not None else heads + (qkv.size(2) - heads) // 2
+        qk, v = qkv[:, :, :turned], qkv[:, :, turned:]
+        inverse = None
+        if gain is not None:
+            inverse = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square_().div_(qk.size(-1)).add_(eps).rsqrt_()
+            qk = qk * inverse
+        ctx.save_for_backward(qk if gain is not None else None, inverse, gain, cos, sin)
+        qk = _rotate(qk if gain is None else qk * gain, cos, sin)
+        return qk[:, :, :heads], qk[:, :, heads:], v.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        normal, inverse, gain, cos, sin = ctx.saved_tensors
+        grad = _rotate(torch.cat((grad_q, grad_k), dim=2), cos, -sin)
+        if gain is None:
+            return torch.cat((grad, grad_v), dim=2), None, None, None, None, None
+        product = grad * normal
+        grad_gain = product.flatten(0, 1).sum(0)
+        mean = product.mul_(gain).mean(-1, keepdim=True)
+        grad = grad.mul_(gain).addcmul_(normal, mean, value=-1).mul_(inverse)
+        return torch.cat((grad, grad_v), dim=2), grad_gain, None, None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x_i, x_{i + D/2}), the layout of Hugging Face's Llama."""
+    """Rotates the pairs (x_i, x_{i + E/2}), the layout of Hugging Face's Llama."""
     first, second = x.chunk(2, -1)
-    out = torch.empty_like(x)
-    half = first.size(-1)
-    torch.mul(first, cos, out=out.narrow(-1, 0, half)).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out.narrow(-1, half, half)).addcmul_(first, sin)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out_first, out_second = out.chunk(2, -1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
     return out
 
 
-def rope(
-    x: Float[Tensor, "B T H D"], cos: Float[Tensor, "T 1 halfD"], sin: Float[Tensor, "T 1 halfD"]
-) -> Float[Tensor, "B T H D"]:
-    """Rotary positions: the token at position t is turned by t · base^(-2i/D) in plane i."""
-    return _apply(_Rope, x, cos, sin)
+def split_heads(
+    qkv: Float[Tensor, "B T G E"],
+    gain: Float[Tensor, "HK E"] | None,
+    cos: Float[Tensor, "T 1 halfE"],
+    sin: Float[Tensor, "T 1 halfE"],
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, T, H, E], keys and values [B, T, K, E] of the fused projection with G = H + 2K heads.
+
+    Queries and keys are normalised and scaled by `gain` where it is given, then turned by their position: the token
+    at position t by t · base^(-2i/E) in plane i.
+    """
+    call: Callable[..., tuple[Tensor, Tensor, Tensor]] = _SplitHeads.apply  # torch leaves it untyped
+    return call(qkv, gain, cos, sin, heads, eps)
 
 
 def rope_tables(context: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
