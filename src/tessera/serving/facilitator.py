@@ -30,10 +30,12 @@ T = TypeVar("T")
 
 
 class SentTransaction(Protocol):
-    """What the chain says of a transaction that took place."""
+    """What the chain says of a transaction that took place; each log has address, topics and data."""
 
     @property
-    def transaction_hash(self) -> str: ...
+    def tx_hash(self) -> str: ...
+    @property
+    def ok(self) -> bool: ...
     @property
     def block_number(self) -> int: ...
     @property
@@ -46,7 +48,12 @@ class PaymentChain(Protocol):
     async def chain_id(self) -> int: ...
     async def call(self, to: Account, data: bytes) -> bytes: ...
     async def code(self, account: Account) -> bytes: ...
-    async def send(self, key: AccountKey, to: Account, data: bytes) -> SentTransaction: ...
+    async def block_number(self) -> int: ...
+    async def logs(self, address: Account, topics: Sequence[bytes], from_block: int) -> Sequence[Any]: ...
+    async def receipt(self, tx_hash: str) -> SentTransaction | None: ...
+    async def send(self, key: AccountKey, to: Account, data: bytes) -> SentTransaction:
+        """Raises: Late, with `tx_hash` in its fields, when the transaction was sent but is in no block yet."""
+        ...
 
 
 class Facilitator:
@@ -118,15 +125,27 @@ class _Signer:
         return self.send_transaction(address, encode_contract_call(abi, function_name, *args) + suffix)
 
     def send_transaction(self, to: str, data: bytes) -> str:
-        receipt = self._ask(lambda: self._chain.send(self._key, parse_account(to), data))
-        self._receipts[receipt.transaction_hash] = receipt
-        return receipt.transaction_hash
+        try:
+            receipt = self._ask(lambda: self._chain.send(self._key, parse_account(to), data))
+        except Late as error:
+            if not isinstance(tx_hash := error.fields.get("tx_hash"), str):
+                raise
+            self.trouble = None  # it is on its way: x402 keeps its hash, and a later try waits for it
+            return tx_hash
+        self._receipts[receipt.tx_hash] = receipt
+        return receipt.tx_hash
 
     def wait_for_transaction_receipt(self, tx_hash: str) -> TransactionReceipt:
         from x402.mechanisms.evm.types import TransactionReceipt
 
-        receipt = self._receipts[tx_hash]  # `send` has waited for it, and raises on a revert
-        return TransactionReceipt(1, receipt.block_number, tx_hash, [_log(log) for log in receipt.logs])
+        receipt = self._receipts.get(tx_hash)  # `send` waits for it
+        if receipt is None:  # it did not come in time, now or when the same payment came before
+            found = self._ask(lambda: self._chain.receipt(tx_hash))
+            if found is None:
+                raise TimeoutError(f"no block has {tx_hash} yet")
+            receipt = found
+        logs = [_log(log) for log in receipt.logs]
+        return TransactionReceipt(1 if receipt.ok else 0, receipt.block_number, tx_hash, logs)
 
     def verify_typed_data(self, *args: Any, **kwargs: Any) -> bool:
         raise NotImplementedError("only EIP-3009 is offered; Permit2 alone asks for this")

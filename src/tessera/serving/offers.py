@@ -17,7 +17,7 @@ from tessera.core.errors import Invalid, PaymentRequired
 from tessera.core.ids import Account
 from tessera.serving.ledger import PaymentName
 
-__all__ = ["Offer", "encode_header", "parse_payment"]
+__all__ = ["Offer", "Payment", "encode_header", "parse_payment"]
 
 HEADER_LIMIT = 16_384  # characters of a PAYMENT-SIGNATURE header
 SIGNATURE_LIMIT = 8_192  # hex digits: a smart wallet's may be long
@@ -84,7 +84,8 @@ class Offer:
         wanted = self.requirements()
         terms = {"scheme": "unsupported_scheme", "network": "network_mismatch", "asset": "asset_mismatch",
                  "payTo": "recipient_mismatch", "amount": "amount_mismatch"}  # fmt: skip
-        same = (str(accepted.get(term)).lower() == str(wanted[term]).lower() for term in terms)
+        given = ((accepted.get(term), wanted[term]) for term in terms)
+        same = (isinstance(a, str) and a.lower() == str(b).lower() for a, b in given)
         return next((reason for reason, agrees in zip(terms.values(), same, strict=True) if not agrees), None)
 
 
@@ -92,8 +93,17 @@ def encode_header(data: dict[str, Any]) -> str:
     return base64.b64encode(json.dumps(data, separators=(",", ":")).encode()).decode()
 
 
-def parse_payment(header: str) -> tuple[dict[str, Any], PaymentName]:
-    """The payment in a PAYMENT-SIGNATURE header and its name. Raises: Invalid for anything but an EIP-3009 one."""
+@dataclass(frozen=True, slots=True)
+class Payment:
+    """A payment that a buyer sent, reduced to the fields that we checked."""
+
+    accepted: dict[str, Any]  # the terms, still to be compared with the offer
+    payload: dict[str, Any]  # an EIP-3009 authorization and its signature
+    name: PaymentName
+
+
+def parse_payment(header: str) -> Payment:
+    """The payment in a PAYMENT-SIGNATURE header. Raises: Invalid for anything but an EIP-3009 one."""
     if len(header) > HEADER_LIMIT:
         raise Invalid(f"a payment of {len(header)} characters, at most {HEADER_LIMIT} expected")
     try:
@@ -111,8 +121,7 @@ def parse_payment(header: str) -> tuple[dict[str, Any], PaymentName]:
     if not isinstance(signature, str) or len(signature) > SIGNATURE_LIMIT or _HEX.fullmatch(signature) is None:
         raise Invalid("the payment's signature is not hex")
     plain = {"authorization": {name: authorization[name] for name in _FIELDS}, "signature": signature}
-    payment = {"x402Version": 2, "accepted": data["accepted"], "payload": plain}
-    return payment, PaymentName(authorization["from"].lower(), authorization["nonce"].lower())
+    return Payment(data["accepted"], plain, PaymentName(authorization["from"].lower(), authorization["nonce"].lower()))
 
 
 _FIELDS = {"from": _ADDRESS, "to": _ADDRESS, "value": _UINT, "validAfter": _UINT, "validBefore": _UINT, "nonce": _NONCE}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import structlog
 from eth_abi.abi import decode as abi_decode
@@ -22,8 +22,8 @@ from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 from tessera.serving.charging import PaidRequest
 from tessera.serving.facilitator import Facilitator, PaymentChain
-from tessera.serving.ledger import PaymentLedger, PaymentName
-from tessera.serving.offers import Offer, encode_header, parse_payment
+from tessera.serving.ledger import PaymentLedger
+from tessera.serving.offers import Offer, Payment, encode_header, parse_payment
 
 __all__ = ["PaymentConfig", "Settlement", "X402Payments"]
 
@@ -31,6 +31,8 @@ log = structlog.get_logger()
 
 NONCE_USED = "invalid_exact_evm_nonce_already_used"
 POOR = "invalid_exact_evm_insufficient_balance"
+AUTHORIZATION_USED = keccak(b"AuthorizationUsed(address,bytes32)")
+DOUBT_BLOCKS = 2_000  # how far back a settlement is looked for whose receipt did not come; an hour at 2 s a block
 SIMULATION_FAILED = "invalid_exact_evm_transaction_simulation_failed"
 
 
@@ -117,16 +119,16 @@ class X402Payments:
         if header is None:
             raise self.offer.refuse(request.url)
         try:
-            payment, name = parse_payment(header)
+            payment = parse_payment(header)
         except Invalid as error:
             raise self.offer.refuse(request.url, f"invalid_payload: {error.message}") from error
-        if reason := self.offer.mismatch(payment["accepted"]):
+        if reason := self.offer.mismatch(payment.accepted):
             raise self.offer.refuse(request.url, reason)
         try:
-            self._ledger.hold(name)
+            self._ledger.hold(payment.name)
         except Conflict as error:
             raise self.offer.refuse(request.url, NONCE_USED) from error
-        hold = X402Hold(self, payment, name, request)
+        hold = X402Hold(self, payment, request)
         try:
             await hold.verify()
         except BaseException:
@@ -138,13 +140,13 @@ class X402Payments:
 class X402Hold:
     """One authorization, set aside for one request."""
 
-    def __init__(self, owner: X402Payments, payment: dict[str, Any], name: PaymentName, request: PaidRequest) -> None:
+    def __init__(self, owner: X402Payments, payment: Payment, request: PaidRequest) -> None:
         from x402.schemas import PaymentPayload, PaymentRequirements
 
         self._owner = owner
-        self._payload = PaymentPayload.model_validate(payment)
         self._requirements = PaymentRequirements.model_validate(owner.offer.requirements())
-        self._name = name
+        self._payload = PaymentPayload(payload=payment.payload, accepted=self._requirements)
+        self._name = payment.name
         self._request = request
         self._state: Literal["held", "paid", "released"] = "held"
 
@@ -194,7 +196,7 @@ class X402Hold:
         """Whether this payment was settled for this very request, which got no answer."""
         memory = self._owner._ledger.recall(self._name, self._request.digest)
         if memory == "doubtful":
-            return await self._used()
+            return await self._used() and await self._arrived()
         return memory == "owed"
 
     async def _diagnose(self) -> str:
@@ -211,6 +213,13 @@ class X402Hold:
         (used,) = abi_decode(["bool"], await self._read("authorizationState(address,bytes32)", arguments))
         return bool(used)
 
+    async def _arrived(self) -> bool:
+        """Whether the used authorization moved money, rather than being cancelled by its payer."""
+        chain = self._owner._chain
+        topics = [AUTHORIZATION_USED, _word(self._name.payer), _word(self._name.nonce)]
+        since = max(0, await chain.block_number() - DOUBT_BLOCKS)
+        return bool(await chain.logs(self._owner.offer.asset, topics, since))
+
     async def _read(self, signature: str, arguments: bytes) -> bytes:
         return await self._owner._chain.call(self._owner.offer.asset, keccak(signature.encode())[:4] + arguments)
 
@@ -224,3 +233,7 @@ class X402Hold:
         log.info("payment_settled", transaction=transaction, payer=payer, units=units)
         if self._owner._on_settled is not None:
             self._owner._on_settled(Settlement(transaction, payer, units, self._owner._clock.time()))
+
+
+def _word(text: str) -> bytes:
+    return bytes.fromhex(text[2:]).rjust(32, b"\0")
