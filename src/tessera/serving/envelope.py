@@ -46,14 +46,8 @@ class Unauthorized(TesseraError):
 
 def error_body(error: TesseraError) -> dict[str, Any]:
     """The envelope for `error`. `fields["param"]` and `fields["reason"]` become `param` and `code`."""
-    return {
-        "error": {
-            "message": error.message,
-            "type": _type(error.status),
-            "param": error.fields.get("param"),
-            "code": error.fields.get("reason") or error.code,
-        }
-    }
+    param = error.fields.get("param")
+    return _envelope(error.status, error.message, param and str(param), str(error.fields.get("reason") or error.code))
 
 
 def error_response(error: TesseraError) -> JSONResponse:
@@ -125,8 +119,13 @@ def _http_response(error: HTTPException, request: Request) -> JSONResponse:
 
 def _plain(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     code = {404: "not_found", 405: "method_not_allowed", 500: "internal_error"}.get(status, "http_error")
-    error = {"message": message, "type": _type(status), "param": None, "code": code}
-    return JSONResponse({"error": error}, status_code=status, headers=dict(headers or {}))
+    return JSONResponse(_envelope(status, message, None, code), status_code=status, headers=dict(headers or {}))
+
+
+def _envelope(status: int, message: str, param: str | None, code: str) -> dict[str, Any]:
+    texts = {"message": message, "type": _type(status), "param": param, "code": code}
+    # What the caller sent may be quoted here, and need not be text that UTF-8 can carry.
+    return {"error": {name: text and text.encode(errors="replace").decode() for name, text in texts.items()}}
 
 
 def _type(status: int) -> str:

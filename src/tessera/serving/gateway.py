@@ -50,6 +50,7 @@ class GatewayConfig:
     default_temperature: float = 1.0
     token_timeout_s: float = 60.0  # for the first token, and between two
     answer_timeout_s: float = 300.0  # for everything, a slow reader included
+    stop_tokens: tuple[int, ...] = ()  # token ids that end every generation, such as the tokenizer's end of text
     public_url: str = ""  # scheme and host that buyers see, for the payment offer; empty = as requested
 
 
@@ -162,6 +163,7 @@ class _Gateway:
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=secrets.randbits(63) if asked.seed is None else asked.seed % 2**63,
             max_tokens=self._token_limit(len(prompt), asked.token_limit),
+            stop=self._config.stop_tokens,
         )
         chat = isinstance(asked, ChatRequest)
         name = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
