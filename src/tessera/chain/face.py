@@ -49,6 +49,13 @@ class Contract:
     def __init__(self, chain: Chain, address: str) -> None:
         self.chain = chain
         self.address: Account = parse_account(address)
+        self._block: int | None = None
+
+    def at(self, block: int) -> Self:
+        """The same contract as it was after a block: all views then fit together."""
+        pinned = type(self)(self.chain, self.address)
+        pinned._block = block
+        return pinned
 
     async def events(
         self, kind: type[E], from_block: int = 0, to_block: int | None = None, topics: Sequence[Topic] = ()
@@ -58,7 +65,8 @@ class Contract:
         return [kind.decode(log) for log in logs]
 
     async def _call(self, selector: str, types: Sequence[str], values: Sequence[Any], out: Sequence[str]) -> Any:
-        data = await self.chain.call(self.address, bytes.fromhex(selector) + abi.encode(types, values))
+        call = bytes.fromhex(selector) + abi.encode(types, values)
+        data = await self.chain.call(self.address, call, block=self._block)
         if not data and out:
             raise Invalid(f"{self.address} answers nothing: no {self.ARTIFACT} stands there")
         results = abi.decode(out, data)
