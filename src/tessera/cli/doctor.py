@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -55,10 +54,7 @@ def run_doctor(state_dir: Path, as_json: bool) -> None:
 
 
 def _python() -> Finding:
-    found = platform.python_version()
-    if sys.version_info < (3, 11):
-        return Finding("Python", "problem", found, "install Python 3.11 or newer")
-    return Finding("Python", "ok", f"{found} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    return Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
 
 
 def _torch() -> Finding:

@@ -242,7 +242,7 @@ def final_table(snapshot: Snapshot) -> RenderableType:
 def _ownership(snapshot: Snapshot) -> Table:
     held, total, income = snapshot.held_shares, snapshot.total_shares, snapshot.income
     verified = sum(peer.verified_tokens for peer in snapshot.peers)
-    claimed = sum(peer.claimed for peer in snapshot.peers) + sum(owner.claimed for owner in snapshot.owners)
+    claimed = sum(holder.claimed for holder in snapshot.holders)
     check = "= all that were minted" if held == total else f"≠ {fig.shares_down(total, 4)} that were minted"
     sums = (fig.count(verified), fig.shares_down(held, 4), fig.percent_down(held, total), fig.money(claimed, income))
     table = Table(title="Who owns the model", title_justify="left", show_footer=True, caption=CAPTION)

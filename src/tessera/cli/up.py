@@ -40,7 +40,7 @@ async def run_up(config: UpConfig, *, as_json: bool) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(view.run, feed)
         try:
-            await economy.run()
+            await economy.live()
         finally:
             feed.close()
     console.print(final_table(feed.snapshot()))

@@ -108,5 +108,3 @@ def _known_epochs(folder: Path, manifest: Manifest) -> list[EpochLeaves]:
     texts = [book.epoch(epoch) for epoch in range(manifest.schedule.epochs)]
     book.close()
     return [EpochLeaves.from_text(text) for text in texts if text is not None]
-
-

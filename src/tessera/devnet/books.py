@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -18,13 +19,29 @@ from tessera.training.keeper import known_leaves
 from tessera.training.receipts import ReceiptBook
 from tessera.training.roster import Roster
 
-__all__ = ["Books"]
+__all__ = ["Books", "Figures"]
 
 log = structlog.get_logger()
 
 
+@dataclass
+class Figures:
+    """What the chain says; money and shares in their smallest units."""
+
+    epochs: list[EpochLeaves] = field(default_factory=list)
+    postings: dict[int, str] = field(default_factory=dict)  # epoch -> transaction
+    shares: dict[Account, int] = field(default_factory=dict)  # redeemed
+    claimable: dict[Account, int] = field(default_factory=dict)
+    total_shares: int = 0
+    income: IncomeTable = field(default_factory=IncomeTable.empty)
+
+    def earned(self, account: Account) -> int:
+        """Shares that the posted epochs give `account`, redeemed or not."""
+        return sum(leaves.shares_of(account) for leaves in self.epochs)
+
+
 class Books:
-    """Read from the chain by `refresh`; every figure is as of then.
+    """Read from the chain by `refresh`; `figures` are as of then.
 
     Args:
         accounts: whose shares and income are looked up.
@@ -37,21 +54,7 @@ class Books:
         self._share = ModelShare(chain, roster.share)
         self._accounts = tuple(dict.fromkeys(accounts))
         self._seen_block = -1
-        self.epochs: list[EpochLeaves] = []
-        self.postings: dict[int, str] = {}  # epoch -> transaction
-        self.shares: dict[Account, int] = {}
-        self.claimable: dict[Account, int] = {}
-        self.total_shares = 0
-        self.income = IncomeTable.empty()
-
-    @property
-    def work_shares(self) -> dict[Account, int]:
-        """Shares that the posted epochs give each account, redeemed or not."""
-        totals: dict[Account, int] = {}
-        for leaves in self.epochs:
-            for account, shares in leaves.leaves:
-                totals[account] = totals.get(account, 0) + shares
-        return totals
+        self.figures = Figures()
 
     async def refresh(self) -> bool:
         """Read again if the chain has moved; True when it had."""
@@ -60,21 +63,21 @@ class Books:
             return False
         await self._read_epochs()
         for account in self._accounts:
-            self.shares[account] = await self._share.balanceOf(account)
-            self.claimable[account] = await self._share.claimable(account)
-        self.total_shares = await self._share.totalSupply()
-        self.income = await income_table(self._chain, self._roster.share)
+            self.figures.shares[account] = await self._share.balanceOf(account)
+            self.figures.claimable[account] = await self._share.claimable(account)
+        self.figures.total_shares = await self._share.totalSupply()
+        self.figures.income = await income_table(self._chain, self._roster.share)
         self._seen_block = block
         return True
 
     async def distribute(self, sender: AccountKey) -> None:
         """Spread what has arrived. Anyone may; it costs the sender gas."""
-        if self.income.undistributed > 0:
+        if self.figures.income.undistributed > 0:
             await self._share.distribute(sender)
 
     async def pay_out(self, account: Account, sender: AccountKey) -> None:
         """Redeem `account`'s leaves and claim its income. Anyone may; the money goes to `account` alone."""
-        for leaves in self.epochs:
+        for leaves in self.figures.epochs:
             shares = leaves.shares_of(account)
             if shares and not await self._share.counted(share_leaf(leaves.epoch, account, shares)):
                 await self._share.redeem(sender, leaves.epoch, account, shares, leaves.proof(account))
@@ -82,13 +85,13 @@ class Books:
             await self._share.claim(sender, account)
 
     async def _read_epochs(self) -> None:
-        for epoch in range(len(self.epochs), await self._share.epoch_count()):
+        for epoch in range(len(self.figures.epochs), await self._share.epoch_count()):
             leaves = await self._leaves(epoch)
-            self.epochs.append(leaves)
+            self.figures.epochs.append(leaves)
             log.info("epoch_on_chain", epoch=epoch, shares=str(leaves.total))
-        if len(self.postings) < len(self.epochs):
+        if len(self.figures.postings) < len(self.figures.epochs):
             for entry in await self._chain.logs(self._roster.share, [ModelShare.Posted.TOPIC], 0):
-                self.postings[ModelShare.Posted.decode(entry).epoch] = entry.tx_hash
+                self.figures.postings[ModelShare.Posted.decode(entry).epoch] = entry.tx_hash
 
     async def _leaves(self, epoch: int) -> EpochLeaves:
         text = self._book.epoch(epoch)

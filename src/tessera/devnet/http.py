@@ -15,6 +15,7 @@ from tessera.core.errors import Conflict, Invalid
 
 __all__ = ["bind_port", "bind_ports", "listening"]
 
+
 def bind_port(host: str, port: int) -> socket.socket:
     """A TCP socket bound to `host:port`. Raises `Conflict` when the port is in use, `Invalid` for a wrong address."""
     try:

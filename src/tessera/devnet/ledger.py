@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import anyio
 import httpx
 from anyio import to_thread
 
@@ -20,7 +21,7 @@ from tessera.chain.faces import Coin
 from tessera.chain.local import LocalChain
 from tessera.chain.rpc import HttpRpc
 from tessera.core.clock import Clock
-from tessera.core.errors import Invalid, Refused, TesseraError, Unavailable
+from tessera.core.errors import Invalid, Late, Refused, TesseraError, Unavailable
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 from tessera.training.home import write_atomic
@@ -29,6 +30,7 @@ __all__ = ["LOCAL_CHAIN_ID", "Ledger", "open_ledger"]
 
 LOCAL_CHAIN_ID = 8_402
 OPERATOR_WEI = 10**18  # taken from an unlocked account where gas costs money
+FUNDING_S = 60.0
 BODY_LIMIT = 1 << 20  # bytes of a JSON-RPC request
 
 
@@ -75,15 +77,19 @@ async def ensure_funded(ledger: Ledger, operator: AccountKey) -> None:
     chain = ledger.chain
     if await chain.gas_price() == 0 or await chain.balance(operator.account) > OPERATOR_WEI // 10:
         return
-    accounts = await chain.rpc.request("eth_accounts", [])
+    accounts = await chain.request("eth_accounts", [])
     if not accounts:
         raise Refused(
             f"account {operator.account} has no coins for gas on chain {ledger.chain_id}: send it some and start again",
             rule="funded",
         )
     funding = {"from": accounts[0], "to": operator.account, "value": hex(OPERATOR_WEI)}
-    transaction = await chain.rpc.request("eth_sendTransaction", [funding])
-    await chain.wait(transaction)
+    transaction = await chain.request("eth_sendTransaction", [funding])
+    with anyio.move_on_after(FUNDING_S):
+        while await chain.receipt(transaction) is None:
+            await anyio.sleep(0.1)
+        return
+    raise Late(f"the transaction that funds {operator.account} is in no block after {FUNDING_S:.0f} s")
 
 
 async def ensure_coin(ledger: Ledger, operator: AccountKey, file: Path) -> Account:

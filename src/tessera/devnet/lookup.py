@@ -29,10 +29,11 @@ def make_lookup(economy: Economy) -> Lookup:
 
 
 async def _transaction(economy: Economy, name: str) -> dict[str, Any] | None:
-    if not economy.opened:
+    run = economy.run
+    if run is None:
         return None
     try:
-        receipt = await economy.ledger.chain.request("eth_getTransactionReceipt", [name])
+        receipt = await run.ledger.chain.request("eth_getTransactionReceipt", [name])
     except TesseraError:
         return None  # not a transaction hash
     if receipt is None:
@@ -49,20 +50,21 @@ async def _transaction(economy: Economy, name: str) -> dict[str, Any] | None:
 
 
 async def _account(economy: Economy, name: str) -> dict[str, Any] | None:
-    if not economy.opened:
+    run = economy.run
+    if run is None:
         return None
     try:
         account = parse_account(name)
     except TesseraError:
         return None
-    chain = economy.ledger.chain
+    chain = run.ledger.chain
     facts: dict[str, Any] = {
         "account": account,
-        "tUSD, smallest units": await Coin(chain, economy.coin).balanceOf(account),
+        "tUSD, smallest units": await Coin(chain, run.coin).balanceOf(account),
         "contract": bool(await chain.code(account)),
     }
-    if economy.roster is not None:
-        share = ModelShare(chain, economy.roster.share)
+    if run.seated:
+        share = ModelShare(chain, run.roster.share)
         facts["shares, smallest units"] = await share.balanceOf(account)
         facts["claimable, smallest units"] = await share.claimable(account)
     return facts

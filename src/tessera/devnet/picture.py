@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from tessera.core.ids import Account
+from tessera.core.errors import Conflict
 from tessera.devnet.economy import Economy
+from tessera.devnet.run import Run
 from tessera.devnet.snapshot import (
     Boundary,
     Epoch,
@@ -31,17 +32,17 @@ SILENT_S = 5.0  # a worker that has not reported for so long counts as down
 
 def take_snapshot(economy: Economy) -> Snapshot:
     """The economy as it stands now. Cheap: nothing is asked of the chain here."""
-    manifest = economy.manifest
-    if manifest is None or not economy.opened:
+    run = economy.run
+    if run is None:
         return Snapshot(phase=economy.phase, phase_note=economy.note, urls=Urls(**economy.urls))
-    spec, board = manifest.model, economy.board
+    manifest, board, spec = run.manifest, run.board, run.manifest.model
     return Snapshot(
         run_id=manifest.run_id,
         chain_id=manifest.chain_id,
         phase=economy.phase,
         phase_note=economy.note,
         model=Model(
-            params=economy.params,
+            params=run.params,
             stages=spec.stages,
             vocab=spec.model.vocab_size,
             width=spec.model.width,
@@ -52,31 +53,33 @@ def take_snapshot(economy: Economy) -> Snapshot:
         steps=manifest.schedule.steps,
         tokens=board.step * manifest.tokens_per_step,
         tokens_per_s=board.tokens_per_s if economy.phase == "training" else None,
-        losses=_losses(economy),
-        unigram_loss=economy.text.unigram_loss,
-        bigram_loss=economy.text.bigram_loss,
+        losses=_losses(run),
+        unigram_loss=run.text.unigram_loss,
+        bigram_loss=run.text.bigram_loss,
         wire_bytes_per_token=board.wire_bytes_per_token or None,
         dense_bytes_per_token=float(spec.dense_bytes_per_token()),
         boundaries=[
             Boundary(stage, count / tokens if tokens else None, count)
             for stage, (count, tokens) in sorted(board.wire().items())
         ],
-        peers=_peers(economy),
-        owners=_owners(economy),
-        epochs=_epochs(economy),
-        income=_income(economy),
-        payments=[Payment(p.transaction, p.payer, p.units, p.time) for p in economy.payments],
-        sample=sample(economy),
+        peers=_peers(run),
+        owners=_owners(run),
+        epochs=_epochs(run),
+        income=_income(run),
+        payments=[Payment(p.transaction, p.payer, p.units, p.time) for p in run.payments],
+        sample=sample(run),
         events=[Event(when, text) for when, text in board.events],
         urls=Urls(**economy.urls),
-        total_shares=economy.books.total_shares,
+        total_shares=run.figures.total_shares,
     )
 
 
 def closing_object(economy: Economy) -> dict[str, Any]:
     """What `tessera up --once --json` prints; money and shares as integers, all of them read from the chain."""
-    assert economy.manifest is not None  # set long before the end
-    snapshot, income, validations = take_snapshot(economy), economy.books.income, economy.board.points("validation")
+    run = economy.run
+    if run is None:
+        raise Conflict("the economy has not opened its run yet")
+    snapshot, income, validations = take_snapshot(economy), run.figures.income, run.board.points("validation")
     return {
         "run_id": snapshot.run_id,
         "chain_id": snapshot.chain_id,
@@ -115,72 +118,69 @@ def closing_object(economy: Economy) -> dict[str, Any]:
     }
 
 
-def sample(economy: Economy) -> str:
+def sample(run: Run) -> str:
     """The longest answer that the first buyer got, after its question."""
-    return max((prompt + answer for prompt, answer in economy.samples), key=len, default="")
+    return max((prompt + answer for prompt, answer in run.samples), key=len, default="")
 
 
-def _losses(economy: Economy) -> tuple[LossPoint, ...]:
-    assert economy.manifest is not None
-    per_step = economy.manifest.tokens_per_step
-    train, validation = dict(economy.board.points("train")), dict(economy.board.points("validation"))
+def _losses(run: Run) -> tuple[LossPoint, ...]:
+    per_step = run.manifest.tokens_per_step
+    train, validation = dict(run.board.points("train")), dict(run.board.points("validation"))
     steps = sorted({*train, *validation})
     points = [LossPoint(step, step * per_step, train.get(step), validation.get(step)) for step in steps]
     return thinned(points)
 
 
-def _peers(economy: Economy) -> list[Peer]:
-    assert economy.manifest is not None
-    spec, books = economy.manifest.model, economy.books
+def _peers(run: Run) -> list[Peer]:
+    spec, figures = run.manifest.model, run.figures
     peers = []
-    for seat in economy.host.seats:
-        shares = books.work_shares.get(seat.account, 0)
+    for seat in run.host.seats:
+        shares = figures.earned(seat.account)
         peers.append(
             Peer(
                 peer=seat.peer,
                 account=seat.account,
                 stage=seat.stage,
-                status=_status(economy, seat.stage),
+                status=_status(run, seat.stage),
                 verified_tokens=shares * SHARE_FLOPS // SHARE_WAD // spec.flops_per_token(seat.stage),
-                shares=books.shares.get(seat.account, 0),
-                claimable=books.claimable.get(seat.account, 0),
-                claimed=books.income.claimed.get(seat.account, 0),
+                shares=figures.shares.get(seat.account, 0),
+                claimable=figures.claimable.get(seat.account, 0),
+                claimed=figures.income.claimed.get(seat.account, 0),
             )
         )
     return peers
 
 
-def _status(economy: Economy, stage: int) -> Status:
-    heard = economy.board.heard.get(stage)
+def _status(run: Run, stage: int) -> Status:
+    heard = run.board.heard.get(stage)
     if heard is None:
         return "waiting"
     return "up" if time.monotonic() - heard < SILENT_S else "down"
 
 
-def _owners(economy: Economy) -> list[Owner]:
-    assert economy.manifest is not None
-    books = economy.books
+def _owners(run: Run) -> list[Owner]:
+    figures = run.figures
     return [
         Owner(
             account=owner.account,
             role=owner.role,
-            shares=books.shares.get(owner.account, 0),
-            claimed=books.income.claimed.get(owner.account, 0),
-            claimable=books.claimable.get(owner.account, 0),
+            shares=figures.shares.get(owner.account, 0),
+            claimed=figures.income.claimed.get(owner.account, 0),
+            claimable=figures.claimable.get(owner.account, 0),
         )
-        for owner in economy.manifest.owners
+        for owner in run.manifest.owners
     ]
 
 
-def _epochs(economy: Economy) -> list[Epoch]:
+def _epochs(run: Run) -> list[Epoch]:
     return [
-        Epoch(leaves.epoch, leaves.root.hex(), leaves.total, economy.books.postings.get(leaves.epoch, ""))
-        for leaves in economy.books.epochs
+        Epoch(leaves.epoch, leaves.root.hex(), leaves.total, run.figures.postings.get(leaves.epoch, ""))
+        for leaves in run.figures.epochs
     ]
 
 
-def _income(economy: Economy) -> Income:
-    income = economy.books.income
+def _income(run: Run) -> Income:
+    income = run.figures.income
     return Income(
         revenue=income.revenue,
         claimed=sum(income.claimed.values()),
@@ -188,5 +188,5 @@ def _income(economy: Economy) -> Income:
         undistributed=income.undistributed,
         dust=income.dust,
         requests_paid=income.payments,
-        contract=economy.roster.share if economy.roster is not None else Account(""),
+        contract=run.roster.share if run.seated else "",
     )

@@ -46,9 +46,7 @@ class UpConfig:
             raise Invalid(f"steps {self.steps} and port {self.port} must be in range")
 
 
-def make_manifest(
-    config: UpConfig, text: Text, *, chain_id: int, data_owner: Account, creator: Account
-) -> Manifest:
+def make_manifest(config: UpConfig, text: Text, *, chain_id: int, data_owner: Account, creator: Account) -> Manifest:
     """The run that `config` describes on this text. Equal arguments give an equal run id.
 
     Raises: Invalid when the numbers do not fit the model, naming the field.

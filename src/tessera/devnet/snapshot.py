@@ -243,9 +243,14 @@ class Snapshot:
         return next((point.val for point in reversed(self.losses) if point.val is not None), None)
 
     @property
+    def holders(self) -> tuple[Peer | Owner, ...]:
+        """Everybody who may hold shares: workers, then the other owners."""
+        return (*self.peers, *self.owners)
+
+    @property
     def held_shares(self) -> int:
-        """Shares of all workers and owners; equals `total_shares` when the table adds up."""
-        return sum(peer.shares for peer in self.peers) + sum(owner.shares for owner in self.owners)
+        """Shares of all of them; equals `total_shares` when the table adds up."""
+        return sum(holder.shares for holder in self.holders)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON. Integers stay exact; shares exceed 2^53, so a reader needs big integers."""

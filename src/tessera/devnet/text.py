@@ -30,6 +30,7 @@ class Text:
     """A prepared corpus. Losses in nats per token."""
 
     source: str
+    is_python: bool  # the standard library's sources
     dataset: BlobId
     tokenizer: BlobId
     train_tokens: int
@@ -56,6 +57,7 @@ def prepare_text(data: Path | None, *, vocab_size: int, length: int, blobs: Blob
     windows = validation_windows(dataset, BASELINE_WINDOWS, length)
     text = Text(
         source=corpus.source,
+        is_python=data is None,
         dataset=blobs.put(dataset.to_bytes()),
         tokenizer=blobs.put(tokenizer.to_bytes()),
         train_tokens=int(dataset.train.size),

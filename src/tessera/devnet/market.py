@@ -1,0 +1,88 @@
+"""Selling the model: the gateway over the workers' shards, and the first buyer, who comes in by the front door."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from anyio import to_thread
+
+from tessera.chain.faces import Coin
+from tessera.core.clock import Clock
+from tessera.devnet.front import Front
+from tessera.devnet.ledger import give_coins
+from tessera.devnet.node import LiveRoster
+from tessera.devnet.run import Run
+from tessera.devnet.text import load_dataset, load_tokenizer
+from tessera.serving.buyer import Buyer
+from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.payments import PaymentConfig, Settlement, X402Payments
+from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
+
+__all__ = ["open_gateway", "sell"]
+
+BUYER_UNITS = 100_000_000  # test coins for the first buyer: 100 tUSD
+SAMPLE_TOKENS = 96
+TEMPERATURE = 0.5
+PYTHON_PROMPTS = ("import os\n\ndef ", "class Error(Exception):\n    ", "    def __init__(self", "    if not ", "for ")
+PROMPT_TOKENS = 16  # of the validation text, when the run has its own
+
+
+async def open_gateway(run: Run, front: Front, clock: Clock) -> None:
+    """Put the OpenAI interface behind the front door, paid to whom the manifest names."""
+    model = run.manifest.model.model
+    tokenizer = await to_thread.run_sync(load_tokenizer, run.blobs, run.manifest.tokenizer)
+    engine = ShardEngine(
+        run.transport,
+        LiveRoster(run.host.roster),
+        ShardEngineConfig(context=model.context, vocab_size=model.vocab_size),
+    )
+    coin = Coin(run.ledger.chain, run.coin)
+    config = PaymentConfig(
+        asset=run.coin,
+        asset_name=await coin.name(),
+        asset_version=await coin.version(),
+        price_units=run.manifest.price_units,
+        pay_to=run.pay_to,
+    )
+
+    def on_settled(payment: Settlement) -> None:
+        run.payments.append(payment)
+        run.board.note(f"{payment.payer} paid {payment.units} units for an answer")
+
+    payments = await X402Payments.open(
+        config, run.ledger.chain, run.people.operator, clock=clock, on_settled=on_settled
+    )
+    front.gateway = create_app(GatewayConfig(model=run.manifest.name), engine, tokenizer, payments, clock=clock)
+
+
+async def sell(run: Run, url: str, count: int, after_each: Callable[[], Awaitable[None]]) -> None:
+    """The first buyer gets test money and pays for `count` answers, over HTTP like any other."""
+    price = run.manifest.price_units
+    await give_coins(run.ledger, run.coin, run.people.operator, run.people.buyer.account, BUYER_UNITS)
+    buyer = Buyer(
+        url,
+        run.people.buyer,
+        chain_id=run.ledger.chain_id,
+        asset=run.coin,
+        max_units_each=price,
+        max_units=price * count,
+        pay_to=run.pay_to,
+    )
+    async with buyer:
+        for number, prompt in enumerate(await _prompts(run, count)):
+            answer = await buyer.complete(
+                prompt, model=run.manifest.name, max_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE, seed=number
+            )
+            run.samples.append((prompt, str(answer["choices"][0]["text"])))
+            await after_each()
+
+
+async def _prompts(run: Run, count: int) -> list[str]:
+    """Beginnings of Python, or of the run's own validation text."""
+    if run.text.is_python:
+        return [PYTHON_PROMPTS[number % len(PYTHON_PROMPTS)] for number in range(count)]
+    dataset = await to_thread.run_sync(load_dataset, run.blobs, run.manifest.dataset)
+    tokenizer = await to_thread.run_sync(load_tokenizer, run.blobs, run.manifest.tokenizer)
+    room = max(1, len(dataset.validation) - PROMPT_TOKENS)
+    windows = [dataset.validation[room * i // count :][:PROMPT_TOKENS] for i in range(count)]
+    return [tokenizer.decode([int(token) for token in window]) or " " for window in windows]

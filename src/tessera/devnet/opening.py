@@ -1,0 +1,137 @@
+"""Opening an economy: chain, coin, text, manifest, host, own workers; closed in reverse order at the end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from socket import socket
+
+from anyio import to_thread
+
+from tessera.chain.http import rpc_app
+from tessera.core.clock import Clock
+from tessera.core.ids import RunId
+from tessera.devnet.access import JOURNAL, remember_urls
+from tessera.devnet.board import Board
+from tessera.devnet.front import Asgi
+from tessera.devnet.http import listening
+from tessera.devnet.ledger import Ledger, ensure_coin, ensure_funded, open_ledger
+from tessera.devnet.people import load_people
+from tessera.devnet.plan import UpConfig, make_manifest
+from tessera.devnet.processes import WorkerProcesses
+from tessera.devnet.run import Run
+from tessera.devnet.text import prepare_text
+from tessera.models.config import ModelSpec
+from tessera.models.presets import DEFAULT_BATCH, default_spec
+from tessera.p2p.blobs import BlobStore, serve_blobs
+from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.transport import PeerRecord
+from tessera.training.home import Home, write_atomic
+from tessera.training.host import RunHost
+from tessera.training.receipts import ReceiptBook
+from tessera.training.rpc_link import serve_rpc
+from tessera.training.ticket import Ticket
+
+__all__ = ["open_doors", "open_run_here"]
+
+TICKET_S = 7 * 24 * 3600
+EVERY_ADDRESS = "0.0.0.0"
+
+Tell = Callable[[str], None]
+
+
+@asynccontextmanager
+async def open_doors(
+    config: UpConfig, home: Home, sockets: tuple[socket, socket], front: Asgi, clock: Clock
+) -> AsyncIterator[tuple[Ledger, dict[str, str]]]:
+    """The chain, and the two ports: page with gateway, and the chain's JSON-RPC. Yields the URLs with the chain."""
+    async with AsyncExitStack() as stack:
+        ledger = await stack.enter_async_context(open_ledger(home.path / JOURNAL, config.chain_url, clock))
+        url = await stack.enter_async_context(listening(front, sockets[0]))
+        urls = {"page": f"{url}/", "gateway": f"{url}/v1", "chain": ledger.url or ""}
+        if ledger.local is not None:
+            urls["chain"] = await stack.enter_async_context(listening(rpc_app(ledger.local), sockets[1]))
+        remember_urls(home, urls)
+        yield ledger, urls
+
+
+@asynccontextmanager
+async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clock, tell: Tell) -> AsyncIterator[Run]:
+    """The run that `config` describes, hosted here, with this machine's workers started."""
+    async with AsyncExitStack() as stack:
+        people = load_people(home)
+        tell("deploying the test coin")
+        await ensure_funded(ledger, people.operator)
+        coin = await ensure_coin(ledger, people.operator, home.path / "coins.json")
+        tell("reading and tokenising the text")
+        blobs, spec = BlobStore(home.blobs), default_spec(config.stages)
+        text = await to_thread.run_sync(
+            lambda: prepare_text(
+                config.data,
+                vocab_size=spec.model.vocab_size,
+                length=DEFAULT_BATCH.length,
+                blobs=blobs,
+                cache=home.path / "text.json",
+            )
+        )
+        manifest = make_manifest(
+            config,
+            text,
+            chain_id=ledger.chain_id,
+            data_owner=people.data_owner.account,
+            creator=people.creator.account,
+        )
+        folder = home.run_folder(manifest.run_id)
+        board, book = Board(manifest, folder / "board.sqlite"), ReceiptBook(folder / "book.sqlite")
+        stack.callback(board.close)
+        stack.callback(book.close)
+        transport = await stack.enter_async_context(IrohTransport.start(home.peer_key, bind=_bind(config)))
+        host = RunHost(
+            manifest,
+            transport=transport,
+            chain=ledger.chain,
+            coin=coin,
+            operator=people.operator,
+            file=folder / f"host-{ledger.chain_id}.sqlite",
+            on_report=board.report,
+        )
+        serve_blobs(transport, blobs)
+        serve_rpc(transport, ledger.exchange)
+        host.serve()
+        ticket = _ticket(manifest.run_id, ledger.chain_id, transport.record(), clock)
+        write_atomic(home.path / "ticket", ticket.encode())
+        workers = WorkerProcesses(ticket, home.path / "workers", config.stages - config.seats)
+        await stack.enter_async_context(workers.running())
+        yield Run(
+            manifest=manifest,
+            folder=folder,
+            params=await to_thread.run_sync(_count_params, manifest.model),
+            ledger=ledger,
+            coin=coin,
+            people=people,
+            text=text,
+            blobs=blobs,
+            transport=transport,
+            host=host,
+            board=board,
+            book=book,
+            ticket=ticket,
+            processes=workers,
+        )
+
+
+def _ticket(run_id: RunId, chain_id: int, record: PeerRecord, clock: Clock) -> str:
+    return Ticket(run_id, chain_id, (record,), int(clock.time()) + TICKET_S).to_text()
+
+
+def _bind(config: UpConfig) -> str:
+    """Where peers reach us: the gateway's port, in UDP, so that a ticket outlives a restart."""
+    if config.bind:
+        return config.bind
+    return f"{EVERY_ADDRESS if config.seats else '127.0.0.1'}:{config.port}"
+
+
+def _count_params(spec: ModelSpec) -> int:
+    from tessera.models.stage import Stage
+
+    return sum(p.numel() for stage in range(spec.stages) for p in Stage(spec, stage).parameters())

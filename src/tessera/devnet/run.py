@@ -1,0 +1,77 @@
+"""An open run: everything that the economy holds of it, from its manifest to the last payment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tessera.core.errors import Conflict
+from tessera.core.ids import Account
+from tessera.devnet.board import Board
+from tessera.devnet.books import Books, Figures
+from tessera.devnet.ledger import Ledger
+from tessera.devnet.people import People
+from tessera.devnet.processes import WorkerProcesses
+from tessera.devnet.text import Text
+from tessera.p2p.blobs import BlobStore
+from tessera.p2p.transport import Transport
+from tessera.serving.payments import Settlement
+from tessera.training.host import RunHost
+from tessera.training.manifest import Manifest
+from tessera.training.receipts import ReceiptBook
+from tessera.training.roster import Roster, remember_run
+
+__all__ = ["Run"]
+
+
+@dataclass
+class Run:
+    """What is known from the start, and what comes with the seats: roster, share contract and books."""
+
+    manifest: Manifest
+    folder: Path
+    params: int  # numbers in the whole model
+    ledger: Ledger
+    coin: Account
+    people: People
+    text: Text
+    blobs: BlobStore
+    transport: Transport
+    host: RunHost
+    board: Board
+    book: ReceiptBook
+    ticket: str
+    processes: WorkerProcesses
+    samples: list[tuple[str, str]] = field(default_factory=list)  # prompt, answer
+    payments: list[Settlement] = field(default_factory=list)
+    seated: tuple[Roster, Books] | None = None
+
+    def seat(self, roster: Roster) -> None:
+        """All seats are taken and the share contract stands."""
+        remember_run(self.folder, self.manifest, roster)
+        accounts = [*roster.accounts, *(owner.account for owner in self.manifest.owners)]
+        self.seated = (roster, Books(self.ledger.chain, roster, self.transport, self.book, accounts))
+        self.board.note(f"the share contract stands at {roster.share}")
+
+    @property
+    def roster(self) -> Roster:
+        return self._seated()[0]
+
+    @property
+    def books(self) -> Books:
+        return self._seated()[1]
+
+    @property
+    def figures(self) -> Figures:
+        """What the chain says so far; nothing before the seats are taken."""
+        return self.books.figures if self.seated else Figures()
+
+    @property
+    def pay_to(self) -> Account:
+        """Who is paid by buyers: the share contract, unless the manifest names another."""
+        return self.roster.share if self.manifest.pay_to == "share" else Account(self.manifest.pay_to)
+
+    def _seated(self) -> tuple[Roster, Books]:
+        if self.seated is None:
+            raise Conflict("not all seats of this run are taken yet")
+        return self.seated

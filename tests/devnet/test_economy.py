@@ -1,0 +1,147 @@
+"""The economy as a person starts it: real processes, real links, a real chain, on a small text."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from economy_world import PATIENCE_S, TEXT, check_sums, command, last_object, run, started, until, up
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_one_command_trains_sells_and_pays_everybody(tmp_path: Path) -> None:
+    done = run(up(tmp_path / "state"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = last_object(done.stdout)
+    check_sums(result)
+    assert result["steps"] == 24
+    assert result["stages"] == len(result["workers"]) == 4
+    assert result["val_loss_first"] <= math.log(1024) + 0.1
+    assert result["val_loss_last"] < result["val_loss_first"] - 0.5
+    assert result["wire_bytes_per_token"] <= result["dense_bytes_per_token"] / 20
+    assert result["requests_paid"] == 4
+    assert {owner["role"] for owner in result["owners"]} == {"data", "creator"}
+    assert result["sample"].strip()
+
+    shares = run(command("shares", "--json", "--state-dir", tmp_path / "state"), tmp_path)
+    assert shares.returncode == 0, shares.stderr
+    facts = last_object(shares.stdout)
+    assert facts["run_id"] == result["run_id"]
+    assert facts["total_shares"] == result["total_shares"]
+    assert facts["revenue"] == result["revenue"]
+
+
+@pytest.mark.slow
+def test_two_strangers_fill_the_open_seats_with_the_ticket_alone(tmp_path: Path) -> None:
+    result = _with_strangers(tmp_path)
+    check_sums(result)
+    assert result["requests_paid"] == 4
+
+
+@pytest.mark.slow
+def test_the_same_on_an_evm_network_by_url(tmp_path: Path, anvil_url: str) -> None:
+    result = _with_strangers(tmp_path, "--chain", anvil_url)
+    check_sums(result)
+    assert result["chain_id"] == 31337
+
+
+@pytest.mark.slow
+def test_a_killed_worker_comes_back_and_earns_what_its_receipts_prove(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with started(up(state, steps=120), tmp_path, tmp_path / "up.log") as process:
+        book = state / "workers" / "worker-2.log"
+        until(lambda: book.exists() and "session_started" in book.read_text(), "training started")
+        until(lambda: _checkpoints(state, 2) >= 20, "twenty steps are done")
+        os.kill(_pid_of(state, 2), signal.SIGKILL)
+        assert process.wait(PATIENCE_S * 2) == 0, (tmp_path / "up.log").read_text()
+    result = last_object((tmp_path / "up.log").read_text())
+    check_sums(result)
+    assert result["steps"] == 120
+    assert book.read_text().count("session_started") >= 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_chain_keys_and_model_and_training_goes_on(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with started(up(state, steps=120), tmp_path, tmp_path / "first.log") as process:
+        until(lambda: _checkpoints(state, 0) >= 20, "twenty steps are done")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130, (tmp_path / "first.log").read_text()
+    reached = _checkpoints(state, 0)
+    assert reached >= 20
+    done = run(up(state, steps=120), tmp_path, 2 * PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    result = last_object(done.stdout)
+    check_sums(result)
+    assert result["steps"] == 120
+    log = (state / "workers" / "worker-0.log").read_text()
+    resumed = [line for line in log.splitlines() if "session_started" in line][-1]
+    assert f"step={reached}" in resumed
+    again = last_object(run(up(state, steps=120), tmp_path, 2 * PATIENCE_S).stdout)
+    assert again["total_shares"] == result["total_shares"]
+    assert again["revenue"] == 2 * result["revenue"]
+
+
+def test_what_cannot_work_is_said_in_one_line(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "letters.txt").write_text("mine")
+    cases = [
+        (up(tmp_path / "a", "--data", empty), "nothing to learn from"),
+        (up(tmp_path / "b", "--data", tmp_path / "nowhere"), "no such file or folder"),
+        (up(foreign), "not a Tessera state directory"),
+        (up(tmp_path / "c", "--stages", 1), "at least 2 stages"),
+        (up(tmp_path / "d", "--codec", "zip"), "--codec is one of codec, reparam, dense"),
+        (up(tmp_path / "e", "--chain", "http://127.0.0.1:9"), "no EVM node answers"),
+        (command("join", "tessera1AAAA", "--state-dir", tmp_path / "f"), "damaged or cut short"),
+        (command("shares", "--state-dir", tmp_path / "g"), "no Tessera state"),
+        (command("run", "show", empty), "cannot read"),
+    ]
+    for arguments, message in cases:
+        done = run(arguments, tmp_path)
+        assert done.returncode in (1, 2), (arguments, done.stderr)
+        assert message in done.stderr.splitlines()[-1], done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_manifest_is_described_before_it_is_run(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    made = run(command("run", "create", file, "--data", TEXT, "--steps", 50, "--state-dir", tmp_path / "s"), tmp_path)
+    assert made.returncode == 0, made.stderr
+    shown = last_object(run(command("run", "show", file, "--json"), tmp_path).stdout)
+    assert shown["run_id"] in made.stdout
+    assert shown["steps"] == 50
+    file.write_text(json.dumps({**json.loads(file.read_text()), "surprise": 1}))
+    refused = run(command("run", "show", file), tmp_path)
+    assert refused.returncode == 2
+    assert "surprise: unknown field" in refused.stderr
+
+
+def _with_strangers(tmp_path: Path, *more: object) -> dict[str, object]:
+    state = tmp_path / "state"
+    with started(up(state, "--seats", 2, *more), tmp_path, tmp_path / "up.log") as process:
+        ticket = until(lambda: (state / "ticket").exists() and (state / "ticket").read_text(), "a ticket is written")
+        joins = []
+        for name in ("first", "second"):
+            home = tmp_path / name
+            home.mkdir()
+            joins.append(started(command("join", ticket, "--state-dir", home / "state"), home, home / "log"))
+        with joins[0] as first, joins[1] as second:
+            assert process.wait(2 * PATIENCE_S) == 0, (tmp_path / "up.log").read_text()
+            assert first.wait(20) == 0
+            assert second.wait(20) == 0
+    return last_object((tmp_path / "up.log").read_text())
+
+
+def _checkpoints(state: Path, worker: int) -> int:
+    files = (state / "workers" / f"worker-{worker}").glob("runs/*/checkpoints/step-*.ckpt")
+    return max((int(file.stem.removeprefix("step-")) for file in files), default=0)
+
+
+def _pid_of(state: Path, worker: int) -> int:
+    return int((state / "workers" / f"worker-{worker}" / "lock").read_text())
