@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.models.functional import linear, rms_norm, rope_tables, split_heads, swiglu
+from tessera.models.functional import linear, rms_norm, rope_tables, split_heads, swiglu, token_features
 
 
 def random(*shape: int) -> Tensor:
@@ -65,6 +65,20 @@ def test_split_heads_equals_norm_then_rotation(normalised: bool, heads: int, kv_
         torch.testing.assert_close(ours, theirs)
     for ours, theirs in zip(
         torch.autograd.grad(fused, inputs, seeds), torch.autograd.grad(plain, inputs, seeds), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
+def test_token_features_are_a_table_and_a_convolution_over_it(length: int) -> None:
+    rows, taps = random(6, 4), random(3, 4)
+    ids = torch.randint(0, 6, (2, length), generator=torch.Generator().manual_seed(length))
+    e = F.embedding(ids, rows)
+    plain = e + sum(taps[n - 1] * F.pad(e, (0, 0, n, 0))[:, :length] for n in (1, 2, 3))
+    fused, seed = token_features(rows, taps, ids), torch.randn(2, length, 4, dtype=torch.float64)
+    torch.testing.assert_close(fused, plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(fused, (rows, taps), seed), torch.autograd.grad(plain, (rows, taps), seed), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
 

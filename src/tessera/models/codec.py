@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tessera.models.config import ModelSpec
-from tessera.models.functional import linear
+from tessera.models.functional import linear, token_features
 from tessera.models.noise import orthonormal, symmetric
 
 __all__ = ["HISTORY", "Codec", "make_codec", "shared_basis"]
@@ -67,12 +67,7 @@ class TokenTable(nn.Module):
         self.taps = nn.Parameter(torch.zeros(HISTORY, m.width)) if spec.codec.conv else None
 
     def forward(self, ids: Int[Tensor, "B T"], skip: int = 0) -> Float[Tensor, "B T D"]:
-        e_BTD = F.embedding(ids, self.rows)
-        known = e_BTD
-        if self.taps is not None:
-            length = ids.size(1)
-            for back in range(1, HISTORY + 1):
-                known = known + self.taps[back - 1] * F.pad(e_BTD, (0, 0, back, 0))[:, :length]
+        known = F.embedding(ids, self.rows) if self.taps is None else token_features(self.rows, self.taps, ids)
         return known[:, skip:]
 
 

@@ -3,7 +3,8 @@
 torch's own CPU kernels spend most of a small model's time on these; writing the backward by hand halves it. Each
 function equals its plain definition (`tests/exact/test_models_functional.py`).
 
-Legend: B sequences, T tokens, H heads, K key-value heads, G both with the values, E head size, D, I, O, F widths.
+Legend: B sequences, T tokens, H heads, K key-value heads, G both with the values, E head size, V vocabulary, N taps, D, I, O, F
+widths.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear", "rms_norm", "rope_tables", "split_heads", "swiglu"]
+__all__ = ["linear", "rms_norm", "rope_tables", "split_heads", "swiglu", "token_features"]
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -128,6 +129,37 @@ def split_heads(
     """
     call: Callable[..., tuple[Tensor, Tensor, Tensor]] = _SplitHeads.apply  # torch leaves it untyped
     return call(qkv, gain, cos, sin, heads, eps)
+
+
+class _TokenFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, taps: Tensor, ids: Tensor) -> Tensor:
+        e = F.embedding(ids, rows)
+        ctx.save_for_backward(e, taps, ids)
+        ctx.count = rows.size(0)
+        out = e.clone()
+        for back in range(1, taps.size(0) + 1):
+            out[:, back:].addcmul_(e[:, :-back], taps[back - 1])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        e, taps, ids = ctx.saved_tensors
+        grad_e, grad_taps = grad.clone(), torch.empty_like(taps)
+        for back in range(1, taps.size(0) + 1):
+            later = grad[:, back:]
+            grad_e[:, :-back].addcmul_(later, taps[back - 1])
+            torch.sum((later * e[:, :-back]).flatten(0, 1), 0, out=grad_taps[back - 1])
+        # The kernel of torch's own embedding: equal sums on every run, also on a GPU, unlike index_add_.
+        return torch.ops.aten.embedding_dense_backward(grad_e, ids, ctx.count, -1, False), grad_taps, None
+
+
+def token_features(
+    rows: Float[Tensor, "V D"], taps: Float[Tensor, "N D"], ids: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T D"]:
+    """rows[id_t] + Σ_n taps_n · rows[id_(t-n)]: a table, and a causal convolution over it, channel by channel."""
+    return _apply(_TokenFeatures, rows, taps, ids)
 
 
 def rope_tables(context: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:

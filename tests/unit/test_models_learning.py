@@ -1,0 +1,47 @@
+"""Models learn: a tiny one in a second, the default one, slowly, far below what counting achieves."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tessera.models.baselines import bigram_loss
+from tessera.models.corpus import read_standard_library
+from tessera.models.dataset import Dataset, tokenize, validation_windows
+from tessera.models.device import keep_freed_memory, native_bfloat16
+from tessera.models.pipeline import Pipeline
+from tessera.models.presets import DEFAULT_BATCH, Batch, default_spec, tiny_spec
+from tessera.models.tokenizer import train_tokenizer
+
+
+def periodic(length: int, seed: int) -> np.ndarray:
+    """Token t is t-1 plus 1 or 2, whichever t-2 says: no bigram model can know, anything with memory can."""
+    jumps = np.random.default_rng(seed).integers(1, 3, length // 2).repeat(2)
+    return (np.cumsum(jumps) % 23).astype(np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["codec", "dense", "reparam"])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_a_tiny_model_in_stages_learns_what_a_bigram_cannot(kind: str, compute: str) -> None:
+    data = Dataset(23, periodic(20_000, 0), periodic(4_000, 1))
+    spec = tiny_spec(2, codec=kind, vocab_size=23)  # type: ignore[arg-type]
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"compute": compute})})
+    pipeline, windows = Pipeline(spec, steps=80), validation_windows(data, 20, 32)
+    assert pipeline.evaluate(windows) == pytest.approx(math.log(23), abs=1e-4)
+    pipeline.train(data, Batch(sequences=4, length=32, microbatches=2, steps=80))
+    assert pipeline.evaluate(windows) < bigram_loss(data, windows) - 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_default_run_ends_far_below_the_bigram_loss() -> None:
+    keep_freed_memory()
+    corpus = read_standard_library()
+    tokenizer = train_tokenizer(corpus.train, 1024)
+    data = tokenize(corpus, tokenizer)
+    windows = validation_windows(data, 96, DEFAULT_BATCH.length)
+    pipeline = Pipeline(default_spec(compute="bfloat16" if native_bfloat16() else "float32"), steps=DEFAULT_BATCH.steps)
+    assert 2_500_000 < pipeline.parameters < 3_700_000
+    assert pipeline.evaluate(windows) <= math.log(1024) + 0.1
+    pipeline.train(data, DEFAULT_BATCH)
+    assert pipeline.evaluate(windows) <= bigram_loss(data, windows) - 0.9
