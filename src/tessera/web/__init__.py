@@ -1,0 +1,1 @@
+"""The page: what a run does, live in a browser, each number beside what proves it."""
