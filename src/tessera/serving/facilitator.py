@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import anyio
 import anyio.from_thread
 import anyio.to_thread
 from anyio import CapacityLimiter
@@ -82,7 +83,10 @@ class Facilitator:
 
         signer = _Signer(self._chain, self._key, self._chain_id)
         scheme = ExactEvmScheme(signer, pending_store=self._pending)
-        result = await anyio.to_thread.run_sync(work, scheme, limiter=self._limiter)
+        # Shielded, also because a call from a thread whose scope is cancelled already never ends in anyio 4.16: its
+        # first checkpoint waits for a cancellation that was delivered before. Each chain call has its own deadline.
+        with anyio.CancelScope(shield=True):
+            result = await anyio.to_thread.run_sync(work, scheme, limiter=self._limiter)
         if signer.trouble is not None:
             raise signer.trouble
         return result
