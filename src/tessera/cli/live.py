@@ -244,7 +244,12 @@ def _ownership(snapshot: Snapshot) -> Table:
     verified = sum(peer.verified_tokens for peer in snapshot.peers)
     claimed = sum(holder.claimed for holder in snapshot.holders)
     check = "= all that were minted" if held == total else f"≠ {fig.shares_down(total, 4)} that were minted"
-    sums = (fig.count(verified), fig.shares_down(held, 4), fig.percent_down(held, total), fig.money(claimed, income))
+    sums = (
+        fig.count(verified),
+        fig.shares_down(held, 4),
+        fig.percent_down(held, total),
+        fig.money_column(claimed, income),
+    )
     table = Table(title="Who owns the model", title_justify="left", show_footer=True, caption=CAPTION)
     table.add_column("holder", footer="all", no_wrap=True)
     table.add_column("account", footer=check)
@@ -256,18 +261,18 @@ def _ownership(snapshot: Snapshot) -> Table:
     ]
     for name, tokens, holder in holders:
         part = (fig.shares_down(holder.shares, 4), fig.percent_down(holder.shares, total))
-        table.add_row(*_cells(name, fig.short(holder.account), tokens, *part, fig.money(holder.claimed, income)))
+        table.add_row(*_cells(name, fig.short(holder.account), tokens, *part, fig.money_column(holder.claimed, income)))
     return table
 
 
 def _income(snapshot: Snapshot) -> Table:
     income = snapshot.income
-    verdict = "= revenue" if income.adds_up else f"≠ revenue, {fig.money(income.revenue, income)}"
+    verdict = "= revenue" if income.adds_up else f"≠ revenue, {fig.money_column(income.revenue, income)}"
     table = Table(title="Where the income is", title_justify="left", show_footer=True)
     table.add_column("part", footer=Text(f"sum {verdict}"))
-    table.add_column("amount", justify="right", footer=Text(fig.money(income.accounted, income)))
+    table.add_column("amount", justify="right", footer=Text(fig.money_column(income.accounted, income)))
     for name in ("claimed", "unclaimed", "undistributed", "dust"):
-        table.add_row(*_cells(name, fig.money(getattr(income, name), income)))
+        table.add_row(*_cells(name, fig.money_column(getattr(income, name), income)))
     return table
 
 

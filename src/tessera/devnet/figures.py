@@ -13,7 +13,7 @@ from tessera.devnet.snapshot import SHARE_DECIMALS, Income, Snapshot
 
 __all__ = [
     "ABSENT", "Figure", "bytes_text", "clock_text", "compact", "count", "headlines", "loss_text", "money",
-    "percent_down", "progress", "shares_down", "short",
+    "money_column", "percent_down", "progress", "shares_down", "short",
 ]  # fmt: skip
 
 ABSENT = "–"
@@ -61,6 +61,17 @@ def money(units: int, income: Income) -> str:
     '1.5 tUSD'
     """
     return Amount(units, income.asset).format(income.decimals)
+
+
+def money_column(units: int, income: Income) -> str:
+    """The same with all decimals, so that the digits of a column stand below each other.
+
+    >>> money_column(1_500_000, Income())
+    '1.500000 tUSD'
+    """
+    whole, rest = divmod(units, 10**income.decimals)
+    fraction = f".{rest:0{income.decimals}d}" if income.decimals else ""
+    return f"{count(whole)}{fraction} {income.asset}"
 
 
 def shares_down(units: int, decimals: int | None = None) -> str:

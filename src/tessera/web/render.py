@@ -83,6 +83,7 @@ def _environment() -> Environment:
     }
     jinja.globals |= {
         "money": figures.money,
+        "money_column": figures.money_column,
         "percent": figures.percent_down,
         "headlines": figures.headlines,
         "progress": figures.progress,

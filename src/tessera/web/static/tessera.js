@@ -21,12 +21,12 @@
 
   // One polite sentence when the phase changes; figures that change all the time are not announced.
   function announcePhase() {
-    const note = document.getElementById("phase-note");
+    const phases = document.getElementById("phases");
     const announce = document.getElementById("announce");
-    if (note && announce.dataset.phase !== note.dataset.phase) {
+    if (phases && announce.dataset.phase !== phases.dataset.phase) {
       const first = announce.dataset.phase === undefined;
-      announce.dataset.phase = note.dataset.phase;
-      if (!first) announce.textContent = `The run is now ${note.dataset.phase}.`;
+      announce.dataset.phase = phases.dataset.phase;
+      if (!first) announce.textContent = `The run is now ${phases.dataset.phase}.`;
     }
   }
 
