@@ -54,7 +54,8 @@ def run_doctor(state_dir: Path, as_json: bool) -> None:
 
 
 def _python() -> Finding:
-    return Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return Finding("Python", "ok", f"{platform.python_version()} on {system}")
 
 
 def _torch() -> Finding:

@@ -9,7 +9,7 @@ import anyio
 from fastapi import FastAPI
 from rich.console import Console
 
-from tessera.cli.live import LiveView, PlainView, final_table
+from tessera.cli.live import choose_view, final_table
 from tessera.cli.logs import configure_logs
 from tessera.core.clock import SystemClock
 from tessera.devnet.economy import Economy
@@ -26,8 +26,7 @@ async def run_up(config: UpConfig, *, as_json: bool) -> None:
     """Run the economy to its end, or until Ctrl-C. People read standard error when `as_json`, so that the object on
     standard output stands alone."""
     console = Console(stderr=as_json)
-    live = console.is_terminal
-    configure_logs("warning" if live else "")
+    configure_logs("warning")  # the view tells what happens
     feed = SnapshotFeed()
 
     def page(economy: Economy) -> FastAPI:
@@ -36,7 +35,7 @@ async def run_up(config: UpConfig, *, as_json: bool) -> None:
         return app
 
     economy = Economy(config, SystemClock(), page, lambda e: feed.publish(take_snapshot(e)))
-    view = LiveView(console) if live else PlainView(console)
+    view = choose_view(console)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(view.run, feed)
         try:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import structlog
 
 from tessera.chain.client import RpcChain
-from tessera.chain.faces import ModelShare
+from tessera.chain.faces import Coin, ModelShare
 from tessera.chain.settle import IncomeTable, income_table
 from tessera.core.ids import Account
 from tessera.core.merkle import share_leaf
 from tessera.core.signing import AccountKey
+from tessera.devnet.snapshot import Payment
 from tessera.p2p.transport import Transport
 from tessera.training.epochs import EpochLeaves
 from tessera.training.keeper import known_leaves
@@ -22,6 +23,8 @@ from tessera.training.roster import Roster
 __all__ = ["Books", "Figures"]
 
 log = structlog.get_logger()
+
+EMPTY = IncomeTable(0, 0, {}, {}, {}, 0, 0, 0, 0, {}, 0, 0)
 
 
 @dataclass
@@ -33,7 +36,8 @@ class Figures:
     shares: dict[Account, int] = field(default_factory=dict)  # redeemed
     claimable: dict[Account, int] = field(default_factory=dict)
     total_shares: int = 0
-    income: IncomeTable = field(default_factory=IncomeTable.empty)
+    payments: list[Payment] = field(default_factory=list)  # into the share contract, oldest first
+    income: IncomeTable = EMPTY
 
     def earned(self, account: Account) -> int:
         """Shares that the posted epochs give `account`, redeemed or not."""
@@ -51,7 +55,7 @@ class Books:
         self, chain: RpcChain, roster: Roster, transport: Transport, book: ReceiptBook, accounts: Sequence[Account]
     ) -> None:
         self._chain, self._roster, self._transport, self._book = chain, roster, transport, book
-        self._share = ModelShare(chain, roster.share)
+        self._share, self._coin = ModelShare(chain, roster.share), Coin(chain, roster.coin)
         self._accounts = tuple(dict.fromkeys(accounts))
         self._seen_block = -1
         self.figures = Figures()
@@ -62,6 +66,7 @@ class Books:
         if block == self._seen_block:
             return False
         await self._read_epochs()
+        await self._read_payments()
         for account in self._accounts:
             self.figures.shares[account] = await self._share.balanceOf(account)
             self.figures.claimable[account] = await self._share.claimable(account)
@@ -84,14 +89,23 @@ class Books:
         if await self._share.claimable(account) > 0:
             await self._share.claim(sender, account)
 
+    async def _read_payments(self) -> None:
+        """Transfers into the share contract that are new since the last look."""
+        into = [None, bytes(12) + bytes.fromhex(self._roster.share[2:])]
+        first = self._seen_block + 1
+        for event in await self._coin.events(Coin.Transfer, first, None, into):
+            block = await self._chain.request("eth_getBlockByNumber", [hex(event.log.block_number), False])
+            when = float(int(block["timestamp"], 16))
+            self.figures.payments.append(Payment(event.log.tx_hash, event.sender, event.value, when))
+
     async def _read_epochs(self) -> None:
         for epoch in range(len(self.figures.epochs), await self._share.epoch_count()):
             leaves = await self._leaves(epoch)
             self.figures.epochs.append(leaves)
             log.info("epoch_on_chain", epoch=epoch, shares=str(leaves.total))
         if len(self.figures.postings) < len(self.figures.epochs):
-            for entry in await self._chain.logs(self._roster.share, [ModelShare.Posted.TOPIC], 0):
-                self.figures.postings[ModelShare.Posted.decode(entry).epoch] = entry.tx_hash
+            for event in await self._share.events(ModelShare.Posted):
+                self.figures.postings[event.epoch] = event.log.tx_hash
 
     async def _leaves(self, epoch: int) -> EpochLeaves:
         text = self._book.epoch(epoch)

@@ -46,7 +46,6 @@ async def open_gateway(run: Run, front: Front, clock: Clock) -> None:
     )
 
     def on_settled(payment: Settlement) -> None:
-        run.payments.append(payment)
         run.board.note(f"{payment.payer} paid {payment.units} units for an answer")
 
     payments = await X402Payments.open(

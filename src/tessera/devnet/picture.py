@@ -16,7 +16,6 @@ from tessera.devnet.snapshot import (
     LossPoint,
     Model,
     Owner,
-    Payment,
     Peer,
     Snapshot,
     Status,
@@ -66,7 +65,7 @@ def take_snapshot(economy: Economy) -> Snapshot:
         owners=_owners(run),
         epochs=_epochs(run),
         income=_income(run),
-        payments=[Payment(p.transaction, p.payer, p.units, p.time) for p in run.payments],
+        payments=run.figures.payments,
         sample=sample(run),
         events=[Event(when, text) for when, text in board.events],
         urls=Urls(**economy.urls),
@@ -108,7 +107,7 @@ def closing_object(economy: Economy) -> dict[str, Any]:
             for owner in snapshot.owners
         ],
         "total_shares": snapshot.total_shares,
-        "requests_paid": income.payments,
+        "requests_paid": len(run.figures.payments),
         "revenue": income.revenue,
         "unclaimed": income.unclaimed,
         "undistributed": income.undistributed,
@@ -183,10 +182,10 @@ def _income(run: Run) -> Income:
     income = run.figures.income
     return Income(
         revenue=income.revenue,
-        claimed=sum(income.claimed.values()),
+        claimed=income.total_claimed,
         unclaimed=income.unclaimed,
         undistributed=income.undistributed,
         dust=income.dust,
-        requests_paid=income.payments,
+        requests_paid=len(run.figures.payments),
         contract=run.roster.share if run.seated else "",
     )

@@ -15,7 +15,6 @@ from tessera.devnet.processes import WorkerProcesses
 from tessera.devnet.text import Text
 from tessera.p2p.blobs import BlobStore
 from tessera.p2p.transport import Transport
-from tessera.serving.payments import Settlement
 from tessera.training.host import RunHost
 from tessera.training.manifest import Manifest
 from tessera.training.receipts import ReceiptBook
@@ -43,7 +42,6 @@ class Run:
     ticket: str
     processes: WorkerProcesses
     samples: list[tuple[str, str]] = field(default_factory=list)  # prompt, answer
-    payments: list[Settlement] = field(default_factory=list)
     seated: tuple[Roster, Books] | None = None
 
     def seat(self, roster: Roster) -> None:

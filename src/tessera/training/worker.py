@@ -16,7 +16,7 @@ from anyio import to_thread
 
 from tessera.chain.client import RpcChain
 from tessera.chain.faces import ModelShare
-from tessera.chain.settle import check_share
+from tessera.training.contract import check_share
 from tessera.core.clock import Clock
 from tessera.core.errors import Late, Misbehaviour, TesseraError, Unavailable
 from tessera.core.ids import BlobId
