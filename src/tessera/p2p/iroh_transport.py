@@ -1,0 +1,278 @@
+"""`Transport` on iroh: QUIC between ed25519 keys, encrypted and authenticated end to end, no relay, no name service.
+
+A peer's key is its iroh endpoint id. All protocols share one ALPN; each stream's hello names its protocol
+(`switchboard`). There is one link for each pair of peers, dialled by whoever needs it first and used both ways; when
+both dial at once there may be two, never more. A dead link is dropped and dialled again by the next `open`, and a
+newer record with other addresses is dialled at once, since the peer has probably moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+import anyio
+import iroh.iroh_ffi as iroh
+import structlog
+
+from tessera.core.clock import Clock, SystemClock
+from tessera.core.errors import Invalid, Late, TesseraError, Unavailable
+from tessera.core.ids import PeerId
+from tessera.core.signing import PeerKey
+from tessera.p2p.background import Background, background
+from tessera.p2p.framing import FramedStream
+from tessera.p2p.iroh_link import IrohChannel, IrohLink, iroh_reason
+from tessera.p2p.presence import PresenceBoard
+from tessera.p2p.switchboard import Switchboard
+from tessera.p2p.transport import MAX_ADDRS, RECORD_TTL_S, Handler, PeerRecord, Presence, Stream
+
+__all__ = ["IrohTransport"]
+
+log = structlog.get_logger()
+
+ALPN = b"tessera/1"
+SCHEME = "iroh"
+DIAL_S = 5.0
+HANDSHAKE_S = 5.0  # a peer that dials us gets this long
+MAX_LINKS = 1024  # all peers together, those that still shake hands included
+LINKS_PER_PEER = 2
+FLUSH_S = 0.4
+ENGINE_CLOSE_S = 0.4
+
+
+@dataclass(slots=True)
+class _Dial:
+    """A dial under way, shared by all who wait for it."""
+
+    over: anyio.Event = field(default_factory=anyio.Event)
+    link: IrohLink | None = None
+    error: TesseraError | None = None
+
+
+class IrohTransport:
+    """Made by `async with IrohTransport.start(key) as transport`."""
+
+    def __init__(self, key: PeerKey, endpoint: iroh.Endpoint, tasks: Background, clock: Clock) -> None:
+        self._key, self._endpoint, self._tasks, self._clock = key, endpoint, tasks, clock
+        self._switchboard = Switchboard()
+        self._presence = PresenceBoard()
+        self._links: dict[PeerId, list[IrohLink]] = {}
+        self._dials: dict[PeerId, _Dial] = {}
+        self._welcoming = 0
+        self._closing = False
+
+    @classmethod
+    @asynccontextmanager
+    async def start(
+        cls, key: PeerKey, *, bind: str = "127.0.0.1:0", clock: Clock | None = None
+    ) -> AsyncIterator[IrohTransport]:
+        """Listen on `bind`, an IP address and a UDP port (0: any free one), until the body ends.
+
+        Raises: Invalid for an address that cannot be bound, Unavailable when something else holds the port.
+        """
+        endpoint = await _bind(key, bind)
+        try:
+            async with background() as tasks:
+                transport = cls(key, endpoint, tasks, clock or SystemClock())
+                tasks.start_soon(transport._welcome_all)
+                try:
+                    yield transport
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await transport.close()
+        finally:
+            with anyio.move_on_after(ENGINE_CLOSE_S, shield=True):
+                await endpoint.close()
+
+    @property
+    def id(self) -> PeerId:
+        return self._key.id
+
+    def record(self) -> PeerRecord:
+        """Every address at which this node may be reached: loopback where it listens there, and its interfaces'."""
+        addrs = tuple(f"{SCHEME}:{addr}" for addr in _reachable(self._endpoint)[:MAX_ADDRS])
+        return PeerRecord.sign(self._key, addrs, expires=self._clock.time() + RECORD_TTL_S)
+
+    def serve(self, protocol: str, handler: Handler, *, max_streams: int = 64) -> None:
+        self._switchboard.serve(protocol, handler, max_streams=max_streams)
+
+    async def open(
+        self, peer: PeerRecord, protocol: str, *, timeout_s: float, bulk: bool = False, confirm: bool = True
+    ) -> Stream:
+        """See `Transport.open`. Cost: the dial when no link stands, then one round trip with `confirm`, else none."""
+        self._check_target(peer)
+        stream: FramedStream | None = None
+        try:
+            with anyio.fail_after(timeout_s):
+                stream = await self._open(peer, protocol, bulk)
+                if confirm:
+                    await stream.consent()
+        except TimeoutError:
+            await _drop(stream)
+            raise Late(f"{peer.id[:16]}… did not open {protocol} within {timeout_s:g} s") from None
+        except BaseException:
+            await _drop(stream)
+            raise
+        return stream
+
+    async def watch(self, peer: PeerId) -> AsyncIterator[Presence]:
+        async with aclosing(self._presence.watch(peer)) as states:
+            async for state in states:
+                yield state
+
+    async def close(self) -> None:
+        if not self._closing:
+            self._closing = True
+            links = [link for links in self._links.values() for link in links]
+            with anyio.move_on_after(FLUSH_S):
+                async with anyio.create_task_group() as flushing:
+                    for link in links:
+                        flushing.start_soon(link.flush)
+            for link in links:
+                link.close("closed")
+        await self._tasks.close()
+
+    # --- dialling ---------------------------------------------------------------------------------------------------
+
+    def _check_target(self, peer: PeerRecord) -> None:
+        if self._closing:
+            raise Unavailable("this transport is closed")
+        if peer.id == self.id:
+            raise Invalid("a peer does not dial itself")
+        if not peer.rests(SCHEME) and not self._links.get(peer.id):
+            raise Invalid(f"the record of {peer.id[:16]}… has no {SCHEME}: address, only {list(peer.addrs)}")
+
+    async def _open(self, peer: PeerRecord, protocol: str, bulk: bool) -> FramedStream:
+        link = self._standing(peer)
+        if link is not None:
+            try:
+                return await link.open(protocol, bulk=bulk)
+            except Unavailable as error:  # it died before we noticed
+                link.close("broken")
+                log.debug("link_was_dead", peer_id=peer.id, reason=error.message)
+        return await (await self._dialled(peer)).open(protocol, bulk=bulk)
+
+    def _standing(self, peer: PeerRecord) -> IrohLink | None:
+        """The newest live link, unless this record is newer than it and names other addresses."""
+        alive = [link for link in self._links.get(peer.id, ()) if link.alive]
+        if not alive:
+            return None
+        link = alive[-1]
+        moved = link.addrs is not None and link.expires < peer.expires and set(link.addrs).isdisjoint(peer.addrs)
+        return None if moved else link
+
+    async def _dialled(self, peer: PeerRecord) -> IrohLink:
+        """A new link, or the one that somebody else is dialling now."""
+        dial = self._dials.get(peer.id)
+        if dial is None:
+            dial = self._dials[peer.id] = _Dial()
+            self._tasks.start_soon(self._dial, peer, dial)
+        await dial.over.wait()
+        if dial.link is None:
+            raise dial.error or Unavailable("this transport is closed")
+        return dial.link
+
+    async def _dial(self, peer: PeerRecord, dial: _Dial) -> None:
+        try:
+            address = iroh.EndpointAddr(iroh.EndpointId.from_string(peer.id), None, peer.rests(SCHEME))
+            with anyio.fail_after(DIAL_S):
+                connection = await self._endpoint.connect(address, ALPN)
+            dial.link = IrohLink(connection, addrs=peer.addrs, expires=peer.expires)
+            self._adopt(dial.link)
+        except TimeoutError:
+            dial.error = self._no_answer(peer, f"nothing within {DIAL_S:g} s")
+        except iroh.IrohError as error:
+            dial.error = self._no_answer(peer, iroh_reason(error))
+        except TesseraError as error:
+            dial.error = error
+        finally:
+            self._dials.pop(peer.id, None)
+            dial.over.set()
+
+    def _no_answer(self, peer: PeerRecord, reason: str) -> Unavailable:
+        addrs = ", ".join(peer.addrs)
+        stale = " (the record has expired: ask for a new one)" if peer.expired(self._clock.time()) else ""
+        return Unavailable(f"{peer.id[:16]}… does not answer at {addrs}: {reason}{stale}", peer=peer.id)
+
+    # --- links ------------------------------------------------------------------------------------------------------
+
+    async def _welcome_all(self) -> None:
+        while (incoming := await self._endpoint.accept_next()) is not None:
+            if self._welcoming + sum(map(len, self._links.values())) >= MAX_LINKS:
+                await incoming.refuse()
+                continue
+            self._welcoming += 1
+            self._tasks.start_soon(self._welcome, incoming)
+
+    async def _welcome(self, incoming: iroh.Incoming) -> None:
+        try:
+            with anyio.fail_after(HANDSHAKE_S):
+                connection = await (await incoming.accept()).connect()
+            self._adopt(IrohLink(connection))
+        except (iroh.IrohError, TimeoutError, TesseraError) as error:
+            log.debug("handshake_failed", reason=iroh_reason(error))
+        finally:
+            self._welcoming -= 1
+
+    def _adopt(self, link: IrohLink) -> None:
+        if self._closing:
+            link.close("closed")
+            raise Unavailable("this transport is closed")
+        links = self._links.setdefault(link.peer, [])
+        links.append(link)
+        for old in links[:-LINKS_PER_PEER]:
+            old.close("replaced")
+        self._presence.set(link.peer, "up")
+        self._tasks.start_soon(self._keep, link)
+        log.debug("link_up", peer_id=link.peer, dialled=link.addrs is not None)
+
+    async def _keep(self, link: IrohLink) -> None:
+        try:
+            reason = await link.run(self._on_stream)
+            log.debug("link_down", peer_id=link.peer, reason=reason)
+        finally:
+            links = self._links.get(link.peer, [])
+            if link in links:
+                links.remove(link)
+            if not links:
+                self._links.pop(link.peer, None)
+                self._presence.set(link.peer, "down")
+
+    def _on_stream(self, channel: IrohChannel, peer: PeerId) -> None:
+        self._tasks.start_soon(self._switchboard.answer, channel, peer)
+
+
+async def _bind(key: PeerKey, bind: str) -> iroh.Endpoint:
+    options = iroh.EndpointOptions(
+        preset=iroh.preset_minimal(),
+        relay_mode=iroh.RelayMode.disabled(),
+        bind_addr=bind,
+        alpns=[ALPN],
+        secret_key=key.seed,
+    )
+    try:
+        return await iroh.Endpoint.bind(options)
+    except iroh.IrohError as error:
+        reason = iroh_reason(error)
+        if error.kind() == iroh.IrohErrorKind.INVALID_INPUT:
+            raise Invalid(f"cannot listen on {bind!r}: {reason}; an address looks like 0.0.0.0:4433") from error
+        raise Unavailable(f"cannot listen on {bind!r}: {reason}") from error
+
+
+def _reachable(endpoint: iroh.Endpoint) -> list[str]:
+    """The bound addresses, with those of all interfaces in the place of 0.0.0.0 and [::]."""
+    bound = [str(addr) for addr in endpoint.bound_sockets()]
+    named = [addr for addr in bound if not _wild(addr)]
+    loopback = [f"127.0.0.1:{addr.rpartition(':')[2]}" for addr in bound if addr.startswith("0.0.0.0:")]
+    interfaces = [str(addr) for addr in endpoint.addr().direct_addresses()]
+    return list(dict.fromkeys([*loopback, *named, *interfaces]))
+
+
+def _wild(addr: str) -> bool:
+    return addr.startswith(("0.0.0.0:", "[::]:"))
+
+
+async def _drop(stream: FramedStream | None) -> None:
+    if stream is not None:
+        await stream.abort()
