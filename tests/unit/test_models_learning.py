@@ -8,7 +8,7 @@ import pytest
 from tessera.models.baselines import bigram_loss
 from tessera.models.corpus import read_standard_library
 from tessera.models.dataset import Dataset, tokenize, validation_windows
-from tessera.models.device import keep_freed_memory, native_bfloat16
+from tessera.models.device import fast_compute, keep_freed_memory
 from tessera.models.pipeline import Pipeline
 from tessera.models.presets import DEFAULT_BATCH, Batch, default_spec, tiny_spec
 from tessera.models.tokenizer import train_tokenizer
@@ -40,7 +40,7 @@ def test_the_default_run_ends_far_below_the_bigram_loss() -> None:
     tokenizer = train_tokenizer(corpus.train, 1024)
     data = tokenize(corpus, tokenizer)
     windows = validation_windows(data, 96, DEFAULT_BATCH.length)
-    pipeline = Pipeline(default_spec(compute="bfloat16" if native_bfloat16() else "float32"), steps=DEFAULT_BATCH.steps)
+    pipeline = Pipeline(default_spec(compute=fast_compute()), steps=DEFAULT_BATCH.steps)
     assert 2_500_000 < pipeline.parameters < 3_700_000
     assert pipeline.evaluate(windows) <= math.log(1024) + 0.1
     pipeline.train(data, DEFAULT_BATCH)

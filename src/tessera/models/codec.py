@@ -10,12 +10,12 @@ A codec's K is the stage's own token table plus a causal 3-tap convolution over 
 tables are equal, without a byte exchanged: their values follow from the run's seed. Reasons and measurements:
 research/codec_study.
 
-Legend: B sequences, T tokens, V vocabulary, D width, k code width, W message width.
+Legend: B sequences, T tokens, S = T + those skipped, V vocabulary, D width, k code width, W message width.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +31,19 @@ __all__ = ["HISTORY", "Codec", "make_codec", "shared_basis"]
 HISTORY = 3  # tokens before the first new one that a codec must see: the taps of the convolution
 
 
-class Codec(Protocol):
+class Codec(nn.Module, ABC):
     """Both ends of a stage. `known` passes from `enter` to `leave`, so that it is computed once."""
 
+    @abstractmethod
     def enter(self, ids: Tensor, message: Tensor | None, skip: int = 0) -> tuple[Tensor, Tensor | None]:
         """(stream [B, T, D], known). `message` is None at stage 0. The first `skip` ids are history, not input."""
-        ...
 
+    @abstractmethod
     def leave(self, y: Tensor, known: Tensor | None) -> Tensor:
         """The message [B, T, W] for the next stage."""
-        ...
 
 
-def make_codec(spec: ModelSpec, stage: int) -> DenseCodec | ReparamCodec | BoundaryCodec:
+def make_codec(spec: ModelSpec, stage: int) -> Codec:
     if spec.codec.kind == "dense":
         return DenseCodec(spec, stage)
     if spec.codec.kind == "reparam":
@@ -66,12 +66,12 @@ class TokenTable(nn.Module):
         self.rows = nn.Parameter(torch.from_numpy(symmetric((m.vocab_size, m.width), m.table_std, spec.seed, "table")))
         self.taps = nn.Parameter(torch.zeros(HISTORY, m.width)) if spec.codec.conv else None
 
-    def forward(self, ids: Int[Tensor, "B T"], skip: int = 0) -> Float[Tensor, "B T D"]:
+    def forward(self, ids: Int[Tensor, "B S"], skip: int = 0) -> Float[Tensor, "B T D"]:
         known = F.embedding(ids, self.rows) if self.taps is None else token_features(self.rows, self.taps, ids)
         return known[:, skip:]
 
 
-class DenseCodec(nn.Module):
+class DenseCodec(Codec):
     """The stream itself crosses. Only stage 0 has a token table."""
 
     def __init__(self, spec: ModelSpec, stage: int) -> None:
@@ -87,7 +87,7 @@ class DenseCodec(nn.Module):
         return y
 
 
-class ReparamCodec(nn.Module):
+class ReparamCodec(Codec):
     """The stream lies in span(U) plus a fixed token table, because the layers write only into span(U)."""
 
     def __init__(self, spec: ModelSpec, stage: int) -> None:
@@ -108,7 +108,7 @@ class ReparamCodec(nn.Module):
         return (y - _present(known)) @ self.get_buffer("basis")
 
 
-class BoundaryCodec(nn.Module):
+class BoundaryCodec(Codec):
     """Own token table per stage, learned decoder at the entry and encoder at the exit."""
 
     def __init__(self, spec: ModelSpec, stage: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Literal
 
 import torch
 
 from tessera.core.errors import Invalid
 
-__all__ = ["keep_freed_memory", "native_bfloat16", "pick_device"]
+__all__ = ["fast_compute", "keep_freed_memory", "native_bfloat16", "pick_device"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
@@ -36,6 +37,11 @@ def native_bfloat16() -> bool:
     if torch.cuda.is_available():
         return True
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def fast_compute() -> Literal["float32", "bfloat16"]:
+    """The `ModelConfig.compute` that a new run started on this machine should choose."""
+    return "bfloat16" if native_bfloat16() else "float32"
 
 
 def keep_freed_memory() -> bool:

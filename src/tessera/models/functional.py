@@ -3,8 +3,8 @@
 torch's own CPU kernels spend most of a small model's time on these; writing the backward by hand halves it. Each
 function equals its plain definition (`tests/exact/test_models_functional.py`).
 
-Legend: B sequences, T tokens, H heads, K key-value heads, G both with the values, E head size, V vocabulary, N taps, D, I, O, F
-widths.
+Legend: B sequences, T tokens, H heads, K key-value heads, G = H + 2K, E head size, V vocabulary, N taps; D, I, O, F
+widths; `...` any leading axes.
 """
 
 from __future__ import annotations

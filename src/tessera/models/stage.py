@@ -4,12 +4,13 @@ Every initial value follows from (seed, name of the parameter in the whole model
 alone, and one process with all layers starts from the same values as many processes with some. Names are global:
 stage 2 of 4 holds `layers.4.qkv`, not `layers.0.qkv`.
 
-Legend: B sequences, T tokens, D width, V vocabulary, W message width.
+Legend: B sequences, T tokens, S = T + those skipped, X = V or W, D width, V vocabulary, W message width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -54,7 +55,7 @@ class Stage(nn.Module):
 
     def forward(
         self,
-        ids: Int[Tensor, "B T"],
+        ids: Int[Tensor, "B S"],
         message: Float[Tensor, "B T W"] | None,
         caches: list[LayerCache] | None = None,
         filled: int = 0,
@@ -90,4 +91,4 @@ class Stage(nn.Module):
         return iter(self.layers.values())
 
     def _codec(self) -> Codec:
-        return self.codecs[str(self.index)]  # type: ignore[return-value]  # ModuleDict forgets the class
+        return cast(Codec, self.codecs[str(self.index)])  # ModuleDict forgets the class
