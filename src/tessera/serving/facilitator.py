@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from x402.mechanisms.evm.types import TransactionReceipt
     from x402.schemas import PaymentPayload, PaymentRequirements, SettleResponse, VerifyResponse
 
-__all__ = ["Facilitator", "PaymentChain"]
+__all__ = ["Facilitator", "PaymentChain", "load_x402"]
 
 MAX_THREADS = 8
 T = TypeVar("T")
@@ -55,6 +55,12 @@ class PaymentChain(Protocol):
     async def send(self, key: AccountKey, to: Account, data: bytes) -> SentTransaction:
         """Raises: Late, with `tx_hash` in its fields, when the transaction was sent but is in no block yet."""
         ...
+
+
+def load_x402() -> None:
+    """Imports x402, which takes about a second: call it in a thread before the first payment comes."""
+    import x402.mechanisms.evm.exact.facilitator
+    import x402.schemas  # noqa: F401
 
 
 class Facilitator:

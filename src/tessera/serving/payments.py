@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import anyio.to_thread
 import structlog
 from eth_abi.abi import decode as abi_decode
 from eth_abi.abi import encode as abi_encode
@@ -21,7 +22,7 @@ from tessera.core.hashing import keccak
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 from tessera.serving.charging import PaidRequest
-from tessera.serving.facilitator import Facilitator, PaymentChain
+from tessera.serving.facilitator import Facilitator, PaymentChain, load_x402
 from tessera.serving.ledger import PaymentLedger
 from tessera.serving.offers import Offer, Payment, encode_header, parse_payment
 
@@ -107,6 +108,7 @@ class X402Payments:
         """Reads the chain's id and checks that the asset is a contract. Raises: Invalid when it is not."""
         if not await chain.code(parse_account(config.asset)):
             raise Invalid(f"the asset {config.asset} is no contract on this chain")
+        await anyio.to_thread.run_sync(load_x402)
         return cls(config, chain, key, await chain.chain_id(), clock=clock, on_settled=on_settled)
 
     @property

@@ -12,7 +12,9 @@ prompts are bounded; a stage takes sessions from the holder of the stage before 
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -142,13 +144,19 @@ class ShardServer:
         if len(self._listeners) >= self._config.max_sessions:
             raise Unavailable(f"{self._config.max_sessions} gateways listen already")
         listener = self._listeners[session] = _Listener(link)
+        late = False
         try:
             await link.send({"op": "ready"}, timeout_s=self._config.send_timeout_s)
-            with anyio.move_on_after(self._config.open_timeout_s):
-                await listener.taken.wait()
-            if not listener.taken.is_set():
+            async with anyio.create_task_group() as group:
+                group.start_soon(_when_hung_up, link, group.cancel_scope)
+                with anyio.move_on_after(self._config.open_timeout_s):
+                    await listener.taken.wait()
+                if listener.taken.is_set():
+                    await listener.done.wait()  # bounded: a session ends by its own deadlines
+                late = not listener.taken.is_set()
+                group.cancel_scope.cancel()
+            if late:
                 raise Late(f"no session was opened within {self._config.open_timeout_s:g} s of listening")
-            await listener.done.wait()  # bounded: a session ends by its own deadlines
         finally:
             self._listeners.pop(session, None)
 
@@ -273,6 +281,13 @@ def serve_decode(
     server = ShardServer(transport, decoder, stage, roster, config, gateways)
     transport.serve(PROTOCOL, server.handle, max_streams=2 * config.max_sessions + 2)
     return server
+
+
+async def _when_hung_up(link: Link, scope: anyio.CancelScope) -> None:
+    """Cancels `scope` when the listening gateway goes; it has nothing to say, so anything ends it."""
+    with suppress(TesseraError):
+        await link.receive(math.inf)  # as long as the session, which has its own deadlines
+    scope.cancel()
 
 
 def _session_name(frame: Frame) -> str:

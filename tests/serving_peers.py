@@ -1,0 +1,99 @@
+"""Stages of a tiny model over peers, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import torch
+
+from tessera.core.signing import PeerKey
+from tessera.models.decode import StageDecoder
+from tessera.models.presets import Kind, tiny_spec
+from tessera.models.stage import Stage
+from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.transport import Transport
+from tessera.serving.engine import Sampling
+from tessera.serving.links import PROTOCOL, Limits, Link
+from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
+from tessera.serving.shards import FixedRoster, ShardConfig, ShardServer, serve_decode
+
+
+@dataclass
+class Shards:
+    """`stages` peers that serve, and a gateway's engine over them."""
+
+    gateway: Any
+    transports: list[Any]
+    decoders: list[StageDecoder]
+    servers: list[ShardServer]
+    roster: FixedRoster
+    engine: ShardEngine
+    config: ShardConfig
+
+    async def link(self, stage: int, transport: Any = None) -> Link:
+        """A stream of our own to a stage, to say what we like."""
+        stream = await (transport or self.gateway).open(self.roster.holder(stage), PROTOCOL, timeout_s=5)
+        return Link(stream, Limits(tokens=self.config.context, vocab_size=self.config.vocab_size, payload=1 << 16))
+
+    def holding(self) -> int:
+        """Sessions, listeners and caches held anywhere."""
+        servers = sum(server.sessions + server.listeners for server in self.servers)
+        return servers + sum(len(decoder) for decoder in self.decoders)
+
+    async def settled(self) -> None:
+        """Returns when nothing is held any more; fails the test when something stays."""
+        with anyio.fail_after(5):
+            while self.holding():
+                await anyio.sleep(0.005)
+
+    def one_process(self, prompt: list[int], count: int) -> list[int]:
+        """Greedy decoding with the same stages and no peers."""
+        decoders = [StageDecoder(decoder.stage) for decoder in self.decoders]
+        new, found = list(prompt), []
+        for _ in range(count):
+            out: Any = None
+            for decoder in decoders:
+                out = decoder.step("one", new, out)
+            new = [int(out.argmax())]
+            found += new
+        return found
+
+
+@asynccontextmanager
+async def open_peers(count: int) -> AsyncIterator[list[Transport]]:
+    async with AsyncExitStack() as stack:
+        keys = [PeerKey(bytes([number + 1]) * 32) for number in range(count)]
+        yield [await stack.enter_async_context(IrohTransport.start(key)) for key in keys]
+
+
+@asynccontextmanager
+async def open_shards(stages: int = 4, codec: Kind = "codec", **settings: Any) -> AsyncIterator[Shards]:
+    spec = tiny_spec(stages=stages, codec=codec)
+    model = spec.model
+    async with open_peers(stages + 1) as (gateway, *transports):
+        roster = FixedRoster(tuple(transport.record() for transport in transports))
+        config = ShardConfig(context=model.context, vocab_size=model.vocab_size, **settings)
+        decoders = [StageDecoder(_lively(Stage(spec, stage))) for stage in range(stages)]
+        servers = [
+            serve_decode(transport, decoder, stage, roster, config)
+            for stage, (transport, decoder) in enumerate(zip(transports, decoders, strict=True))
+        ]
+        engine = ShardEngine(gateway, roster, ShardEngineConfig(model.context, model.vocab_size, step_timeout_s=5))
+        yield Shards(gateway, transports, decoders, servers, roster, engine, config)
+
+
+async def tokens(engine: ShardEngine, prompt: list[int], sampling: Sampling) -> list[int]:
+    return [token async for token in engine.generate(prompt, sampling)]
+
+
+def _lively(stage: Stage) -> Stage:
+    """Away from its first values, at which a model with a zero head answers the same to everything."""
+    generator = torch.Generator().manual_seed(stage.index)
+    with torch.no_grad():
+        for param in stage.parameters():
+            param += 0.1 * torch.randn(param.shape, generator=generator)
+    return stage.eval()
