@@ -113,6 +113,10 @@ def test_the_mean_gradient_does_not_depend_on_how_a_step_is_cut() -> None:
     "bad",
     [
         np.zeros((2, 1), np.int64),
+        [[1, 2, 3], [1, 2]],
+        [[2**70, 1]],
+        "text",
+        None,
         np.zeros((0, 8), np.int64),
         np.zeros((1, SPEC.model.context + 2), np.int64),
         np.zeros(8, np.int64),

@@ -228,7 +228,10 @@ class StageTrainer:
 
 def check_ids(ids: Any, spec: ModelSpec) -> Tensor:
     """Token ids [B, T+1] as int64. Raises: Invalid: other shapes, types, lengths or values than the model takes."""
-    tokens = torch.as_tensor(ids)
+    try:
+        tokens = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Invalid(f"token ids are integers [B, T+1]: {error}") from error
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise Invalid(f"token ids are integers [B, T+1], not {tokens.dtype} {tuple(tokens.shape)}")
     if tokens.size(0) < 1 or not 2 <= tokens.size(1) <= spec.model.context + 1:
