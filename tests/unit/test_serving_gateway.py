@@ -301,3 +301,16 @@ async def test_a_stream_that_breaks_after_settlement_is_owed_for_the_same_reques
         assert events(again.text)[-1] == "[DONE]"
         assert (await client.post("/v1/completions", json=completion(stream=True), headers=paid)).status_code == 402
     assert payments.settled == ["c1"]
+
+
+async def test_a_token_that_the_tokenizer_does_not_know_has_no_text_but_counts() -> None:
+    async with make_client(FakeEngine(lambda prompt, sampling: [97, 300, 98])) as client:
+        body = (await client.post("/v1/completions", json=completion())).json()
+    assert (body["choices"][0]["text"], body["usage"]["completion_tokens"]) == ("ab", 3)
+
+
+async def test_a_stop_token_ends_the_answer_without_being_shown_or_counted() -> None:
+    async with make_client(says("ab\0cd"), stop_tokens=(0,)) as client:
+        body = (await client.post("/v1/completions", json=completion())).json()
+    assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("ab", "stop")
+    assert body["usage"]["completion_tokens"] == 2

@@ -109,8 +109,11 @@ class Generation:
         """The characters that `token` completes.
 
         Decodes only from the last token that ended a whole character. An incomplete character decodes to one U+FFFD at
-        the end, which is held back until the next token shows what it becomes.
+        the end, which is held back until the next token shows what it becomes. A token that the tokenizer does not
+        know has no text: a model may have more ids than its tokenizer learnt.
         """
+        if not 0 <= token < self._tokenizer.vocab_size:
+            return ""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids[self._start :])
         whole = not text.endswith(REPLACEMENT)
