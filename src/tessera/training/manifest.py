@@ -129,7 +129,9 @@ class Manifest(_Strict):
         if self.model.stages < 2:
             raise ValueError("a run needs at least 2 stages: only a neighbour can sign receipts")
         if self.schedule.length > self.model.model.context:
-            raise ValueError(f"windows of {self.schedule.length} tokens exceed the context of {self.model.model.context}")
+            raise ValueError(
+                f"windows of {self.schedule.length} tokens exceed the context of {self.model.model.context}"
+            )
         return self
 
     @property

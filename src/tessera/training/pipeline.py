@@ -3,6 +3,10 @@
 Stage 0 drives: it asks everybody which checkpoints they hold, picks the newest that all have, tells each stage to load
 it, last stage first, and starts. Whatever breaks, the links close one after another, and stage 0 tries again. So a dead
 worker makes training pause, and a restarted one makes it go on from the last common checkpoint.
+
+Invariants: one attempt at a time touches the trainer, and a newer one takes over only when the older has let go;
+an older number never replaces a newer one; later checkpoints are forgotten only once the run has really gone on from an
+earlier one, that is, when the first step of a session is done.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ log = structlog.get_logger()
 CHECKPOINT_EVERY = 10  # steps
 RETRY_S = 1.0
 RETRY_MISBEHAVIOUR_S = 5.0
+ABORT_S = 2.0  # how long a broken session may take to drop its links
+MAX_NUMBER = 2**53  # of a session; milliseconds since 1970, unless a clock went backwards
 
 
 class SavedTrainer(Trainer, Protocol):
@@ -54,15 +60,20 @@ class Watcher(Protocol):
     def validated(self, steps: int, loss: float) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Attempt:
-    """A session that was started here: where its upstream link will arrive, and how to stop it."""
+    """One try at a session: where its upstream link will arrive, how to stop it, and what became of it."""
 
     number: int
+    step: int
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     up: Stream | None = None
-    arrived: anyio.Event = field(default_factory=anyio.Event)
-    over: anyio.Event = field(default_factory=anyio.Event)
+    down: Stream | None = None
+    arrived: anyio.Event = field(default_factory=anyio.Event)  # the link from above is here
+    ready: anyio.Event = field(default_factory=anyio.Event)  # checkpoint loaded and link below open, or failed
+    over: anyio.Event = field(default_factory=anyio.Event)  # nothing of it touches the trainer any more
+    failure: TesseraError | None = None
+    started: bool = False  # its first step is done
 
 
 class Pipeline:
@@ -111,45 +122,48 @@ class Pipeline:
         """Serve the others and, at stage 0, drive; until cancelled."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
+            if self._stage > 0 and self._manifest.schedule.steps in self._checkpoints.steps():
+                await self._resume_finished()  # before anybody can start a session on the same trainer
             self._transport.serve(PIPELINE, self._accept)
             serve_calls(self._transport, CONTROL, self._control, request_limit=SMALL)
             if self._stage == 0:
                 await self._drive()
-            elif self._manifest.schedule.steps in self._checkpoints.steps():
-                await self._start(0, self._manifest.schedule.steps)  # a finished stage that was restarted
             await anyio.sleep_forever()
 
     # --- driving ----------------------------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
         while not self.trained.is_set():
+            pause_s = RETRY_S
             try:
-                step, number = await self._common_step(), int(self._clock.time() * 1000)
+                step, number = await self._next_session()
                 for stage in reversed(range(1, self._manifest.model.stages)):
                     await self._ask(stage, {"op": "start", "session": number, "step": step}, WORK_S)
-                await self._start(number, step)
-                attempt = self._attempt
-                if attempt is not None:
-                    await attempt.over.wait()
-                if not self.trained.is_set():
-                    await anyio.sleep(RETRY_S)
+                attempt = await self._start(number, step)
+                await attempt.over.wait()
+                if attempt.failure is not None:
+                    raise attempt.failure
             except TesseraError as error:
                 log.info("pipeline_not_ready", code=error.code, reason=error.message)
-                await anyio.sleep(RETRY_MISBEHAVIOUR_S if isinstance(error, Misbehaviour) else RETRY_S)
-            await self._refresh()
+                pause_s = RETRY_MISBEHAVIOUR_S if isinstance(error, Misbehaviour) else RETRY_S
+            if not self.trained.is_set():
+                await anyio.sleep(pause_s)
+                await self._refresh()
 
-    async def _common_step(self) -> int:
-        """The newest step of which every worker holds a checkpoint."""
-        common = set(self._checkpoints.steps())
+    async def _next_session(self) -> tuple[int, int]:
+        """The newest step of which every worker holds a checkpoint, and a number that none of them has seen."""
+        common, last = set(self._checkpoints.steps()), self._last_number
         for stage in range(1, self._manifest.model.stages):
             reply = await self._ask(stage, {"op": "status"}, CALL_S)
-            steps = reply.get("steps")
+            steps, seen = reply.get("steps"), reply.get("session")
             if not isinstance(steps, list) or not all(type(step) is int for step in steps):
                 raise Misbehaviour(f"stage {stage} answers its status with {str(steps)[:80]}")
-            common &= set(steps)
+            if type(seen) is not int or not -1 <= seen < MAX_NUMBER:
+                raise Misbehaviour(f"stage {stage} says that its last session was {str(seen)[:80]}")
+            common, last = common & set(steps), max(last, seen)
         if not common:
             raise Conflict("the workers hold no common checkpoint")
-        return max(common)
+        return max(common), max(last + 1, int(self._clock.time() * 1000))
 
     async def _ask(self, stage: int, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         record = self._roster().seats[stage].record
@@ -162,10 +176,10 @@ class Pipeline:
         if self._roster().stage_of(peer) != 0:
             raise Refused("only stage 0 drives the pipeline", rule="driver")
         if request.get("op") == "status":
-            return {"steps": self._checkpoints.steps()}, b""
+            return {"steps": self._checkpoints.steps(), "session": self._last_number}, b""
         if request.get("op") == "start":
             number, step = request.get("session"), request.get("step")
-            if type(number) is not int or type(step) is not int:
+            if type(number) is not int or type(step) is not int or not 0 <= number < MAX_NUMBER:
                 raise Invalid("a session starts with two integers: session and step")
             await self._refresh()
             await self._start(number, step)
@@ -174,81 +188,100 @@ class Pipeline:
 
     async def _accept(self, stream: Stream) -> None:
         """The link from the stage above arrives; hold it until the session is over."""
-        with anyio.move_on_after(CALL_S) as scope:
-            hello = encoding.decode(await stream.recv(SMALL), SMALL)
-        attempt = self._attempt
-        expected = None if attempt is None else {"run_id": self._manifest.run_id, "session": attempt.number}
-        if scope.cancelled_caught or attempt is None or hello != expected or attempt.arrived.is_set():
-            raise Conflict("no session waits for this link")
         if self._stage == 0 or stream.peer != self._roster().peers[self._stage - 1]:
             raise Refused("only the stage above may open this link", rule="neighbour")
+        with anyio.move_on_after(CALL_S) as scope:
+            hello = encoding.decode(await stream.recv(SMALL), SMALL)
+        if scope.cancelled_caught:
+            raise Late(f"the stage above did not name its session within {CALL_S:.0f} s")
+        attempt = self._attempt
+        expected = None if attempt is None else {"run_id": self._manifest.run_id, "session": attempt.number}
+        if attempt is None or hello != expected or attempt.arrived.is_set() or attempt.over.is_set():
+            raise Conflict("no session waits for this link")
         attempt.up = stream
         attempt.arrived.set()
         await attempt.over.wait()
 
     # --- sessions ---------------------------------------------------------------------------------------------------
 
-    async def _start(self, number: int, step: int) -> None:
-        """Stop what runs, load `step`, open the link below, and run the session in the background."""
+    async def _start(self, number: int, step: int) -> _Attempt:
+        """Begin an attempt in the background; return when its checkpoint is loaded and its link below open.
+
+        The attempt before it is stopped, whatever it was doing. Raises what kept this one from becoming ready.
+        """
         if number <= self._last_number:
             raise Conflict(f"session {number} is not newer than {self._last_number}")
-        self._last_number = number
-        await self._stop()
-        await to_thread.run_sync(self._load, step)
-        if step >= self._manifest.schedule.steps:
-            self.trained.set()
-            return
-        self.trained = anyio.Event()
-        attempt = self._attempt = _Attempt(number)
-        try:
-            down = await self._dial(number) if self._stage + 1 < self._manifest.model.stages else None
-        except TesseraError:
-            attempt.over.set()
-            self._attempt = None
-            raise
-        self._tasks.start_soon(self._run_session, attempt, step, down)
+        before, attempt = self._attempt, _Attempt(number, step)
+        self._last_number, self._attempt = number, attempt
+        self._tasks.start_soon(self._run_attempt, attempt, before)
+        await attempt.ready.wait()
+        if attempt.failure is not None:
+            raise attempt.failure
+        return attempt
 
-    async def _stop(self) -> None:
-        attempt, self._attempt = self._attempt, None
-        if attempt is not None:
-            attempt.scope.cancel()
-            await attempt.over.wait()
+    async def _run_attempt(self, attempt: _Attempt, before: _Attempt | None) -> None:
+        try:
+            if before is not None:
+                before.scope.cancel()
+                with anyio.CancelScope(shield=True):  # it still holds the trainer; it ends with its present call
+                    await before.over.wait()
+            with attempt.scope:
+                await self._open(attempt)
+                attempt.ready.set()
+                await self._train(attempt)
+            if attempt.scope.cancelled_caught:
+                attempt.failure = Conflict(f"session {attempt.number} gave way to a newer one")
+        except TesseraError as error:
+            attempt.failure = error
+            log.warning("session_broken", stage=self._stage, code=error.code, reason=error.message)
+        finally:
+            with anyio.move_on_after(ABORT_S, shield=True):
+                for stream in (attempt.up, attempt.down):
+                    if stream is not None:
+                        await stream.abort()  # nothing to abort when both sides said their last
+            earlier, present = self._earlier_wire, self._session_wire
+            self._earlier_wire, self._session_wire = (earlier[0] + present[0], earlier[1] + present[1]), (0, 0)
+            attempt.over.set()
+            attempt.ready.set()
+
+    async def _open(self, attempt: _Attempt) -> None:
+        """Load the step and dial the stage below."""
+        steps = self._manifest.schedule.steps
+        if attempt.step < steps:
+            self.trained = anyio.Event()
+        if not self.trained.is_set():  # else it is loaded, and may be serving
+            await to_thread.run_sync(self._load, attempt.step)
+        if self._stage + 1 < self._manifest.model.stages:
+            below = self._roster().seats[self._stage + 1].record
+            attempt.down = await self._transport.open(below, PIPELINE, timeout_s=CALL_S)
+            hello = {"run_id": self._manifest.run_id, "session": attempt.number}
+            with anyio.move_on_after(CALL_S):
+                await attempt.down.send(encoding.encode(hello))
+                return
+            raise Late(f"stage {self._stage + 1} did not take our hello within {CALL_S:.0f} s")
 
     def _load(self, step: int) -> None:
         self._trainer.reset_step()
         self._trainer.load(self._checkpoints.load(step))
-        self._checkpoints.drop_after(step)
 
-    async def _dial(self, number: int) -> Stream:
-        below = self._roster().seats[self._stage + 1].record
-        stream = await self._transport.open(below, PIPELINE, timeout_s=CALL_S)
-        await stream.send(encoding.encode({"run_id": self._manifest.run_id, "session": number}))
-        return stream
-
-    async def _run_session(self, attempt: _Attempt, step: int, down: Stream | None) -> None:
-        log.info("session_started", stage=self._stage, step=step)
-        self.sessions += 1
+    async def _resume_finished(self) -> None:
+        """A stage that was trained and then restarted can serve at once, whether or not stage 0 is here."""
         try:
-            with attempt.scope:
-                await self._train(attempt, step, down)
+            await to_thread.run_sync(self._load, self._manifest.schedule.steps)
         except TesseraError as error:
-            log.warning("session_broken", stage=self._stage, code=error.code, reason=error.message)
-        finally:
-            with anyio.CancelScope(shield=True):
-                for stream in (attempt.up, down):
-                    if stream is not None and not self.trained.is_set():
-                        await stream.abort()
-            earlier, present = self._earlier_wire, self._session_wire
-            self._earlier_wire, self._session_wire = (earlier[0] + present[0], earlier[1] + present[1]), (0, 0)
-            attempt.over.set()
+            log.warning("checkpoint_unusable", stage=self._stage, code=error.code, reason=error.message)
+            return
+        self.trained.set()
 
-    async def _train(self, attempt: _Attempt, step: int, down: Stream | None) -> None:
-        peers = self._roster().peers
+    async def _train(self, attempt: _Attempt) -> None:
         if self._stage > 0:
             with anyio.move_on_after(WORK_S) as scope:
                 await attempt.arrived.wait()
             if scope.cancelled_caught:
                 raise Late("the stage above never opened its link")
+        log.info("session_started", stage=self._stage, step=attempt.step)
+        self.sessions += 1
+        peers = self._roster().peers
         session = Session(
             manifest=self._manifest,
             stage=self._stage,
@@ -256,10 +289,10 @@ class Pipeline:
             trainer=self._trainer,
             batches=self._batches,
             book=self._book,
-            events=self,
+            events=_Events(self, attempt),
             up=(peers[self._stage - 1], attempt.up) if attempt.up is not None else None,
-            down=(peers[self._stage + 1], down) if down is not None else None,
-            first_step=step,
+            down=(peers[self._stage + 1], attempt.down) if attempt.down is not None else None,
+            first_step=attempt.step,
         )
         try:
             await session.run()
@@ -269,16 +302,30 @@ class Pipeline:
 
     # --- what a session tells ---------------------------------------------------------------------------------------
 
-    async def step_done(self, step: int, loss: float | None, wire: dict[str, int]) -> None:
+    async def _step_done(self, attempt: _Attempt, step: int, loss: float | None, wire: dict[str, int]) -> None:
         done = step + 1
+        if not attempt.started:  # the run has gone on from here: whatever was ahead belongs to another past
+            await to_thread.run_sync(self._checkpoints.drop_after, attempt.step)
+            attempt.started = True
         self.steps_done = max(self.steps_done, done)
         self._session_wire = (wire.get("bytes", 0), wire.get("tokens", 0))
         if done % CHECKPOINT_EVERY == 0 or done == self._manifest.schedule.steps:
             await to_thread.run_sync(lambda: self._checkpoints.save(done, self._trainer.save()))
         self._watcher.step_done(done, loss)
 
+
+@dataclass(frozen=True, slots=True)
+class _Events:
+    """What one attempt's session tells the pipeline."""
+
+    pipeline: Pipeline
+    attempt: _Attempt
+
+    async def step_done(self, step: int, loss: float | None, wire: dict[str, int]) -> None:
+        await self.pipeline._step_done(self.attempt, step, loss, wire)
+
     def validated(self, steps: int, loss: float) -> None:
-        self._watcher.validated(steps, loss)
+        self.pipeline._watcher.validated(steps, loss)
 
 
 def _named(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -121,7 +121,9 @@ def verified_tokens(
 
 
 class ReceiptBook:
-    """The receipts that this worker holds, on disk. The first receipt for a (step, worker, direction) stays.
+    """The receipts that this worker holds, on disk: for his own work, and those that he signed for his neighbours.
+
+    The first receipt for a (step, worker, direction) stays: steps that are trained again pay nothing twice.
 
     Written from the event loop: a commit takes well under a millisecond (WAL; a killed process loses nothing, a power
     cut at most the last steps, which are then replayed from the checkpoint and signed again).
@@ -143,10 +145,11 @@ class ReceiptBook:
             raise Invalid(f"{file} is damaged ({error}): restore it from your backup, or move it away") from error
 
     def add(self, receipts: Iterable[Receipt]) -> None:
+        """All of them or, when the disk fails, none."""
         rows = [tuple(receipt.to_row()) for receipt in receipts]
-        self._db.execute("begin")
-        self._db.executemany("insert or ignore into receipts values(?,?,?,?,?,?,?)", rows)
-        self._db.execute("commit")
+        with self._db:  # commits, or rolls back
+            self._db.execute("begin")
+            self._db.executemany("insert or ignore into receipts values(?,?,?,?,?,?,?)", rows)
 
     def of_steps(self, run_id: RunId, steps: range) -> list[Receipt]:
         rows = self._db.execute(

@@ -4,20 +4,24 @@ Stage 0 feeds microbatches, at most `depth` in flight; every other stage takes w
 last microbatch of a step each stage makes its optimiser step and signs, for each neighbour, what it received from him.
 Both links are ordered, so every index must be the next one: anything else is `Misbehaviour`. Any failure ends the
 session; nothing is lost but the steps since the last common checkpoint.
+
+Invariants: memory is bounded by `INBOX` frames and `depth` microbatches, whatever a neighbour sends; every wait for a
+neighbour, sending included, ends after `wait_s`; a receipt is in the signer's own book before it is sent, and a step
+counts as done only after that, so that no crash can lose the only copy.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import anyio
 import anyio.abc
 from anyio import to_thread
 
-from tessera.core.errors import Late, Misbehaviour, Unavailable
+from tessera.core.errors import Invalid, Late, Misbehaviour, TesseraError, Unavailable
 from tessera.core.ids import PeerId
 from tessera.core.signing import PeerKey
 from tessera.p2p.transport import Stream
@@ -29,7 +33,7 @@ __all__ = ["Batches", "Link", "Session", "SessionEvents", "Trainer"]
 
 INBOX = 64  # frames; a neighbour that sends faster is slowed down, not buffered
 OPEN_RECEIPTS = 8  # steps that a neighbour may leave unsigned before the session ends
-LAST_RECEIPTS_S = 20.0  # how long the end of a session waits for them
+MAX_DEPTH = 256  # microbatches in flight: as many as a trainer holds
 
 
 class Trainer(Protocol):
@@ -62,6 +66,7 @@ class Link:
     digest: Any = field(default_factory=hashlib.sha256)  # of this step's payloads that arrived
     sent: Any = field(default_factory=hashlib.sha256)  # of this step's payloads that we sent
     unsigned: dict[int, bytes] = field(default_factory=dict)  # step -> digest of what we sent
+    early: Frame | None = None  # his receipt for the open step: he was done before us
     tokens: int = 0  # that crossed, both directions together, evaluation included
     done: bool = False  # the neighbour said that nothing follows
 
@@ -74,12 +79,13 @@ class SessionEvents(Protocol):
 
 
 class Session:
-    """`run` trains from `first_step` to the manifest's last step, or raises.
+    """`run` trains from `first_step` to the manifest's last step, or raises. Runs once.
 
     Args:
-        up, down: streams to the neighbours before and after; None at the ends.
+        up, down: neighbour and stream, before and after us; None at the ends. Closing them stays with the caller.
         batches: this run's data.
-        depth: microbatches that stage 0 keeps in flight.
+        first_step: what `trainer` and both neighbours have open. The last step or later means: only evaluate.
+        wait_s: how long a neighbour may be silent, or not take what we send.
     """
 
     def __init__(
@@ -104,7 +110,9 @@ class Session:
         self._down = Link(down[1], down[0], "forward", "backward") if down else None
         self._step = first_step
         self._wait_s = wait_s
-        self._depth = min(manifest.schedule.microbatches, manifest.model.stages + 1)
+        self._depth = min(manifest.schedule.microbatches, manifest.model.stages + 1, MAX_DEPTH)
+        self._message_bytes = trainer.payload_limit(manifest.schedule.sequences, manifest.schedule.length)
+        self._finished = 0  # microbatches of the open step whose gradient we have passed on
         self._inbox_in, self._inbox = anyio.create_memory_object_stream[tuple[Link, Frame]](INBOX)
         self._backward: deque[Frame] = deque()
         self._forward: deque[Frame] = deque()
@@ -112,13 +120,17 @@ class Session:
         self._losses: list[tuple[float, int]] = []
 
     async def run(self) -> None:
-        """Train to the end. Raises the first failure: a neighbour gone, late, or wrong."""
+        """Train to the end.
+
+        Raises: an exception group with the failures: `Unavailable` when a neighbour is gone, `Late` when it is silent,
+        `Misbehaviour` when it is wrong.
+        """
         schedule = self._manifest.schedule
         async with anyio.create_task_group() as tasks:
             for link in self._links():
                 tasks.start_soon(self._read, link)
-            if self._stage == 0 and self._step == 0:
-                await self._feed_validation(0)
+            if self._stage == 0 and self._evaluation_due():  # again after a restart: the last time may be unfinished
+                await self._feed_validation(self._step)
             while self._step < schedule.steps:
                 await self._train_step()
                 if self._stage == 0 and self._evaluation_due():
@@ -130,24 +142,39 @@ class Session:
 
     async def _train_step(self) -> None:
         count = self._manifest.schedule.microbatches
-        started = finished = 0
-        while finished < count:
-            if self._stage == 0 and not self._drain() and started < count and started - finished < self._depth:
+        started = self._finished = 0
+        while self._finished < count:
+            if self._stage == 0 and not self._drain() and started < count and started - self._finished < self._depth:
                 await self._compute_forward(started, None)
                 started += 1
-                continue
-            frame = await self._next()
+            else:
+                await self._work(await self._next())
+        await self._end_step()
+
+    async def _work(self, frame: Frame) -> None:
+        """Compute on what a neighbour sent, and find out who is to blame when that is impossible."""
+        try:
             if frame.kind is Kind.GRADIENT:
                 await self._compute_backward(frame.index, frame.payload)
-                finished += 1
             elif frame.kind is Kind.FORWARD:
                 await self._compute_forward(frame.index, frame.payload)
-                finished += self._down is None
-            elif frame.kind is Kind.EVALUATE:
-                await self._evaluate(frame)
             else:
-                raise Misbehaviour(f"{frame.kind.name} in the middle of step {self._step}")
-        await self._end_step()
+                await self._evaluate(frame)
+        except Invalid as error:
+            raise self._blamed(frame, error) from error
+
+    def _blamed(self, frame: Frame, error: Invalid) -> TesseraError:
+        """`Misbehaviour` if the neighbour's bytes hold no message; else the trainer's own word (it diverged, say)."""
+        from tessera.models.wire import Wire  # torch takes seconds to import, and this path is rare
+
+        schedule, link = self._manifest.schedule, self._down if frame.kind is Kind.GRADIENT else self._up
+        if link is None:
+            return error
+        try:
+            Wire(self._manifest.model).unpack(frame.payload, schedule.sequences, schedule.length)
+        except Invalid as reason:
+            return _wrong(link, frame, f"bytes that hold no message: {reason.message}")
+        return error
 
     async def _compute_forward(self, index: int, payload: bytes | None) -> None:
         ids = await to_thread.run_sync(self._batches.train, self._step, index)
@@ -161,37 +188,55 @@ class Session:
         code = await to_thread.run_sync(self._trainer.backward, self._step, index, payload)
         if self._up is not None:
             await self._send(self._up, Kind.GRADIENT, index, code or b"")
+        self._finished += 1
 
     async def _end_step(self) -> None:
         step, tokens = self._step, self._manifest.tokens_per_step
         loss = await to_thread.run_sync(self._trainer.finish_step, step, tokens)
-        for link in self._links():
-            link.unsigned[step] = link.sent.digest()
-            if len(link.unsigned) > OPEN_RECEIPTS:
-                raise Misbehaviour(f"{link.peer[:16]}… has not signed step {min(link.unsigned)}")
-            await self._sign(link, step, tokens)
-            link.digest, link.sent = hashlib.sha256(), hashlib.sha256()
-        self._next_index[Kind.FORWARD] = self._next_index[Kind.GRADIENT] = 0
+        await self._sign(step, tokens)
+        self._next_index = dict.fromkeys(self._next_index, 0)
         self._step += 1
+        for link in self._links():
+            link.digest, link.sent = hashlib.sha256(), hashlib.sha256()
+            early, link.early = link.early, None
+            if early is not None:
+                self._store_receipt(link, early)
         await self._events.step_done(step, loss, self._wire())
 
     # --- receipts ---------------------------------------------------------------------------------------------------
 
-    async def _sign(self, link: Link, step: int, tokens: int) -> None:
-        receipt = self._receipt(link.peer, link.takes, step, tokens, link.digest.digest(), self._key.id)
-        signed = receipt.signed_by(self._key)
-        await link.stream.send(Frame(Kind.RECEIPT, step, 0, signed.digest + signed.signature).to_bytes())
+    async def _sign(self, step: int, tokens: int) -> None:
+        """Sign what each neighbour sent, and keep a copy first: one that gets lost is found in our book."""
+        receipts = []
+        for link in self._links():
+            link.unsigned[step] = link.sent.digest()
+            if len(link.unsigned) > OPEN_RECEIPTS:
+                raise Misbehaviour(f"{link.peer[:16]}… has not signed step {min(link.unsigned)}")
+            receipt = self._receipt(link.peer, link.takes, step, tokens, link.digest.digest(), self._key.id)
+            receipts.append(receipt.signed_by(self._key))
+        self._book.add(receipts)
+        for link, receipt in zip(self._links(), receipts, strict=True):
+            await self._put(link, Frame(Kind.RECEIPT, step, 0, receipt.digest + receipt.signature))
+
+    def _take_receipt(self, link: Link, frame: Frame) -> None:
+        """Check and keep a receipt, or put it aside when its sender finished the open step before we did."""
+        if frame.step == self._step < self._manifest.schedule.steps:
+            if link.early is not None:
+                raise _wrong(link, frame, "a second receipt for one step")
+            link.early = frame
+            return
+        self._store_receipt(link, frame)
 
     def _store_receipt(self, link: Link, frame: Frame) -> None:
-        if len(frame.payload) != RECEIPT_BYTES:
-            raise Misbehaviour(f"a receipt of {len(frame.payload)} bytes, expected {RECEIPT_BYTES}")
+        if frame.index != 0 or len(frame.payload) != RECEIPT_BYTES:
+            raise _wrong(link, frame, f"a receipt of {len(frame.payload)} bytes, expected {RECEIPT_BYTES}")
         digest = link.unsigned.pop(frame.step, None)
         if digest is None:
-            raise Misbehaviour(f"{link.peer[:16]}… signs step {frame.step}, which it does not owe")
+            raise _wrong(link, frame, "a receipt that is not owed")
         unsigned = self._receipt(
             self._key.id, link.gives, frame.step, self._manifest.tokens_per_step, frame.payload[:32], link.peer
         )
-        receipt = Receipt(**{**_fields(unsigned), "signature": frame.payload[32:]})
+        receipt = replace(unsigned, signature=frame.payload[32:])
         receipt.check()
         if receipt.digest != digest:
             raise Misbehaviour(
@@ -215,24 +260,19 @@ class Session:
             await self._evaluate(Frame(Kind.EVALUATE, step, index))
 
     async def _evaluate(self, frame: Frame) -> None:
-        count = self._batches.validation_count
-        if frame.step != self._step or frame.index >= count:
-            raise Misbehaviour(f"validation window {frame.index} of step {frame.step} at step {self._step}")
         ids = await to_thread.run_sync(self._batches.validation, frame.index)
         payload = frame.payload if self._stage > 0 else None
         result = await to_thread.run_sync(self._trainer.evaluate, ids, payload)
-        if isinstance(result, bytes):
-            if self._down is None:
-                raise Misbehaviour("the last stage returned codes")
+        if self._down is not None and isinstance(result, bytes):
             await self._send(self._down, Kind.EVALUATE, frame.index, result)
-        else:
+        elif self._down is None and isinstance(result, tuple):
             self._losses.append(result)
-        if frame.index + 1 == count:
-            self._next_index[Kind.EVALUATE] = 0
-            if self._losses:
-                total, tokens = map(sum, zip(*self._losses, strict=True))
-                self._losses = []
-                self._events.validated(frame.step, total / tokens)
+        else:
+            raise RuntimeError(f"stage {self._stage} of {self._manifest.model.stages} evaluates to {type(result)}")
+        if self._losses and frame.index + 1 == self._batches.validation_count:
+            total, tokens = map(sum, zip(*self._losses, strict=True))
+            self._losses = []
+            self._events.validated(frame.step, total / tokens)
 
     # --- links ------------------------------------------------------------------------------------------------------
 
@@ -241,9 +281,7 @@ class Session:
 
     async def _read(self, link: Link) -> None:
         """Move frames from one link into the inbox until the neighbour is done."""
-        schedule = self._manifest.schedule
-        limit = 64 + self._trainer.payload_limit(schedule.sequences, schedule.length)
-        while data := await link.stream.recv(limit):
+        while data := await link.stream.recv(64 + self._message_bytes):
             frame = Frame.parse(data)
             await self._inbox_in.send((link, frame))
             if frame.kind is Kind.DONE:
@@ -266,36 +304,43 @@ class Session:
         raise Late(f"no neighbour sent anything for {self._wait_s:.0f} s at step {self._step}")
 
     def _drain(self) -> bool:
-        """Take what has arrived without waiting; True when there is something to work on."""
-        while True:
+        """Take what has arrived without waiting, up to a bound; True when there is something to work on."""
+        while len(self._backward) + len(self._forward) < INBOX:
             try:
                 self._sort(*self._inbox.receive_nowait())
             except anyio.WouldBlock:
-                return bool(self._backward or self._forward)
+                break
+        return bool(self._backward or self._forward)
 
     def _sort(self, link: Link, frame: Frame) -> None:
         if frame.kind is Kind.RECEIPT:
-            self._store_receipt(link, frame)
+            self._take_receipt(link, frame)
             return
         if frame.step != self._step:
-            raise Misbehaviour(f"{frame.kind.name} of step {frame.step} at step {self._step}")
+            raise _wrong(link, frame, f"our step is {self._step}")
         if frame.kind is Kind.DONE:
             if self._step < self._manifest.schedule.steps:
-                raise Misbehaviour(f"{link.peer[:16]}… ends at step {self._step}")
+                raise _wrong(link, frame, f"the end, with {self._manifest.schedule.steps - self._step} steps to go")
             link.done = True
             return
         if frame.kind not in ((Kind.GRADIENT,) if link is self._down else (Kind.FORWARD, Kind.EVALUATE)):
-            raise Misbehaviour(f"{link.peer[:16]}… sent {frame.kind.name} against the stream")
+            raise _wrong(link, frame, "against the stream")
         self._arrived(link, frame)
         (self._backward if frame.kind is Kind.GRADIENT else self._forward).append(frame)
 
     def _arrived(self, link: Link, frame: Frame) -> None:
         schedule, expected = self._manifest.schedule, self._next_index[frame.kind]
         count = self._batches.validation_count if frame.kind is Kind.EVALUATE else schedule.microbatches
+        if frame.kind is not Kind.EVALUATE and self._step >= schedule.steps:
+            raise _wrong(link, frame, "no step is left")
+        if frame.kind is Kind.EVALUATE and not self._evaluation_due():
+            raise _wrong(link, frame, "no validation is due")
         if frame.index != expected or expected >= count:
-            raise Misbehaviour(
-                f"{frame.kind.name} {frame.index} of step {frame.step}, expected index {expected} of {count}"
-            )
+            raise _wrong(link, frame, f"expected index {expected} of {count}")
+        if frame.kind is Kind.FORWARD and expected - self._finished >= self._depth:
+            raise _wrong(link, frame, f"more than {self._depth} microbatches in flight")
+        if len(frame.payload) != self._message_bytes:
+            raise _wrong(link, frame, f"{len(frame.payload)} bytes, expected {self._message_bytes}")
         self._next_index[frame.kind] += 1
         if frame.kind is not Kind.EVALUATE:
             link.digest.update(frame.payload)
@@ -305,7 +350,13 @@ class Session:
         if kind is not Kind.EVALUATE:
             link.sent.update(payload)
         link.tokens += self._manifest.tokens_per_microbatch
-        await link.stream.send(Frame(kind, self._step, index, payload).to_bytes())
+        await self._put(link, Frame(kind, self._step, index, payload))
+
+    async def _put(self, link: Link, frame: Frame, *, last: bool = False) -> None:
+        with anyio.move_on_after(self._wait_s):
+            await link.stream.send(frame.to_bytes(), last=last)
+            return
+        raise Late(f"{link.peer[:16]}… did not take a {frame.kind.name} for {self._wait_s:.0f} s at step {self._step}")
 
     def _wire(self) -> dict[str, int]:
         """Bytes and tokens that crossed our lower boundary, both ways, frame headers and receipts included."""
@@ -317,25 +368,30 @@ class Session:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     async def _finish(self) -> None:
-        """Evaluate what is still under way; pass the end down, and up once every receipt is here."""
+        """Evaluate what is still under way; pass the end down, and up once every receipt is here.
+
+        The stages below may still be evaluating while we wait: that is why the end has a full `wait_s`.
+        """
         while self._up is not None and (self._drain() or not self._up.done):
             if self._drain():
-                await self._evaluate(self._take())
+                await self._work(self._take())
             else:
                 await self._wait()
         if self._down is not None:
             await self._say_done(self._down)
-        with anyio.move_on_after(LAST_RECEIPTS_S):
-            while any(link.unsigned for link in self._links()) or (self._down and not self._down.done):
-                self._sort(*await self._inbox.receive())
-            if self._up is not None:
-                await self._say_done(self._up)
-            return
-        raise Late("a neighbour did not sign the last steps")
+        while any(link.unsigned for link in self._links()) or (self._down and not self._down.done):
+            await self._wait()
+        if self._up is not None:
+            await self._say_done(self._up)
 
     async def _say_done(self, link: Link) -> None:
-        await link.stream.send(Frame(Kind.DONE, self._step, 0).to_bytes(), last=True)
+        await self._put(link, Frame(Kind.DONE, self._step, 0), last=True)
 
 
-def _fields(receipt: Receipt) -> dict[str, Any]:
-    return {name: getattr(receipt, name) for name in Receipt.__slots__}
+def _wrong(link: Link, frame: Frame, why: str) -> Misbehaviour:
+    """A frame that no honest neighbour sends; the evidence names it and hashes what it held."""
+    name = f"{frame.kind.name} {frame.index} of step {frame.step}"
+    return Misbehaviour(
+        f"{link.peer[:16]}… sent {name}: {why}",
+        evidence={"peer": link.peer, "frame": name, "sha256": hashlib.sha256(frame.payload).hexdigest()},
+    )
