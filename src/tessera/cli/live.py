@@ -5,6 +5,7 @@ Invariants: `PlainView` and `final_table` write no control characters; nothing t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Protocol
@@ -224,9 +225,8 @@ def _peers(snapshot: Snapshot) -> RenderableType:
 def _events(snapshot: Snapshot, events: int) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     for event in snapshot.events[-events:]:
-        table.add_row(
-            Text(fig.clock_text(event.time), style=QUIET), Text(event.text, no_wrap=True, overflow="ellipsis")
-        )
+        at = time.strftime("%H:%M:%S", time.localtime(event.time))
+        table.add_row(Text(at, style=QUIET), Text(event.text, no_wrap=True, overflow="ellipsis"))
     return table
 
 

@@ -119,7 +119,9 @@ def _account(snapshot: Snapshot, name: str) -> Iterable[Group]:
             yield _group("In this run", facts)
     for peer in snapshot.peers:
         if peer.account == name:
-            yield _group("Its worker", {"peer": peer.peer, "verified tokens": count(peer.verified_tokens)})
+            yield _group(
+                "Its worker", {"stage": peer.stage, "peer": peer.peer, "verified tokens": count(peer.verified_tokens)}
+            )
     if income.contract == name:
         parts = {
             part: money(getattr(income, part), income) for part in ("claimed", "unclaimed", "undistributed", "dust")
