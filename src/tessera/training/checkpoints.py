@@ -21,6 +21,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 3) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._keep = folder, keep
+        for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
 
     def steps(self) -> list[int]:
         """The steps that can be loaded, ascending. Not yet checked for damage."""

@@ -11,7 +11,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tessera.core.errors import Conflict, Invalid, Missing
@@ -97,8 +97,7 @@ class Home:
     def _secret(self, name: str, fresh: bytes) -> bytes:
         file = self.path / name
         if not file.exists():
-            write_atomic(file, fresh.hex().encode(), mode=0o600)
-            return fresh
+            write_atomic(file, fresh.hex().encode(), mode=0o600, replace=False)  # a process beside us may be first
         try:
             secret = bytes.fromhex(file.read_text().strip())
         except (ValueError, OSError) as error:
@@ -108,8 +107,11 @@ class Home:
         return secret
 
 
-def write_atomic(file: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Write beside `file`, flush to the disk, rename. A crash leaves the old content or the new, never a part."""
+def write_atomic(file: Path, data: bytes, *, mode: int = 0o644, replace: bool = True) -> None:
+    """Write beside `file`, flush to the disk, rename. A crash leaves the old content or the new, never a part.
+
+    With `replace=False` a file that exists by then stays as it is.
+    """
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(handle, "wb") as temporary:
@@ -117,7 +119,12 @@ def write_atomic(file: Path, data: bytes, *, mode: int = 0o644) -> None:
             temporary.flush()
             os.fsync(temporary.fileno())
         os.chmod(name, mode)
-        os.replace(name, file)
+        if replace:
+            os.replace(name, file)
+            return
+        with suppress(FileExistsError):
+            os.link(name, file)
+        os.unlink(name)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

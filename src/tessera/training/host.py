@@ -18,7 +18,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tessera.chain.client import RpcChain
-from tessera.core.errors import Conflict, Invalid, Misbehaviour, Refused
+from tessera.core.errors import Conflict, Invalid, Misbehaviour, Refused, TesseraError
 from tessera.core.ids import Account, PeerId, parse_account
 from tessera.core.signing import AccountKey
 from tessera.p2p.calls import serve_calls
@@ -82,7 +82,11 @@ class RunHost:
         self._ready = anyio.Event()
         self._told_closed: set[PeerId] = set()
         self._db = _open(file)
-        self._load()
+        try:
+            self._load()
+        except (TesseraError, ValueError, sqlite3.DatabaseError) as error:
+            self._db.close()
+            raise Invalid(f"{file} is damaged ({error}): restore it from your backup, or move it away") from error
 
     def serve(self) -> None:
         serve_calls(self._transport, JOIN, self._join, request_limit=SMALL)
@@ -112,10 +116,12 @@ class RunHost:
         """Tell the workers that the host leaves, and wait a little until each has heard it."""
         self.phase = "closed"
         peers = {seat.peer for seat in self._seats.values()}
-        with anyio.move_on_after(patience_s):
-            while not peers <= self._told_closed:
-                await anyio.sleep(0.05)
-        self._db.close()
+        try:
+            with anyio.move_on_after(patience_s):
+                while not peers <= self._told_closed:
+                    await anyio.sleep(0.05)
+        finally:
+            self._db.close()
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
@@ -124,6 +130,8 @@ class RunHost:
             raise Conflict(
                 f"this host runs {self.manifest.run_id[:16]}…: the ticket is for another run, ask for a new one"
             )
+        if self.phase == "closed":
+            raise Conflict(f"the run {self.manifest.name!r} is closed: its host is leaving")
         seat = self._take_seat(peer, request)
         self._db.execute("insert or replace into seats values(?, ?)", (seat.stage, json.dumps(seat.to_value())))
         self._seats[seat.stage] = seat

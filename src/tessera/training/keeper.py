@@ -2,10 +2,10 @@
 
 For each epoch in order, the worker whose turn it is gathers all receipts, computes the leaves, asks the others to
 sign, and posts the root with more than two thirds of the signatures. When he does not manage in time, it is the next
-one's turn. A voter signs only what he computes himself from receipts whose signatures he has checked, only for an epoch
-that he has finished too, and only if no receipt that he holds is missing. He holds those for his own work and those that
-he signed for his neighbours, so leaving out one worker's receipts takes all of his neighbours' consent as well. Once
-posted, each worker redeems his own leaf.
+one's turn. A voter signs only what he computes himself from receipts whose signatures he has checked, only for an
+epoch that he has finished too, and only if no receipt that he holds is missing. He holds those for his own work and
+those that he signed for his neighbours, so leaving out a worker takes his neighbours' consent. Once posted, each worker
+redeems his own leaf.
 """
 
 from __future__ import annotations

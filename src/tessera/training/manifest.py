@@ -24,6 +24,7 @@ WHOLE_BPS = 10_000
 SHARE_FLOPS = 10**12  # verified floating-point operations that earn the workers one share
 SHARE_WAD = 10**18  # smallest units of one share
 MAX_OWNERS = 64
+MAX_RECEIPTS = 50_000  # of one epoch: they travel to every voter in one message
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 
@@ -132,6 +133,9 @@ class Manifest(_Strict):
             raise ValueError(
                 f"windows of {self.schedule.length} tokens exceed the context of {self.model.model.context}"
             )
+        receipts = 2 * (self.model.stages - 1) * min(self.schedule.epoch_steps, self.schedule.steps)
+        if receipts > MAX_RECEIPTS:
+            raise ValueError(f"an epoch would have {receipts} receipts, at most {MAX_RECEIPTS}: lower epoch_steps")
         return self
 
     @property

@@ -103,18 +103,29 @@ class Roster:
     def stage_of(self, peer: PeerId) -> int | None:
         return self.peers.index(peer) if peer in self.peers else None
 
+    def same_run(self, other: Roster) -> bool:
+        """Whether both name the same workers, contract and coin; addresses may differ."""
+        mine, his = (
+            (roster.run_id, roster.peers, roster.accounts, roster.share, roster.coin) for roster in (self, other)
+        )
+        return mine == his
+
     def to_value(self) -> dict[str, Any]:
         return {"seats": [seat.to_value() for seat in self.seats], "share": self.share, "coin": self.coin}
 
     @classmethod
-    def from_value(cls, run_id: RunId, stages: int, value: dict[str, Any]) -> Roster:
+    def from_value(cls, run_id: RunId, stages: int, value: object) -> Roster:
         """From the host. Raises `Invalid` or `Misbehaviour` unless it is complete and every seat is signed."""
+        if not isinstance(value, dict):
+            raise Invalid(f"a roster is an object, not a {type(value).__name__}")
         rows = value.get("seats")
         if not isinstance(rows, list) or len(rows) != stages:
             raise Invalid(f"a roster of {stages} stages has {stages} seats")
         seats = tuple(Seat.from_value(row) for row in rows)
         if [seat.stage for seat in seats] != list(range(stages)) or len({seat.peer for seat in seats}) != stages:
             raise Misbehaviour("the roster does not seat one peer at each stage")
+        if len({seat.account for seat in seats}) != stages:
+            raise Misbehaviour("the roster names an account twice: one account, one stage")
         for seat in seats:
             seat.check(run_id)
         return cls(run_id, seats, parse_account(value.get("share")), parse_account(value.get("coin")))

@@ -20,6 +20,8 @@ from tessera.training.protocols import RPC
 __all__ = ["OPEN_METHODS", "peer_rpc", "serve_rpc"]
 
 RPC_LIMIT = 1 << 20  # bytes of a request
+MAX_BATCH = 100  # calls in one request
+MAX_STREAMS = 16  # requests of one peer at once
 REPLY_LIMIT = 16 << 20  # bytes of a reply: logs can be long
 OPEN_METHODS = frozenset(
     {
@@ -35,10 +37,9 @@ def serve_rpc(transport: Transport, exchange: Callable[[bytes], Awaitable[bytes]
     """Answer peers' JSON-RPC with `exchange`, the chain's own text in, text out."""
 
     async def handle(peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-        _check_methods(body)
-        return {}, await exchange(body)
+        return {}, await exchange(_checked(body))
 
-    serve_calls(transport, RPC, handle, request_limit=RPC_LIMIT)
+    serve_calls(transport, RPC, handle, request_limit=RPC_LIMIT, max_streams=MAX_STREAMS)
 
 
 def peer_rpc(transport: Transport, host: Callable[[], PeerRecord], *, timeout_s: float = 30.0) -> BytesRpc:
@@ -51,12 +52,18 @@ def peer_rpc(transport: Transport, host: Callable[[], PeerRecord], *, timeout_s:
     return BytesRpc(exchange)
 
 
-def _check_methods(body: bytes) -> None:
+def _checked(body: bytes) -> bytes:
+    """The same calls, written anew: what we have checked and what the node reads must be one thing, whatever a text
+    with duplicate keys or another encoding means to its parser."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Invalid(f"not JSON-RPC: {error}") from error
-    for item in value if isinstance(value, list) else [value]:
+    calls = value if isinstance(value, list) else [value]
+    if not 1 <= len(calls) <= MAX_BATCH:
+        raise Invalid(f"a batch has 1 to {MAX_BATCH} calls, this one {len(calls)}")
+    for item in calls:
         method = item.get("method") if isinstance(item, dict) else None
-        if method not in OPEN_METHODS:
+        if not isinstance(method, str) or method not in OPEN_METHODS:
             raise Refused(f"peers may not call {str(method)[:60]!r}", rule="rpc_open_methods")
+    return json.dumps(value).encode()

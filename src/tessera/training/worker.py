@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import anyio
 import structlog
@@ -16,16 +17,17 @@ from anyio import to_thread
 
 from tessera.chain.client import RpcChain
 from tessera.chain.faces import ModelShare
-from tessera.training.contract import check_share
 from tessera.core.clock import Clock
-from tessera.core.errors import Late, Misbehaviour, TesseraError, Unavailable
+from tessera.core.errors import Late, Misbehaviour, Missing, TesseraError, Unavailable
 from tessera.core.ids import BlobId
 from tessera.models.dataset import Dataset
+from tessera.models.device import pick_device
 from tessera.models.trainer import StageTrainer
 from tessera.p2p.blobs import BlobStore, fetch, serve_blobs
 from tessera.p2p.calls import call
 from tessera.p2p.transport import PeerRecord, Transport
 from tessera.training.checkpoints import Checkpoints
+from tessera.training.contract import check_share
 from tessera.training.data import NamedBatches
 from tessera.training.home import Home
 from tessera.training.keeper import Keeper
@@ -33,7 +35,7 @@ from tessera.training.manifest import MANIFEST_LIMIT, Manifest, load_manifest
 from tessera.training.pipeline import Pipeline
 from tessera.training.protocols import CALL_S, JOIN, RUN, SMALL
 from tessera.training.receipts import ReceiptBook
-from tessera.training.roster import Roster, remember_run, seat_binding
+from tessera.training.roster import Roster, recall_run, remember_run, seat_binding
 from tessera.training.rpc_link import peer_rpc
 from tessera.training.ticket import Ticket
 
@@ -41,9 +43,12 @@ __all__ = ["Seated", "Worker", "WorkerConfig"]
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 REPORT_S = 0.5
 REPORT_POINTS = 200  # losses in one report
 FETCH_S = 300.0
+ROSTER_LIMIT = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -130,9 +135,10 @@ class Worker:
         folder = self._home.run_folder(manifest.run_id)
         log.info("seated", run_id=manifest.run_id, stage=stage)
         roster = await self._wait_for_roster(manifest)
-        remember_run(folder, manifest, roster)
+        _check_remembered(folder, roster)
         chain = RpcChain(peer_rpc(self._transport, lambda: self._ticket.peers[0]))
         await self._check_chain(manifest, roster, chain)
+        remember_run(folder, manifest, roster)
         blobs = BlobStore(self._home.blobs)
         serve_blobs(self._transport, blobs)
         dataset = await self._fetch_data(manifest, roster, blobs)
@@ -183,13 +189,14 @@ class Worker:
     async def _wait_for_roster(self, manifest: Manifest) -> Roster:
         told = -1
         while True:
-            reply, _ = await self._call_host(RUN, {"op": "roster"}, reply_limit=1 << 20)
+            reply, _ = await self._patiently(lambda: self._call_host(RUN, {"op": "roster"}, reply_limit=ROSTER_LIMIT))
             if reply.get("ready") is True:
                 return Roster.from_value(manifest.run_id, manifest.model.stages, reply)
             taken = reply.get("taken")
             if isinstance(taken, int) and taken != told:
                 log.info("waiting_for_workers", taken=taken, stages=manifest.model.stages)
                 told = taken
+            await anyio.sleep(REPORT_S)  # the host holds the question for a while; one that does not is no busy loop
 
     async def _check_chain(self, manifest: Manifest, roster: Roster, chain: RpcChain) -> None:
         found = await chain.chain_id()
@@ -211,7 +218,9 @@ class Worker:
             await fetch(self._transport, peers, blob, blobs, timeout_s=FETCH_S)
 
     def _build_trainer(self, manifest: Manifest, stage: int) -> StageTrainer:
-        return StageTrainer(manifest.model, stage, steps=manifest.schedule.steps, device=self._config.device)
+        return StageTrainer(
+            manifest.model, stage, steps=manifest.schedule.steps, device=pick_device(self._config.device)
+        )
 
     # --- while the run is open --------------------------------------------------------------------------------------
 
@@ -242,7 +251,7 @@ class Worker:
         """Tell the host how it goes, until it closes the run. A host that is away misses nothing that is paid for."""
         while True:
             progress, wire = self._progress, pipeline.wire
-            losses, validations = progress.losses, progress.validations
+            losses, validations = progress.losses, progress.validations  # replaced, never changed, by what comes in
             report = {
                 "step": max(progress.step, pipeline.steps_done),
                 "losses": losses,
@@ -255,8 +264,8 @@ class Worker:
             }
             try:
                 reply, _ = await self._call_host(RUN, {"op": "report", "report": report})
-                progress.losses = progress.losses[len(losses) :] if progress.losses[: len(losses)] == losses else []
-                progress.validations = progress.validations[len(validations) :]
+                progress.losses = [point for point in progress.losses if point not in losses]
+                progress.validations = [point for point in progress.validations if point not in validations]
                 if reply.get("phase") == "closed":
                     log.info("run_closed")
                     self._closed.set()
@@ -269,13 +278,13 @@ class Worker:
     async def _refresh(self, seated: Seated) -> None:
         """Newer addresses from the host. The seats themselves never change."""
         try:
-            reply, _ = await self._call_host(RUN, {"op": "roster"}, reply_limit=1 << 20)
+            reply, _ = await self._call_host(RUN, {"op": "roster"}, reply_limit=ROSTER_LIMIT)
             roster = Roster.from_value(seated.manifest.run_id, seated.manifest.model.stages, reply)
         except TesseraError as error:
             log.debug("roster_not_refreshed", code=error.code, reason=error.message)
             return
-        if roster.peers != seated.roster.peers or roster.accounts != seated.roster.accounts:
-            log.error("roster_changed", reason="the host names other workers than before; ignored")
+        if not roster.same_run(seated.roster):
+            log.error("roster_changed", reason="the host names other workers or another contract than before; ignored")
             return
         seated.roster = roster
 
@@ -287,7 +296,7 @@ class Worker:
         host = self._ticket.peers[0]
         return await call(self._transport, host, protocol, request, timeout_s=CALL_S, reply_limit=reply_limit)
 
-    async def _patiently(self, action: Callable[[], Awaitable[tuple[Manifest, int]]]) -> tuple[Manifest, int]:
+    async def _patiently(self, action: Callable[[], Awaitable[T]]) -> T:
         """Try again while the host is away, up to `patience_s`."""
         deadline = self._clock.time() + self._config.patience_s
         while True:
@@ -301,6 +310,20 @@ class Worker:
                         "is it still running? Ask for a new ticket"
                     ) from error
                 await anyio.sleep(1.0)
+
+
+def _check_remembered(folder: Path, roster: Roster) -> None:
+    """Whoever worked for one contract must not be moved to another under the same run id."""
+    try:
+        _, before = recall_run(folder)
+    except Missing:
+        return
+    if not roster.same_run(before):
+        raise Misbehaviour(
+            f"the host now names contract {roster.share} and {len(roster.seats)} workers; "
+            f"when this run was joined, they were {before.share} and others: do not follow it",
+            evidence={"before": before.to_value(), "now": roster.to_value()},
+        )
 
 
 async def _event_set(current: Callable[[], anyio.Event]) -> None:
