@@ -22,7 +22,7 @@ def test_one_command_trains_sells_and_pays_everybody(tmp_path: Path) -> None:
     assert result["val_loss_first"] <= math.log(1024) + 0.1
     assert result["val_loss_last"] < result["val_loss_first"] - 0.5
     assert result["wire_bytes_per_token"] <= result["dense_bytes_per_token"] / 20
-    assert result["requests_paid"] == 4
+    assert result["requests_paid"] == 6
     assert {owner["role"] for owner in result["owners"]} == {"data", "creator"}
     assert result["sample"].strip()
 
@@ -38,7 +38,7 @@ def test_one_command_trains_sells_and_pays_everybody(tmp_path: Path) -> None:
 def test_two_strangers_fill_the_open_seats_with_the_ticket_alone(tmp_path: Path) -> None:
     result = _with_strangers(tmp_path)
     check_sums(result)
-    assert result["requests_paid"] == 4
+    assert result["requests_paid"] == 6
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import anyio
 from fastapi import FastAPI
@@ -34,7 +35,14 @@ async def run_up(config: UpConfig, *, as_json: bool) -> None:
         mount(app, feed, lookup=make_lookup(economy))
         return app
 
-    economy = Economy(config, SystemClock(), page, lambda e: feed.publish(take_snapshot(e)))
+    closing: dict[str, Any] = {}
+
+    def changed(economy: Economy) -> None:
+        feed.publish(take_snapshot(economy))
+        if economy.phase == "closed":
+            closing.update(closing_object(economy))
+
+    economy = Economy(config, SystemClock(), page, changed)
     view = choose_view(console)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(view.run, feed)
@@ -44,4 +52,4 @@ async def run_up(config: UpConfig, *, as_json: bool) -> None:
             feed.close()
     console.print(final_table(feed.snapshot()))
     if as_json:
-        sys.stdout.write(json.dumps(closing_object(economy)) + "\n")
+        sys.stdout.write(json.dumps(closing) + "\n")

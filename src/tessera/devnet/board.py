@@ -49,7 +49,7 @@ class Board:
             self._pace.append((time.monotonic(), report.step))
             while self._pace and self._pace[-1][0] - self._pace[0][0] > RATE_WINDOW_S:
                 self._pace.popleft()
-        if before is not None and report.sessions > before.sessions:
+        if before is not None and report.sessions > max(1, before.sessions):
             self.note(f"stage {stage} resumed at step {report.step}")
 
     def note(self, text: str) -> None:

@@ -15,7 +15,7 @@ from tessera.devnet.run import Run
 from tessera.devnet.text import load_dataset, load_tokenizer
 from tessera.serving.buyer import Buyer
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.payments import PaymentConfig, Settlement, X402Payments
+from tessera.serving.payments import PaymentConfig, X402Payments
 from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
 
 __all__ = ["open_gateway", "sell"]
@@ -45,12 +45,7 @@ async def open_gateway(run: Run, front: Front, clock: Clock) -> None:
         pay_to=run.pay_to,
     )
 
-    def on_settled(payment: Settlement) -> None:
-        run.board.note(f"{payment.payer} paid {payment.units} units for an answer")
-
-    payments = await X402Payments.open(
-        config, run.ledger.chain, run.people.operator, clock=clock, on_settled=on_settled
-    )
+    payments = await X402Payments.open(config, run.ledger.chain, run.people.operator, clock=clock)
     front.gateway = create_app(GatewayConfig(model=run.manifest.name), engine, tokenizer, payments, clock=clock)
 
 

@@ -32,7 +32,7 @@ class UpConfig:
     seats: int = 0  # stages left to others who join by ticket
     chain_url: str | None = None  # JSON-RPC of an EVM network; None = the embedded chain
     once: bool = False  # end after one round of payments
-    requests: int = 4  # paid requests of the first buyer
+    requests: int = 6  # paid requests of the first buyer
     price_units: int = 10_000  # of the coin's smallest unit, for each request: 0.01 tUSD
     name: str = "tessera-py"
     bind: str = ""  # address of the peer link; "" = loopback, or every address when seats are open

@@ -14,12 +14,15 @@ import anyio
 import anyio.abc
 import structlog
 
+from tessera.core.errors import Unavailable
+
 __all__ = ["WorkerProcesses"]
 
 log = structlog.get_logger()
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+EARLY_DEATHS = 4  # in a row: then something is wrong that starting again does not mend
 HEALTHY_S = 30.0  # a process that lived this long starts again without a pause
 STOP_S = 5.0
 
@@ -49,7 +52,7 @@ class WorkerProcesses:
                 tasks.cancel_scope.cancel()
 
     async def _keep_alive(self, number: int) -> None:
-        pause_s = FIRST_PAUSE_S
+        pause_s, early_deaths = FIRST_PAUSE_S, 0
         while True:
             started = anyio.current_time()
             code = await self._run_once(number)
@@ -57,7 +60,10 @@ class WorkerProcesses:
             if code == 0:
                 return  # the run was closed
             log.warning("worker_died", worker=number, code=code, log=str(self._log_file(number)))
-            pause_s = FIRST_PAUSE_S if lived_s > HEALTHY_S else min(2 * pause_s, LONGEST_PAUSE_S)
+            early_deaths = 0 if lived_s > HEALTHY_S else early_deaths + 1
+            if early_deaths >= EARLY_DEATHS:
+                raise Unavailable(f"worker {number} died {EARLY_DEATHS} times at its start: {self._last_words(number)}")
+            pause_s = FIRST_PAUSE_S if early_deaths == 0 else min(2 * pause_s, LONGEST_PAUSE_S)
             await anyio.sleep(pause_s)
             self.restarts += 1
 
@@ -81,6 +87,10 @@ class WorkerProcesses:
             with anyio.CancelScope(shield=True):
                 await _stop(process)
             del self._running[number]
+
+    def _last_words(self, number: int) -> str:
+        lines = self._log_file(number).read_text(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "it wrote nothing"
 
     def _log_file(self, number: int) -> Path:
         return self._folder / f"worker-{number}.log"
