@@ -183,6 +183,23 @@ async def test_a_client_that_leaves_while_the_money_moves_may_come_again() -> No
     assert (await answer(app, body(), **{"PAYMENT-SIGNATURE": "c1"})).status_code == 402
 
 
+async def test_a_stream_whose_client_left_before_the_first_event_is_owed() -> None:
+    payments = FakePayments({"c1"})
+    app = make_app(payments=payments)
+
+    class Leaver(RawClient):
+        async def _send(self, message: Any) -> None:
+            self.hang_up()
+            await anyio.sleep_forever()
+
+    with anyio.fail_after(5):
+        await Leaver(app, [body(stream=True)]).post(ROUTES[0], {"PAYMENT-SIGNATURE": "c1"})
+    assert payments.settled == ["c1"]
+    again = await answer(app, body(stream=True), **{"PAYMENT-SIGNATURE": "c1"})
+    assert again.text.endswith("data: [DONE]\n\n")
+    assert payments.settled == ["c1"]
+
+
 async def test_a_reader_that_stops_reading_is_cut_off() -> None:
     engine = FakeEngine(context=10_000)
 

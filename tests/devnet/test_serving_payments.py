@@ -12,7 +12,7 @@ from eth_account import Account as EthAccount
 from openai import APIStatusError, AsyncOpenAI
 
 from serving_stack import MODEL, PAYEE, PRICE, Stack, completion, open_stack, other_account
-from tessera.core.errors import Invalid, PaymentRequired, Refused
+from tessera.core.errors import Invalid, PaymentRequired, Refused, Unavailable
 from tessera.core.signing import AccountKey
 from tessera.serving.buyer import Buyer
 from tessera.serving.payments import PaymentConfig, X402Payments
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 async def stack() -> Stack:
-    return await open_stack()
+    return await open_stack(api_keys=("operator",))
 
 
 def official_transport(stack: Stack, key: AccountKey) -> httpx.AsyncBaseTransport:
@@ -115,6 +115,33 @@ async def test_a_buyer_refuses_what_its_limits_do_not_cover(stack: Stack, change
             await buyer.complete("abc", model=MODEL)
     assert (caught.value.rule, buyer.signed_units) == (rule, 0)
     assert await stack.income() == 0
+
+
+async def test_a_buyer_streams_a_chat_and_an_operator_key_pays_nothing(stack: Stack) -> None:
+    key = await stack.buyer()
+    limits: dict[str, Any] = {"asset": stack.coin.address, "max_units_each": PRICE, "max_units": 10 * PRICE}
+    for api_key, income in ((None, PRICE), ("operator", PRICE)):
+        transport = httpx.ASGITransport(stack.app)
+        async with Buyer(
+            "http://gateway", key, chain_id=stack.chain_id, transport=transport, api_key=api_key, **limits
+        ) as buyer:
+            pieces = [piece async for piece in buyer.stream_chat([{"role": "user", "content": "hi"}], model=MODEL)]
+        assert ("".join(pieces), len(pieces)) == ("hello world", 11)
+        assert await stack.income() == income
+
+
+async def test_a_broken_stream_is_unavailable_to_its_buyer(stack: Stack) -> None:
+    stack.engine.fail_after, stack.engine.error = 3, Unavailable("stage 1 is gone")
+    limits: dict[str, Any] = {"asset": stack.coin.address, "max_units_each": PRICE, "max_units": 10 * PRICE}
+    transport = httpx.ASGITransport(stack.app)
+    seen = []
+    async with Buyer(
+        "http://gateway", await stack.buyer(), chain_id=stack.chain_id, transport=transport, **limits
+    ) as buyer:
+        with pytest.raises(Unavailable, match="stage 1 is gone"):
+            async for piece in buyer.stream_chat([{"role": "user", "content": "hi"}], model=MODEL):
+                seen.append(piece)
+    assert "".join(seen) == "hel"
 
 
 async def test_a_poor_buyer_learns_why(stack: Stack) -> None:

@@ -6,6 +6,9 @@ counts a payment when it is signed, since a signed authorization is money in the
 
 from __future__ import annotations
 
+import json
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +31,7 @@ class Buyer:
         key: signs the payments; its account holds the coins.
         max_units_each, max_units: the spending limits, in the asset's smallest unit.
         pay_to: the only account that may be paid, such as the model's share contract; None = whoever the gateway names.
+        api_key: the gateway's operator's own key, with which nothing is to be paid.
         transport: how to reach the gateway; None = over the network.
     """
 
@@ -41,6 +45,7 @@ class Buyer:
         max_units_each: int,
         max_units: int,
         pay_to: Account | None = None,
+        api_key: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         from x402.http.clients.httpx import x402AsyncTransport
@@ -55,7 +60,8 @@ class Buyer:
         self._pay_to = None if pay_to is None else parse_account(pay_to)
         self._client = self._paying_client(key, f"eip155:{chain_id}", max_units_each)
         paying = x402AsyncTransport(self._client, transport)
-        self._http = httpx.AsyncClient(transport=paying, base_url=url, timeout=REQUEST_TIMEOUT_S)
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx.AsyncClient(transport=paying, base_url=url, timeout=REQUEST_TIMEOUT_S, headers=headers)
 
     async def complete(self, prompt: str, *, model: str, **options: Any) -> dict[str, Any]:
         """One completion, as the gateway answers it. Raises: the gateway's error; Refused beyond the budget."""
@@ -64,6 +70,20 @@ class Buyer:
     async def chat(self, messages: list[dict[str, str]], *, model: str, **options: Any) -> dict[str, Any]:
         """One chat completion, as the gateway answers it."""
         return await self._post("/v1/chat/completions", {"model": model, "messages": messages, **options})
+
+    async def stream_chat(
+        self, messages: list[dict[str, str]], *, model: str, **options: Any
+    ) -> AsyncGenerator[str, None]:
+        """The pieces of a chat completion as they are made. Close it to stop early."""
+        body = {"model": model, "messages": messages, "stream": True, **options}
+        with _named_errors():
+            async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                self._note(response)
+                async for line in response.aiter_lines():
+                    if piece := _piece(line):
+                        yield piece
 
     async def buy(self, count: int, prompt: str, *, model: str, **options: Any) -> list[dict[str, Any]]:
         """`count` completions of one prompt, one after the other."""
@@ -81,20 +101,18 @@ class Buyer:
         await self.aclose()
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        from x402.http.clients.httpx import PaymentError
-
-        try:
+        with _named_errors():
             response = await self._http.post(path, json=body)
-        except PaymentError as error:  # x402 wraps what its hooks and limits raise
-            raise _cause(error) or Refused(f"the payment was not made: {error}", rule="spend_controls") from error
-        except httpx.HTTPError as error:
-            raise Unavailable(f"the gateway cannot be reached: {type(error).__name__}") from error
+        self._note(response)
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def _note(self, response: httpx.Response) -> None:
+        """Raises what the gateway refused; counts what was paid."""
         if response.status_code != 200:
             raise _gateway_error(response)
         if "payment-response" in response.headers:
             self.paid_requests += 1
-        answer: dict[str, Any] = response.json()
-        return answer
 
     def _paying_client(self, key: AccountKey, network: str, max_units_each: int) -> Any:
         from eth_account import Account as EthAccount
@@ -120,6 +138,33 @@ class Buyer:
             left = self._max_units - self.signed_units
             raise Refused(f"the price is {units} units, the budget has {left} left", rule="budget")
         self.signed_units += units
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """x402's and httpx's errors as those of the core tree."""
+    from x402.http.clients.httpx import PaymentError
+
+    try:
+        yield
+    except PaymentError as error:  # x402 wraps what its hooks and limits raise
+        raise _cause(error) or Refused(f"the payment was not made: {error}", rule="spend_controls") from error
+    except httpx.HTTPError as error:
+        raise Unavailable(f"the gateway cannot be reached: {type(error).__name__}") from error
+
+
+def _piece(line: str) -> str:
+    """The text in one line of an event stream. Raises: what the gateway says went wrong."""
+    data = line.removeprefix("data: ")
+    if data == line or data == "[DONE]":
+        return ""
+    try:
+        event = json.loads(data)
+        if "error" in event:
+            raise Unavailable(f"the stream broke: {str(event['error'].get('message'))[:500]}")
+        return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unavailable("the gateway's stream cannot be read") from error
 
 
 def _cause(error: BaseException) -> TesseraError | None:

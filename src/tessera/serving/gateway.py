@@ -135,8 +135,13 @@ class _Gateway:
                     return await streams.unless_gone(request.receive, lambda: self._whole(plan, generation, hold))
                 first, headers = await streams.unless_gone(request.receive, lambda: self._begin(generation, hold))
                 events = self._events(plan, generation, hold, first)
-                timeout_s = self._config.answer_timeout_s
-                return streams.EventStream(events, held.pop_all(), headers=headers, timeout_s=timeout_s)
+                return streams.EventStream(
+                    events,
+                    held.pop_all(),
+                    headers=headers,
+                    timeout_s=self._config.answer_timeout_s,
+                    undelivered=None if hold is None else hold.owe,
+                )
         except streams.ClientGone:
             return Response(status_code=CLIENT_CLOSED)
 

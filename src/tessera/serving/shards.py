@@ -202,7 +202,7 @@ class ShardServer:
             await link.send({"op": "ready"}, timeout_s=self._config.send_timeout_s)
             async for step in self._steps(link):
                 position = step.header["start"] + len(step.ids)
-                token = await self._choose(await self._step(session, step), sampling, position)
+                token = await self._step(session, step, sampling)
                 header = {"op": "token", "position": position}
                 await listener.link.send(header, [token], timeout_s=self._config.send_timeout_s)
         except TesseraError as error:
@@ -223,19 +223,16 @@ class ShardServer:
             position += len(frame.ids)
             yield frame
 
-    async def _step(self, session: str, frame: Frame) -> Any:
-        """The stage's own work, in a thread, one session at a time."""
+    async def _step(self, session: str, frame: Frame, sampling: Sampling | None = None) -> Any:
+        """The stage's own work, in a thread, one session at a time: the next stage's message, or the chosen token."""
         payload = frame.payload if self._stage or frame.payload else None
+        start = frame.header["start"]
 
         def work() -> Any:
-            return self._decoder.step(session, frame.ids, payload, position=frame.header["start"])
+            out = self._decoder.step(session, frame.ids, payload, position=start)
+            return out if sampling is None else _choose(out, sampling, start + len(frame.ids))
 
         return await anyio.to_thread.run_sync(work, limiter=self._computing)
-
-    async def _choose(self, logits: Any, sampling: Sampling, position: int) -> int:
-        from tessera.serving.sampling import choose
-
-        return await anyio.to_thread.run_sync(choose, logits, sampling, position, limiter=self._computing)
 
     def _check_open(self, peer: PeerId, session: str, frame: Frame) -> Sampling:
         header = frame.header
@@ -281,6 +278,12 @@ def serve_decode(
     server = ShardServer(transport, decoder, stage, roster, config, gateways)
     transport.serve(PROTOCOL, server.handle, max_streams=2 * config.max_sessions + 2)
     return server
+
+
+def _choose(logits: Any, sampling: Sampling, position: int) -> int:
+    from tessera.serving.sampling import choose  # torch, which only the last stage needs here
+
+    return choose(logits, sampling, position)
 
 
 async def _when_hung_up(link: Link, scope: anyio.CancelScope) -> None:

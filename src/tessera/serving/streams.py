@@ -71,6 +71,7 @@ class EventStream(Response):
         events: the chunks; closed in any case.
         held: what to free afterwards, in any case.
         timeout_s: the longest the stream may take, a slow reader included.
+        undelivered: told when the client left before a single event went out.
     """
 
     def __init__(
@@ -80,8 +81,11 @@ class EventStream(Response):
         *,
         headers: Mapping[str, str],
         timeout_s: float,
+        undelivered: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(status_code=200)
+        self._undelivered = undelivered
+        self._delivered = 0  # events that the server took
         self._events = events
         self._held = held
         self._timeout_s = timeout_s
@@ -95,6 +99,8 @@ class EventStream(Response):
         except (ClientGone, OSError):
             return
         finally:
+            if not self._delivered and self._undelivered is not None:
+                self._undelivered()
             with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                 await self._held.aclose()
 
@@ -103,6 +109,7 @@ class EventStream(Response):
         async with aclosing(self._events):
             async for chunk in self._events:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                self._delivered += 1
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
