@@ -9,8 +9,9 @@ import anyio
 import pytest
 from rich.console import Console
 
-from tessera.cli.live import LiveView, PlainView, choose_view, final_table, frame, news
+from tessera.cli.live import LiveView, PlainView, choose_view, final_table, news
 from tessera.cli.live_curve import draw_curve
+from tessera.cli.live_frame import frame
 from tessera.devnet.snapshot import Event, LossPoint, Peer, Snapshot, SnapshotFeed
 from web_world import moment, transaction
 
@@ -45,6 +46,15 @@ def test_the_picture_shows_what_a_run_is_about() -> None:
     )  # fmt: skip
     for part in parts:
         assert part in text
+
+
+def test_a_served_model_shows_what_it_writes_and_where_to_ask() -> None:
+    text = "\n".join(rendered(frame(SERVED, 120, 50), 120))
+    for part in ("page http://127.0.0.1:8402/", "gateway http://127.0.0.1:8402/v1", "def abspath(path):", "os.fspath"):
+        assert part in text
+    lines = list(news(moment(600, phase="serving"), SERVED))
+    assert "  |         cwd = os.getcwd()" in lines
+    assert "gateway at http://127.0.0.1:8402/v1" in list(news(None, SERVED))
 
 
 def test_the_curve_falls_and_the_lines_across_stay() -> None:
@@ -118,7 +128,7 @@ async def run_through(view: LiveView | PlainView) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(view.run, feed)
         for snapshot in (moment(160), moment(320), SERVED):
-            await anyio.sleep(0.25)
+            await anyio.sleep(0.05)
             feed.publish(snapshot)
         feed.close()
 

@@ -5,7 +5,6 @@ Invariants: `PlainView` and `final_table` write no control characters; nothing t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Protocol
@@ -13,24 +12,17 @@ from typing import Protocol
 import anyio
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tessera.cli.live_curve import STYLES, draw_curve
+from tessera.cli.live_frame import cells, frame, seat_name
 from tessera.devnet import figures as fig
-from tessera.devnet.snapshot import Boundary, Feed, Owner, Peer, Snapshot
+from tessera.devnet.snapshot import Feed, Owner, Peer, Snapshot
 
 __all__ = ["LiveView", "PlainView", "View", "choose_view", "final_table"]
 
-FRAME_S = 0.2  # the terminal is redrawn at most five times a second
-STAGE_STYLES = ("blue", "green", "yellow", "magenta", "cyan", "red")
-STATUS_STYLES = {"up": ("●", "green"), "down": ("●", "red"), "waiting": ("○", "yellow")}
-QUIET = "bright_black"
-EVENTS_SHOWN = 6
+FRAME_S = 0.4  # between two pictures: one costs some 15 ms of the cores that train
 CAPTION = "Shares are cut to four decimals here; the check is exact to the last of 18."
-TILE, GAP = 13, 12  # columns of a stage and of what stands between two
 
 
 class View(Protocol):
@@ -86,6 +78,10 @@ def news(before: Snapshot | None, now: Snapshot, every: int = 25) -> Iterator[st
         yield f"{now.phase}: {now.phase_note}" if now.phase_note else now.phase
     if now.run_id and now.run_id != old.run_id:
         yield f"run {now.run_id} on chain {now.chain_id}"
+    for name in ("page", "gateway", "chain"):
+        url = getattr(now.urls, name)
+        if url and url != getattr(old.urls, name):
+            yield f"{name} at {url}"
     if now.step // every != old.step // every or (now.step == now.steps != old.step):
         yield _step_line(now)
     told = set()
@@ -100,6 +96,9 @@ def news(before: Snapshot | None, now: Snapshot, every: int = 25) -> Iterator[st
     for event in (event for event in now.events if event not in old.events):
         if not event.transaction or event.transaction not in told:
             yield event.text
+    if now.sample and now.sample != old.sample:
+        yield "it writes:"
+        yield from (f"  | {line.expandtabs(4)}" for line in (now.sample_prompt + now.sample).splitlines())
 
 
 def _step_line(now: Snapshot) -> str:
@@ -118,120 +117,7 @@ def _peer_lines(old: Snapshot, now: Snapshot) -> Iterator[str]:
     before = {peer.peer: peer.status for peer in old.peers}
     for peer in now.peers:
         if before.get(peer.peer) != peer.status and (peer.peer in before or peer.status != "waiting"):
-            yield f"{_seat(peer)} ({fig.short(peer.peer)}) is {peer.status}"
-
-
-def frame(snapshot: Snapshot, width: int, height: int) -> RenderableType:
-    """The live picture, no taller than `height`; what matters least is left out first."""
-    peers, pipeline, figures = _peers(snapshot), _pipeline(snapshot, width), _figures(snapshot)
-    fixed = 2 + 3 + (4 if snapshot.boundaries else 0) + len(snapshot.peers) + 2
-    spare = height - fixed - 1
-    parts: list[RenderableType] = [_header(snapshot, width), figures]
-    events = min(EVENTS_SHOWN, len(snapshot.events), max(0, spare - 10))
-    rows = min(16, spare - events - 3)
-    if rows >= 5:
-        parts.append(
-            Panel(draw_curve(snapshot, width - 4, rows), title=_legend(), title_align="left", border_style=QUIET)
-        )
-    if snapshot.boundaries:
-        parts.append(pipeline)
-    if snapshot.peers:
-        parts.append(peers)
-    if events:
-        parts.append(_events(snapshot, events))
-    return Group(*parts)
-
-
-def _header(snapshot: Snapshot, width: int) -> RenderableType:
-    line = Table.grid(expand=True)
-    line.add_column()
-    line.add_column(justify="right")
-    name = Text.assemble(("▞ Tessera  ", "bold"), snapshot.model.name)
-    if snapshot.run_id:
-        name.append(f"  run {fig.short(snapshot.run_id)} · chain {snapshot.chain_id}", style=QUIET)
-    line.add_row(name, Text(snapshot.phase, style="bold green" if snapshot.phase == "serving" else "bold"))
-    note = Text(snapshot.phase_note, style=QUIET, no_wrap=True, overflow="ellipsis")
-    done = ProgressBar(total=1.0, completed=fig.progress(snapshot), complete_style="blue", finished_style="green")
-    steps = Text(f"step {fig.count(snapshot.step)} of {fig.count(snapshot.steps)}", style=QUIET)
-    second = Table.grid(expand=True, padding=(0, 2, 0, 0))
-    second.add_column(ratio=1)
-    second.add_column(ratio=1)
-    second.add_column(justify="right", no_wrap=True)
-    second.add_row(note, done, steps)
-    return Group(line, second)
-
-
-def _figures(snapshot: Snapshot) -> RenderableType:
-    table = Table.grid(expand=True, padding=(0, 2, 0, 0))
-    figures = fig.headlines(snapshot)
-    for _ in figures:
-        table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-    table.add_row(*(Text(figure.label, style=QUIET) for figure in figures))
-    table.add_row(*(Text.assemble((figure.value, "bold"), (f" {figure.unit}", "")) for figure in figures))
-    table.add_row(*(Text(figure.note, style=QUIET) for figure in figures))
-    return table
-
-
-def _legend() -> Text:
-    names = {"val": "validation", "train": "training", "bigram": "bigram model", "unigram": "unigram model"}
-    parts = [(f"━ {text}  ", STYLES[name]) for name, text in names.items()]
-    return Text.assemble(("loss  ", ""), *parts)
-
-
-def _pipeline(snapshot: Snapshot, width: int) -> RenderableType:
-    """The stages as tiles, and on each boundary what a token costs there; one line where tiles have no room."""
-    boundaries = {boundary.index: boundary for boundary in snapshot.boundaries}
-    stages = max(snapshot.model.stages, len(boundaries) + 1)
-    if stages * TILE + (stages - 1) * GAP > width:
-        costs = (f"{index}│{index + 1} {_cost(boundary)}" for index, boundary in sorted(boundaries.items()))
-        return Text("boundaries  " + "   ".join(costs), style=QUIET, no_wrap=True, overflow="ellipsis")
-    seats = {peer.stage: peer for peer in snapshot.peers if peer.stage is not None}
-    grid = Table.grid()
-    tiles: list[RenderableType] = []
-    for stage in range(stages):
-        seat = seats.get(stage)
-        holder = Text(f"{seat.peer[:8]}…" if seat else "open seat", style="" if seat else QUIET)
-        style = STAGE_STYLES[stage % len(STAGE_STYLES)]
-        grid.add_column(width=TILE)
-        tiles.append(Panel(holder, title=f"stage {stage}", border_style=style))
-        if stage < stages - 1:
-            boundary = boundaries.get(stage, Boundary(stage))
-            grid.add_column(width=GAP)
-            cost = f"{_cost(boundary)}\n◄────────►\n{fig.bytes_text(boundary.bytes_total)}"
-            tiles.append(Text(cost, style=QUIET, justify="center"))
-    grid.add_row(*tiles)
-    return grid
-
-
-def _cost(boundary: Boundary) -> str:
-    return fig.ABSENT if boundary.bytes_per_token is None else f"{boundary.bytes_per_token:.1f} B/tok"
-
-
-def _peers(snapshot: Snapshot) -> RenderableType:
-    table = Table(box=None, expand=True, padding=(0, 2, 0, 0), header_style=QUIET, pad_edge=False)
-    for title in ("worker", "peer", "account"):
-        table.add_column(title, no_wrap=True)
-    for title in ("verified tokens", "shares", "claimed", "rtt"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for peer in snapshot.peers:
-        sign, style = STATUS_STYLES[peer.status]
-        seat = Text.assemble((sign, style), f" {_seat(peer)}")
-        rtt = fig.ABSENT if peer.rtt_ms is None else f"{peer.rtt_ms:.1f} ms"
-        work = (fig.count(peer.verified_tokens), fig.shares_down(peer.shares), fig.money(peer.claimed, snapshot.income))
-        table.add_row(seat, *_cells(fig.short(peer.peer), fig.short(peer.account), *work, rtt))
-    return table
-
-
-def _events(snapshot: Snapshot, events: int) -> RenderableType:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for event in snapshot.events[-events:]:
-        at = time.strftime("%H:%M:%S", time.localtime(event.time))
-        table.add_row(Text(at, style=QUIET), Text(event.text, no_wrap=True, overflow="ellipsis"))
-    return table
-
-
-def _seat(peer: Peer) -> str:
-    return peer.role if peer.stage is None else f"stage {peer.stage}"
+            yield f"{seat_name(peer)} ({fig.short(peer.peer)}) is {peer.status}"
 
 
 def final_table(snapshot: Snapshot) -> RenderableType:
@@ -256,12 +142,12 @@ def _ownership(snapshot: Snapshot) -> Table:
     for title, footer in zip(("verified tokens", "shares", "of all", "claimed"), sums, strict=True):
         table.add_column(title, footer=Text(footer), justify="right", no_wrap=True)
     holders: list[tuple[str, str, Peer | Owner]] = [
-        *((_seat(peer), fig.count(peer.verified_tokens), peer) for peer in snapshot.peers),
+        *((seat_name(peer), fig.count(peer.verified_tokens), peer) for peer in snapshot.peers),
         *((owner.role, "", owner) for owner in snapshot.owners),
     ]
     for name, tokens, holder in holders:
         part = (fig.shares_down(holder.shares, 4), fig.percent_down(holder.shares, total))
-        table.add_row(*_cells(name, fig.short(holder.account), tokens, *part, fig.money_column(holder.claimed, income)))
+        table.add_row(*cells(name, fig.short(holder.account), tokens, *part, fig.money_column(holder.claimed, income)))
     return table
 
 
@@ -272,10 +158,5 @@ def _income(snapshot: Snapshot) -> Table:
     table.add_column("part", footer=Text(f"sum {verdict}"))
     table.add_column("amount", justify="right", footer=Text(fig.money_column(income.accounted, income)))
     for name in ("claimed", "unclaimed", "undistributed", "dust"):
-        table.add_row(*_cells(name, fig.money_column(getattr(income, name), income)))
+        table.add_row(*cells(name, fig.money_column(getattr(income, name), income)))
     return table
-
-
-def _cells(*texts: str) -> Iterator[Text]:
-    """As they are: rich would read markup in plain strings."""
-    return (Text(text) for text in texts)

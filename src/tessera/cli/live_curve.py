@@ -5,7 +5,8 @@ Invariants: as many lines as asked for, none wider than asked; any finite input 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import groupby
 
 from rich.text import Text
 
@@ -48,9 +49,10 @@ def draw_curve(snapshot: Snapshot, width: int, height: int) -> Text:
 
 def _series(snapshot: Snapshot) -> dict[str, list[tuple[int, float]]]:
     last_step = max(snapshot.steps, snapshot.losses[-1].step if snapshot.losses else 0)
-    across: Callable[[float | None], list[tuple[int, float]]] = lambda value: (  # noqa: E731
-        [] if value is None else [(0, value), (last_step, value)]
-    )
+
+    def across(value: float | None) -> list[tuple[int, float]]:
+        return [] if value is None else [(0, value), (last_step, value)]
+
     return {
         "unigram": across(snapshot.unigram_loss),
         "bigram": across(snapshot.bigram_loss),
@@ -87,9 +89,9 @@ def _to_text(dots: _Dots, columns: int, rows: int, low: float, high: float, last
         value = high - (high - low) * row / max(rows - 1, 1)
         label = f"{value:.2f}".rjust(_LABEL - 1) if row in labelled else " " * (_LABEL - 1)
         text.append(label + "┤", style="bright_black")
-        for column in range(columns):
-            bits, style = dots.get((column, row), (0, ""))
-            text.append(chr(_BLANK + bits) if bits else " ", style=style)
+        cells = (dots.get((column, row), (0, "")) for column in range(columns))
+        for style, run in groupby(cells, key=lambda cell: cell[1]):  # a span for each run, not for each character
+            text.append("".join(chr(_BLANK + bits) if bits else " " for bits, _ in run), style=style)
         text.append("\n")
     end = f"{last_step:,} steps"
     text.append(" " * _LABEL + "0" + end.rjust(columns - 1)[: columns - 1], style="bright_black")
