@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from chain_support import CHAIN_ID, anvil
 from economy_world import PATIENCE_S, TEXT, check_sums, command, last_object, run, started, until, up
 
 pytestmark = pytest.mark.timeout(300)
@@ -42,10 +43,11 @@ def test_two_strangers_fill_the_open_seats_with_the_ticket_alone(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_same_on_an_evm_network_by_url(tmp_path: Path, anvil_url: str) -> None:
-    result = _with_strangers(tmp_path, "--chain", anvil_url)
+def test_the_same_on_an_evm_network_by_url(tmp_path: Path) -> None:
+    with anvil() as url:
+        result = _with_strangers(tmp_path, "--chain", url)
     check_sums(result)
-    assert result["chain_id"] == 31337
+    assert result["chain_id"] == CHAIN_ID
 
 
 @pytest.mark.slow
