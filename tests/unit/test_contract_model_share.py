@@ -424,7 +424,8 @@ async def test_every_reason_is_mapped_to_an_error() -> None:
     texts = [path.read_text("utf-8") for path in (ROOT / "contracts").rglob("*.vy")]
     reasons = {reason for text in texts for reason in re.findall(r'"((?:coin|model_share): [^"]+)"', text)}
     assert reasons == set(REASONS)
-    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests" / "unit").glob("test_contract_*.py")).replace("\\", "")
+    files = (ROOT / "tests" / "unit").glob("test_contract_*.py")
+    tests = "".join(path.read_text("utf-8") for path in files).replace("\\", "")
     untested = sorted(reason for reason in reasons if reason.split(": ", 1)[1] not in tests)
     assert not untested, f"no test names these reverts: {untested}"
     assert all(issubclass(cls, TesseraError) for cls in REASONS.values())

@@ -9,6 +9,7 @@ gas that other implementations charge; a test compares receipts with anvil's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,14 @@ from tessera.core.errors import Invalid, Missing, Refused
 
 __all__ = ["GAS_LIMIT", "BlockEnv", "Message", "Outcome", "SignedTx", "State", "decode_transaction"]
 
-GAS_LIMIT = 30_000_000  # of a block, hence of a transaction and of a call
+# py-evm needs 10,240 frames for calls nested 1,024 deep. Its library py_ecc raises the limit to 100,000 for the whole
+# process, with which a peer's deeply nested JSON overflows the C stack and kills us: taken back here.
+RECURSION_LIMIT = 10_240
+sys.setrecursionlimit(RECURSION_LIMIT)
+
+# Of a block, hence of a transaction and of a call. A third of Ethereum's: the worst that one call can do is then about
+# 5 s of work (an endless loop), while the dearest thing that we deploy takes 3 million.
+GAS_LIMIT = 10_000_000
 MAX_TRANSACTION = 128 * 1024  # bytes, as other nodes limit it
 MAX_INIT_CODE = 49_152  # bytes, EIP-3860
 FLOOR_BASE, FLOOR_PER_TOKEN = 21_000, 10  # EIP-7623: what calldata costs at least

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessera import __version__
 from tessera.chain import parameters as read
-from tessera.chain.engine import Outcome
+from tessera.chain.engine import GAS_LIMIT, Outcome
 from tessera.chain.filters import Filter, Filters
 from tessera.chain.forms import block_form, data, log_form, receipt_form, transaction_form
 from tessera.chain.jsonrpc import INVALID_PARAMS, METHOD_NOT_FOUND, REVERTED, SERVER_ERROR, RpcFault, fault_of
@@ -93,7 +93,7 @@ class Methods:
         history = {
             "oldestBlock": hex(last - wanted + 1),
             "baseFeePerGas": ["0x0"] * (wanted + 1),
-            "gasUsedRatio": [block.gas_used / 30_000_000 for block in blocks],
+            "gasUsedRatio": [block.gas_used / GAS_LIMIT for block in blocks],
         }
         return {**history, "reward": [["0x0"] * len(percentiles)] * wanted} if percentiles else history
 
