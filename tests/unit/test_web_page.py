@@ -158,7 +158,7 @@ def test_the_chain_is_asked_and_its_answer_is_shown() -> None:
     html = client(lookup=lookup).get(f"/account/{account(50).lower()}").text
     assert asked == [("account", account(50))]
     links = (f'href="/account/{account(4)}"', f'href="/tx/{transaction(7)}"')
-    for part in ("On the chain", "moved", *links, "21000", "yes", "&lt;i&gt;"):
+    for part in ("On the chain", "moved", *links, "21,000", "yes", "&lt;i&gt;"):
         assert part in html
 
 
@@ -201,6 +201,25 @@ def test_a_chain_that_is_away_is_named() -> None:
     answer = client(lookup=lookup).get("/epoch/1")
     assert answer.status_code == 503
     assert "no EVM node answers" in answer.text
+
+
+@pytest.mark.anyio
+async def test_few_questions_go_to_the_chain_at_once() -> None:
+    active, most = 0, 0
+
+    async def lookup(kind: str, name: str) -> Mapping[str, Any]:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        await anyio.sleep(0.01)
+        active -= 1
+        return {"n": name}
+
+    ask = proofs.bounded(lookup, 3)
+    async with anyio.create_task_group() as tasks:
+        for number in range(12):
+            tasks.start_soon(ask, "epoch", str(number))
+    assert most == 3
 
 
 def test_head_and_other_methods() -> None:

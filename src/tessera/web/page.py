@@ -17,7 +17,7 @@ from starlette.types import Scope
 
 from tessera.core.errors import TesseraError
 from tessera.devnet.snapshot import Feed
-from tessera.web.proofs import Kind, Lookup, checked_id, proof
+from tessera.web.proofs import Kind, Lookup, bounded, checked_id, proof
 from tessera.web.render import STATIC, Renderer
 from tessera.web.stream import Readers, Updates
 
@@ -71,7 +71,7 @@ def mount(app: FastAPI, feed: Feed, lookup: Lookup | None = None) -> None:
 class _Site:
     def __init__(self, feed: Feed, lookup: Lookup | None) -> None:
         self._feed = feed
-        self._lookup = lookup
+        self._lookup = None if lookup is None else bounded(lookup)
         self._renderer = Renderer()
         self._readers = Readers()
 

@@ -18,7 +18,7 @@ from tessera.devnet.figures import count, money, percent_down, shares_down
 from tessera.devnet.snapshot import Epoch, Snapshot, printable
 from tessera.web.render import TRANSACTION
 
-__all__ = ["Fact", "Group", "Kind", "Lookup", "checked_id", "proof"]
+__all__ = ["Fact", "Group", "Kind", "Lookup", "bounded", "checked_id", "proof"]
 
 Kind = Literal["tx", "account", "epoch", "peer"]
 Lookup = Callable[[Kind, str], Awaitable[Mapping[str, Any] | None]]
@@ -85,6 +85,17 @@ async def proof(snapshot: Snapshot, lookup: Lookup | None, kind: Kind, name: str
     if not groups:
         raise Missing(f"this run knows no {kind} {name}")
     return groups
+
+
+def bounded(lookup: Lookup, limit: int = 8) -> Lookup:
+    """At most `limit` questions to the chain at once; the others wait, within their deadline."""
+    turn = anyio.Semaphore(limit)
+
+    async def ask(kind: Kind, name: str) -> Mapping[str, Any] | None:
+        async with turn:
+            return await lookup(kind, name)
+
+    return ask
 
 
 def _transaction(snapshot: Snapshot, name: str) -> Iterable[Group]:

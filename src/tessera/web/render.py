@@ -131,7 +131,9 @@ def _peer_link(text: str, focus: str = "", shown: str | None = None) -> Markup:
 
 def _linked(value: object, name: str = "") -> Markup:
     """A value of a fact: addresses link to their account; transactions do where the fact's name says so."""
-    text = "yes" if value is True else "no" if value is False else figures.ABSENT if value is None else str(value)
+    if value is None or isinstance(value, bool):
+        return Markup({None: figures.ABSENT, True: "yes", False: "no"}[value])
+    text = figures.count(value) if isinstance(value, int) else str(value)
     if ACCOUNT.fullmatch(text):
         return _account_link(text, shown=text)
     if "transaction" in name.lower() and TRANSACTION.fullmatch(text):
