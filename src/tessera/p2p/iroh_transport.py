@@ -160,6 +160,8 @@ class IrohTransport:
             return None
         link = alive[-1]
         moved = link.addrs is not None and link.expires < peer.expires and set(link.addrs).isdisjoint(peer.addrs)
+        if moved:
+            link.close("moved")
         return None if moved else link
 
     async def _dialled(self, peer: PeerRecord) -> IrohLink:

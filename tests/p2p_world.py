@@ -1,0 +1,118 @@
+"""What the tests of peers share: the same world on each adapter, and a peer that can be killed.
+
+The memory world runs in virtual time; the iroh world in real time, on loopback. `python tests/p2p_world.py SEED` is a
+peer process of its own, for those who want to kill one.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from tessera.core.ids import PeerId
+from tessera.core.signing import PeerKey
+from tessera.p2p.calls import serve_calls
+from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.memory import MemoryNetwork, run_virtual
+from tessera.p2p.transport import PeerRecord, Stream, Transport
+
+LIMIT = 16 << 20
+
+
+def key(number: int) -> PeerKey:
+    return PeerKey(bytes([number]) * 32)
+
+
+async def echo(stream: Stream) -> None:
+    while data := await stream.recv(LIMIT):
+        await stream.send(data)
+
+
+async def answer(peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+    """Says who asked what, and gives the body back, after `wait_s`."""
+    await anyio.sleep(request.get("wait_s", 0))
+    return {"peer": peer, "request": request}, body
+
+
+def serve_all(transport: Transport) -> None:
+    transport.serve("echo/1", echo)
+    serve_calls(transport, "answer/1", answer, request_limit=1 << 20, max_streams=256)
+
+
+@dataclass
+class Doomed:
+    """A peer that serves `echo/1` and `answer/1` until `kill()`, which it does not survive to say goodbye."""
+
+    record: PeerRecord
+    kill: Callable[[], None]
+
+
+class MemoryWorld:
+    name = "memory"
+
+    def __init__(self) -> None:
+        self.network = MemoryNetwork(random.Random(7), delay_s=0.001)
+
+    def run(self, contract: Callable[..., Awaitable[None]]) -> None:
+        run_virtual(contract, self)
+
+    def start(self, peer: PeerKey) -> AbstractAsyncContextManager[Transport]:
+        return self.network.start(peer)
+
+    def dead_address(self) -> str:
+        return "memory:node:9999"
+
+    @asynccontextmanager
+    async def doomed(self, peer: PeerKey) -> AsyncIterator[Doomed]:
+        async with self.network.start(peer) as transport:
+            serve_all(transport)
+            yield Doomed(transport.record(), lambda: self.network.kill(peer.id))
+
+
+class IrohWorld:
+    name = "iroh"
+
+    def run(self, contract: Callable[..., Awaitable[None]]) -> None:
+        anyio.run(contract, self)
+
+    def start(self, peer: PeerKey) -> AbstractAsyncContextManager[Transport]:
+        return IrohTransport.start(peer)
+
+    def dead_address(self) -> str:
+        return "iroh:127.0.0.1:9"
+
+    @asynccontextmanager
+    async def doomed(self, peer: PeerKey) -> AsyncIterator[Doomed]:
+        async with await anyio.open_process([sys.executable, __file__, peer.seed.hex()], stderr=None) as process:
+            if process.stdout is None:
+                raise RuntimeError("the process has no output")
+            try:
+                text = b""
+                with anyio.fail_after(30):
+                    while not text.endswith(b"\n"):
+                        text += await process.stdout.receive()
+                yield Doomed(PeerRecord.from_text(text.decode().strip()), process.kill)
+            finally:
+                if process.returncode is None:
+                    process.kill()
+
+
+WORLDS: list[Callable[[], Any]] = [MemoryWorld, IrohWorld]
+
+
+async def _be_a_peer(seed: bytes) -> None:
+    async with IrohTransport.start(PeerKey(seed)) as transport:
+        serve_all(transport)
+        sys.stdout.write(transport.record().to_text() + "\n")
+        sys.stdout.flush()
+        await anyio.sleep_forever()
+
+
+if __name__ == "__main__":
+    anyio.run(_be_a_peer, bytes.fromhex(sys.argv[1]))
