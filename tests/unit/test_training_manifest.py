@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from training_world import small_manifest
 
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing
 from tessera.core.ids import RunId
 from tessera.training.home import Home
 from tessera.training.manifest import Manifest, load_manifest
+from training_world import small_manifest
 
 
 def altered(**changes: object) -> bytes:

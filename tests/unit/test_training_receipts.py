@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from training_world import CREATOR, DATA_OWNER, account_keys, all_receipts, peer_keys, small_manifest
 
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Invalid, Misbehaviour
@@ -16,6 +15,7 @@ from tessera.training.checkpoints import Checkpoints
 from tessera.training.epochs import EpochLeaves, compute_epoch
 from tessera.training.receipts import Receipt, ReceiptBook, verified_tokens
 from tessera.training.ticket import Ticket
+from training_world import CREATOR, DATA_OWNER, account_keys, all_receipts, peer_keys, small_manifest
 
 MANIFEST = small_manifest()
 KEYS = peer_keys()
@@ -108,7 +108,7 @@ def test_no_verified_work_makes_no_epoch() -> None:
     assert compute_epoch(MANIFEST, 0, ACCOUNTS, [0] * 4) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[0,[]]x", '[0,[["0x00",1]]]', '[0,[[1,2,3]]]', '["0",[]]'])
+@pytest.mark.parametrize("text", ["", "[]", "[0,[]]x", '[0,[["0x00",1]]]', "[0,[[1,2,3]]]", '["0",[]]'])
 def test_leaves_that_cannot_be_read_are_refused(text: str) -> None:
     with pytest.raises(Invalid):
         EpochLeaves.from_text(text)

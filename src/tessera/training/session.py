@@ -126,7 +126,7 @@ class Session:
         `Misbehaviour` when it is wrong.
         """
         schedule = self._manifest.schedule
-        async with anyio.create_task_group() as tasks:
+        async with self._inbox_in, self._inbox, anyio.create_task_group() as tasks:
             for link in self._links():
                 tasks.start_soon(self._read, link)
             if self._stage == 0 and self._evaluation_due():  # again after a restart: the last time may be unfinished
