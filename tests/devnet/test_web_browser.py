@@ -73,6 +73,16 @@ def test_the_chart_is_painted_and_grows(browser: Browser) -> None:
         check_clean(visit)
 
 
+def test_a_run_that_has_not_begun_says_so_and_then_begins(browser: Browser) -> None:
+    with serving(moment(0, phase="seating")) as (url, publish), visiting(browser, url) as visit:
+        expect(visit.page.locator("body")).to_have_attribute("data-state", "live")
+        expect(visit.page.locator("#chart")).to_have_text("The curve begins with the first step.")
+        publish(moment(3))
+        visit.live()
+        expect(visit.page.locator("#chart")).not_to_contain_text("begins")
+        check_clean(visit)
+
+
 def test_numbers_lead_to_their_proof_and_back(browser: Browser) -> None:
     with serving(SERVED) as (url, _), visiting(browser, url) as visit:
         page = visit.page
