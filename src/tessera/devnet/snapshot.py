@@ -74,7 +74,13 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A worker as the host and the chain see it. `transaction` is the last one that paid it, or empty."""
+    """A worker as the host and the chain see it.
+
+    Attributes:
+        shares: all it was given, leaves that it has not redeemed included: the sum over holders is what was minted.
+        claimable: income that waits for it, for leaves that it has not redeemed too.
+        transaction: the last one that paid it, or empty.
+    """
 
     peer: str
     account: str
@@ -96,7 +102,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Somebody who owns shares without computing: role `data` or `creator`."""
+    """Somebody who owns shares without computing: role `data` or `creator`. Fields as a peer's."""
 
     account: str
     role: str
