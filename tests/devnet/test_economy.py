@@ -4,11 +4,14 @@ import json
 import math
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
-from chain_support import CHAIN_ID, anvil
 from economy_world import PATIENCE_S, TEXT, check_sums, command, last_object, run, started, until, up
+
+from chain_support import CHAIN_ID, anvil
+from tessera.training.home import Home
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -104,6 +107,14 @@ def test_what_cannot_work_is_said_in_one_line(tmp_path: Path) -> None:
         (command("shares", "--state-dir", tmp_path / "g"), "no Tessera state"),
         (command("run", "show", empty), "cannot read"),
     ]
+    with socket.create_server(("127.0.0.1", 0)) as taken, Home(tmp_path / "h").locked():
+        port = taken.getsockname()[1]
+        cases.append((up(tmp_path / "i", "--port", port), f"port {port} on 127.0.0.1 is in use"))
+        cases.append((up(tmp_path / "h"), "is in use by process"))
+        _each_is_said_in_one_line(cases, tmp_path)
+
+
+def _each_is_said_in_one_line(cases: list[tuple[list[str], str]], tmp_path: Path) -> None:
     for arguments, message in cases:
         done = run(arguments, tmp_path)
         assert done.returncode in (1, 2), (arguments, done.stderr)

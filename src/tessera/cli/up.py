@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 from fastapi import FastAPI
 from rich.console import Console
+from rich.text import Text
 
 from tessera.cli.live import choose_view, final_table
 from tessera.cli.logs import configure_logs
@@ -26,30 +27,76 @@ __all__ = ["run_up"]
 async def run_up(config: UpConfig, *, as_json: bool) -> None:
     """Run the economy to its end, or until Ctrl-C. People read standard error when `as_json`, so that the object on
     standard output stands alone."""
-    console = Console(stderr=as_json)
-    configure_logs("warning")  # the view tells what happens
-    feed = SnapshotFeed()
+    configure_logs("warning")  # the views tell what happens
+    showing = _Showing(config, Console(stderr=as_json))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(showing.in_the_terminal)
+        try:
+            await showing.economy.live()
+        finally:
+            showing.end()
+    if as_json:
+        sys.stdout.write(json.dumps(showing.closing) + "\n")
 
-    def page(economy: Economy) -> FastAPI:
+
+class _Showing:
+    """One economy and its two feeds: the page's lasts as long as the economy, the terminal's until the table."""
+
+    def __init__(self, config: UpConfig, console: Console) -> None:
+        self.closing: dict[str, Any] = {}
+        self._config, self._console = config, console
+        self._page_feed, self._terminal_feed = SnapshotFeed(), SnapshotFeed()
+        self._ticket_shown = self._terminal_done = False
+        self.economy = Economy(config, SystemClock(), self._page, self._changed)
+
+    async def in_the_terminal(self) -> None:
+        """Live progress; then the table, and where to go from there."""
+        await choose_view(self._console).run(self._terminal_feed)
+        if self.economy.settled:
+            self._console.print(final_table(self._terminal_feed.snapshot()))
+            if not self._config.once:
+                self._say_where_to_go()
+
+    def end(self) -> None:
+        self._end_terminal()
+        self._page_feed.close()
+
+    def _page(self, economy: Economy) -> FastAPI:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        mount(app, feed, lookup=make_lookup(economy))
+        mount(app, self._page_feed, lookup=make_lookup(economy))
         return app
 
-    closing: dict[str, Any] = {}
-
-    def changed(economy: Economy) -> None:
-        feed.publish(take_snapshot(economy))
+    def _changed(self, economy: Economy) -> None:
+        snapshot = take_snapshot(economy)
+        self._page_feed.publish(snapshot)
+        if not self._terminal_done:
+            self._terminal_feed.publish(snapshot)
+            self._show_ticket(economy)
+        if economy.settled:
+            self._end_terminal()
         if economy.phase == "closed":
-            closing.update(closing_object(economy))
+            self.closing = closing_object(economy)
 
-    economy = Economy(config, SystemClock(), page, changed)
-    view = choose_view(console)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(view.run, feed)
-        try:
-            await economy.live()
-        finally:
-            feed.close()
-    console.print(final_table(feed.snapshot()))
-    if as_json:
-        sys.stdout.write(json.dumps(closing) + "\n")
+    def _end_terminal(self) -> None:
+        self._terminal_done = True
+        self._terminal_feed.close()
+
+    def _show_ticket(self, economy: Economy) -> None:
+        """Once, on a line of its own that a terminal does not break, so that it can be copied."""
+        if self._config.seats and economy.run is not None and not self._ticket_shown:
+            self._ticket_shown = True
+            command = Text(f"tessera join {economy.run.ticket}")
+            self._console.print(command, soft_wrap=True, highlight=False)
+
+    def _say_where_to_go(self) -> None:
+        urls, state = self.economy.urls, self._config.state_dir
+        rows = [
+            ("page", urls["page"]),
+            ("gateway", f"{urls['gateway']}  (OpenAI's interface, paid with x402)"),
+            ("chain", f"{urls['chain']}  (JSON-RPC for wallets and web3.py)"),
+            ("try", f"tessera chat --state-dir {state}"),
+            ("", f"tessera shares --state-dir {state}"),
+        ]
+        for name, value in rows:
+            self._console.print(f"[bold]{name:>8}[/]  {value}", highlight=False, soft_wrap=True)
+        self._console.print("It stays up until Ctrl-C; `tessera up` goes on from there.", style="dim")

@@ -36,6 +36,7 @@ class Figures:
     shares: dict[Account, int] = field(default_factory=dict)  # redeemed
     claimable: dict[Account, int] = field(default_factory=dict)
     total_shares: int = 0
+    paid_by: dict[Account, str] = field(default_factory=dict)  # holder -> the last transaction that paid it
     payments: list[Payment] = field(default_factory=list)  # into the share contract, oldest first
     income: IncomeTable = EMPTY
 
@@ -67,6 +68,7 @@ class Books:
             return False
         await self._read_epochs()
         await self._read_payments()
+        await self._read_claims()
         for account in self._accounts:
             self.figures.shares[account] = await self._share.balanceOf(account)
             self.figures.claimable[account] = await self._share.claimable(account)
@@ -97,6 +99,10 @@ class Books:
             block = await self._chain.request("eth_getBlockByNumber", [hex(event.log.block_number), False])
             when = float(int(block["timestamp"], 16))
             self.figures.payments.append(Payment(event.log.tx_hash, event.sender, event.value, when))
+
+    async def _read_claims(self) -> None:
+        for event in await self._share.events(ModelShare.Claimed, self._seen_block + 1):
+            self.figures.paid_by[event.holder] = event.log.tx_hash
 
     async def _read_epochs(self) -> None:
         for epoch in range(len(self.figures.epochs), await self._share.epoch_count()):

@@ -55,6 +55,7 @@ class Economy:
         self.note = ""
         self.urls: dict[str, str] = {}
         self.run: Run | None = None
+        self.settled = False  # the first round of income has been spread and claimed
 
     async def live(self) -> None:
         """Everything, in order. With `once` it returns when the table adds up; else it goes on until cancelled."""
@@ -103,13 +104,13 @@ class Economy:
             await self._move_money(run)
             income = run.figures.income
             if income.unclaimed == 0 and income.undistributed == 0:
-                self._enter("serving", "every part is claimed")
-                return
+                break
             if time.monotonic() > deadline:
-                self._enter("serving", "some income is not claimed yet; it waits in the contract")
                 log.warning("income_unclaimed", units=str(income.unclaimed), seconds=SETTLE_S)
-                return
+                break
             await anyio.sleep(POLL_S)
+        self.settled = True
+        self._enter("serving", "some income waits in the contract" if income.unclaimed else "every part is claimed")
 
     async def _stay_open(self, run: Run) -> None:
         """Serve until cancelled; income that arrives is spread as it comes."""

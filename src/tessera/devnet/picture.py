@@ -145,6 +145,7 @@ def _peers(run: Run) -> list[Peer]:
                 shares=figures.shares.get(seat.account, 0),
                 claimable=figures.claimable.get(seat.account, 0),
                 claimed=figures.income.claimed.get(seat.account, 0),
+                transaction=figures.paid_by.get(seat.account, ""),
             )
         )
     return peers
@@ -166,6 +167,7 @@ def _owners(run: Run) -> list[Owner]:
             shares=figures.shares.get(owner.account, 0),
             claimed=figures.income.claimed.get(owner.account, 0),
             claimable=figures.claimable.get(owner.account, 0),
+            transaction=figures.paid_by.get(owner.account, ""),
         )
         for owner in run.manifest.owners
     ]
