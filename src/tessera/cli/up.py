@@ -76,6 +76,7 @@ class _Showing:
             self._end_terminal()
         if economy.phase == "closed":
             self.closing = closing_object(economy)
+            self._page_feed.close()  # open streams end before the server does
 
     def _end_terminal(self) -> None:
         self._terminal_done = True

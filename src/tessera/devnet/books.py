@@ -33,7 +33,7 @@ class Figures:
 
     epochs: list[EpochLeaves] = field(default_factory=list)
     postings: dict[int, str] = field(default_factory=dict)  # epoch -> transaction
-    shares: dict[Account, int] = field(default_factory=dict)  # redeemed
+    shares: dict[Account, int] = field(default_factory=dict)  # balances and leaves not yet redeemed
     claimable: dict[Account, int] = field(default_factory=dict)
     total_shares: int = 0
     paid_by: dict[Account, str] = field(default_factory=dict)  # holder -> the last transaction that paid it
@@ -59,6 +59,7 @@ class Books:
         self._share, self._coin = ModelShare(chain, roster.share), Coin(chain, roster.coin)
         self._accounts = tuple(dict.fromkeys(accounts))
         self._seen_block = -1
+        self._redeemed: set[tuple[int, Account]] = set()  # leaves, for good
         self.figures = Figures()
 
     async def refresh(self) -> bool:
@@ -70,7 +71,7 @@ class Books:
         await self._read_payments()
         await self._read_claims()
         for account in self._accounts:
-            self.figures.shares[account] = await self._share.balanceOf(account)
+            self.figures.shares[account] = await self._share.balanceOf(account) + await self._unredeemed(account)
             self.figures.claimable[account] = await self._share.claimable(account)
         self.figures.total_shares = await self._share.totalSupply()
         self.figures.income = await income_table(self._chain, self._roster.share)
@@ -90,6 +91,18 @@ class Books:
                 await self._share.redeem(sender, leaves.epoch, account, shares, leaves.proof(account))
         if await self._share.claimable(account) > 0:
             await self._share.claim(sender, account)
+
+    async def _unredeemed(self, account: Account) -> int:
+        """Shares in `account`'s leaves that nobody has redeemed yet."""
+        waiting = 0
+        for leaves in self.figures.epochs:
+            leaf = (leaves.epoch, account)
+            if leaf not in self._redeemed and (shares := leaves.shares_of(account)):
+                if await self._share.counted(share_leaf(leaves.epoch, account, shares)):
+                    self._redeemed.add(leaf)
+                else:
+                    waiting += shares
+        return waiting
 
     async def _read_payments(self) -> None:
         """Transfers into the share contract that are new since the last look."""

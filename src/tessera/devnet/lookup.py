@@ -9,6 +9,8 @@ from tessera.chain.faces import Coin, ModelShare
 from tessera.core.errors import TesseraError
 from tessera.core.ids import parse_account
 from tessera.devnet.economy import Economy
+from tessera.devnet.figures import money, shares_down
+from tessera.devnet.snapshot import Income
 
 __all__ = ["make_lookup"]
 
@@ -39,7 +41,6 @@ async def _transaction(economy: Economy, name: str) -> dict[str, Any] | None:
     if receipt is None:
         return None
     return {
-        "hash": receipt["transactionHash"],
         "block": int(receipt["blockNumber"], 16),
         "from": receipt["from"],
         "to": receipt["to"] or receipt["contractAddress"],
@@ -59,12 +60,11 @@ async def _account(economy: Economy, name: str) -> dict[str, Any] | None:
         return None
     chain = run.ledger.chain
     facts: dict[str, Any] = {
-        "account": account,
-        "tUSD, smallest units": await Coin(chain, run.coin).balanceOf(account),
+        "balance": money(await Coin(chain, run.coin).balanceOf(account), Income()),
         "contract": bool(await chain.code(account)),
     }
     if run.seated:
         share = ModelShare(chain, run.roster.share)
-        facts["shares, smallest units"] = await share.balanceOf(account)
-        facts["claimable, smallest units"] = await share.claimable(account)
+        facts["shares"] = shares_down(await share.balanceOf(account), 18)
+        facts["claimable"] = money(await share.claimable(account), Income())
     return facts

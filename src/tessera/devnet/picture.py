@@ -34,6 +34,7 @@ def take_snapshot(economy: Economy) -> Snapshot:
     run = economy.run
     if run is None:
         return Snapshot(phase=economy.phase, phase_note=economy.note, urls=Urls(**economy.urls))
+    prompt, answer = sample(run)
     manifest, board, spec = run.manifest, run.board, run.manifest.model
     return Snapshot(
         run_id=manifest.run_id,
@@ -66,7 +67,8 @@ def take_snapshot(economy: Economy) -> Snapshot:
         epochs=_epochs(run),
         income=_income(run),
         payments=run.figures.payments,
-        sample=sample(run),
+        sample=answer,
+        sample_prompt=prompt,
         events=[Event(when, text) for when, text in board.events],
         urls=Urls(**economy.urls),
         total_shares=run.figures.total_shares,
@@ -112,14 +114,14 @@ def closing_object(economy: Economy) -> dict[str, Any]:
         "unclaimed": income.unclaimed,
         "undistributed": income.undistributed,
         "dust": income.dust,
-        "sample": snapshot.sample,
+        "sample": snapshot.sample_prompt + snapshot.sample,
         "elapsed_s": round(time.monotonic() - economy.started, 1),
     }
 
 
-def sample(run: Run) -> str:
-    """The longest answer that the first buyer got, after its question."""
-    return max((prompt + answer for prompt, answer in run.samples), key=len, default="")
+def sample(run: Run) -> tuple[str, str]:
+    """The prompt and the longest answer that the first buyer got."""
+    return max(run.samples, key=lambda pair: len(pair[1]), default=("", ""))
 
 
 def _losses(run: Run) -> tuple[LossPoint, ...]:
@@ -175,7 +177,7 @@ def _owners(run: Run) -> list[Owner]:
 
 def _epochs(run: Run) -> list[Epoch]:
     return [
-        Epoch(leaves.epoch, leaves.root.hex(), leaves.total, run.figures.postings.get(leaves.epoch, ""))
+        Epoch(leaves.epoch, "0x" + leaves.root.hex(), leaves.total, run.figures.postings.get(leaves.epoch, ""))
         for leaves in run.figures.epochs
     ]
 
