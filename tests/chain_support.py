@@ -83,9 +83,26 @@ def memory_chain() -> LocalChain:
     return LocalChain(None, chain_id=CHAIN_ID, clock=FakeClock(NOW), dev=True)
 
 
-async def local_world() -> World:
+async def fresh_world() -> World:
     chain = memory_chain()
     return await make_world(chain.client(), chain)
+
+
+_first: list[World] = []
+_snapshot: list[int] = []
+
+
+async def local_world() -> World:
+    """A world as after `fresh_world`: one is kept, and brought back by a snapshot, which is ten times faster."""
+    if not _first:
+        _first.append(await fresh_world())
+    kept = _first[0]
+    assert kept.local
+    if _snapshot:
+        assert kept.local.revert(_snapshot.pop())
+    _snapshot.append(kept.local.snapshot())
+    chain = kept.local.client()
+    return World(chain, Coin(chain, kept.coin.address), ModelShare(chain, kept.share.address), kept.local)
 
 
 def anvil_binary() -> Path | None:

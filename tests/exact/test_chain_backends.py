@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import anyio
 import anyio.to_thread
@@ -24,14 +24,19 @@ pytestmark = pytest.mark.anyio
 PEOPLE = [*WORKERS, key("holder"), key("other"), key("stranger")]
 
 
+@pytest.fixture(scope="module")
+def anvil_url() -> Iterator[str]:
+    with anvil() as url:
+        fund_on_anvil(url, [person.account for person in PEOPLE])
+        yield url
+
+
 @pytest.fixture(params=["process", "bytes", "http", "anvil"])
 async def chain(request: pytest.FixtureRequest) -> AsyncIterator[RpcChain]:
     if request.param == "anvil":
-        with anvil() as url:
-            fund_on_anvil(url, [person.account for person in PEOPLE])
-            rpc = HttpRpc(url)
-            yield RpcChain(rpc)
-            await rpc.aclose()
+        rpc = HttpRpc(request.getfixturevalue("anvil_url"))
+        yield RpcChain(rpc)
+        await rpc.aclose()
         return
     local = memory_chain()
     if request.param == "process":

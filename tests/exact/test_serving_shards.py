@@ -14,9 +14,10 @@ pytestmark = pytest.mark.anyio
 GREEDY = Sampling(temperature=0, max_tokens=24)
 
 
+@pytest.mark.parametrize("real", [False, True], ids=["memory", "quic"])
 @pytest.mark.parametrize(("stages", "codec"), [(1, "codec"), (2, "dense"), (4, "codec"), (4, "reparam")])
-async def test_greedy_decoding_over_peers_equals_one_process(stages: int, codec: Kind) -> None:
-    async with open_shards(stages, codec) as shards:
+async def test_greedy_decoding_over_peers_equals_one_process(stages: int, codec: Kind, real: bool) -> None:
+    async with open_shards(stages, codec, real=real) as shards:
         for prompt in ([5], [1, 2, 3], list(range(40))):
             assert await tokens(shards.engine, prompt, GREEDY) == shards.one_process(prompt, 24)
         await shards.settled()

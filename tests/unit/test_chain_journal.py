@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from chain_support import CHAIN_ID, NOW, WORKERS, key, make_world
+from tessera.chain.blocks import make_block
 from tessera.chain.faces import Coin
 from tessera.chain.journal import Entry
 from tessera.chain.local import LocalChain
-from tessera.chain.replay import verify_journal
+from tessera.chain.nodes import Nodes
+from tessera.chain.replay import replay, verify_journal
 from tessera.chain.settle import income_table
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Unavailable
@@ -31,14 +33,20 @@ def opened(path: Path, **options: object) -> LocalChain:
     return LocalChain(path, chain_id=CHAIN_ID, clock=FakeClock(NOW), **options)  # type: ignore[arg-type]
 
 
+_content: list[bytes] = []
+
+
 @pytest.fixture
 async def file(tmp_path: Path) -> Path:
-    """A chain of some blocks, closed."""
+    """A chain of some blocks, closed: made once, then copied."""
     path = tmp_path / "chain.db"
-    with opened(path) as chain:
-        world = await make_world(chain.client())
-        await world.give({HOLDER.account: 3})
-        await world.earn(100)
+    if not _content:
+        with opened(path) as chain:
+            world = await make_world(chain.client())
+            await world.give({HOLDER.account: 3})
+            await world.earn(100)
+        _content.append(path.read_bytes())
+    path.write_bytes(_content[0])
     return path
 
 
@@ -219,10 +227,6 @@ async def test_a_false_claim_about_a_block_is_misbehaviour(entries: list[Entry],
 
 async def test_a_root_that_the_transactions_do_not_lead_to_is_found_though_the_hash_fits(entries: list[Entry]) -> None:
     """An operator who makes up a state has to make up its hash too; only running the transaction shows it."""
-    from tessera.chain.blocks import make_block
-    from tessera.chain.nodes import Nodes
-    from tessera.chain.replay import replay
-
     honest = list(replay(Nodes(), entries[:5], CHAIN_ID, {}))[4]
     lie = make_block(4, honest.timestamp, honest.parent, b"\1" * 32, honest.transaction, honest.outcome)
     forged = replace(entries[4], state_root=lie.state_root, hash=lie.hash)

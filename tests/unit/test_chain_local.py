@@ -10,7 +10,7 @@ import pytest
 from eth_account import Account as EthAccount
 
 import tessera.chain.local as local_module
-from chain_support import CHAIN_ID, NOW, WORKERS, World, key, local_world, memory_chain
+from chain_support import CHAIN_ID, NOW, WORKERS, World, fresh_world, key, local_world, memory_chain
 from tessera.chain.engine import GAS_LIMIT, Message
 from tessera.chain.faces import Coin
 from tessera.chain.local import LocalChain
@@ -252,7 +252,7 @@ async def test_old_states_stay_readable_until_they_are_dropped(monkeypatch: pyte
 
 
 async def test_dropping_old_states_keeps_the_present_one_whole() -> None:
-    world = await local_world()
+    world = await fresh_world()
     chain = world.local
     assert chain
     await world.give({key(f"holder {i}").account: i + 1 for i in range(6)})

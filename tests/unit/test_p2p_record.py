@@ -7,8 +7,8 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from p2p_world import key
 
+from p2p_world import key
 from tessera.core.errors import Invalid
 from tessera.p2p.transport import MAX_ADDRS, PeerRecord
 
