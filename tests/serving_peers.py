@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tessera.models.decode import StageDecoder
 from tessera.models.presets import Kind, tiny_spec
 from tessera.models.stage import Stage
 from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.memory import MemoryNetwork
 from tessera.p2p.transport import Transport
 from tessera.serving.engine import Sampling
 from tessera.serving.links import PROTOCOL, Limits, Link
@@ -26,6 +28,7 @@ from tessera.serving.shards import FixedRoster, ShardConfig, ShardServer, serve_
 class Shards:
     """`stages` peers that serve, and a gateway's engine over them."""
 
+    network: MemoryNetwork | None
     gateway: Any
     transports: list[Any]
     decoders: list[StageDecoder]
@@ -64,17 +67,22 @@ class Shards:
 
 
 @asynccontextmanager
-async def open_peers(count: int) -> AsyncIterator[list[Transport]]:
+async def open_peers(count: int, *, real: bool) -> AsyncIterator[tuple[MemoryNetwork | None, list[Transport]]]:
+    """Transports over QUIC when `real`, else over a network in memory with the same behaviour."""
+    network = None if real else MemoryNetwork(random.Random(0))
     async with AsyncExitStack() as stack:
         keys = [PeerKey(bytes([number + 1]) * 32) for number in range(count)]
-        yield [await stack.enter_async_context(IrohTransport.start(key)) for key in keys]
+        starts = [IrohTransport.start(key) if network is None else network.start(key) for key in keys]
+        yield network, [await stack.enter_async_context(start) for start in starts]
 
 
 @asynccontextmanager
-async def open_shards(stages: int = 4, codec: Kind = "codec", **settings: Any) -> AsyncIterator[Shards]:
+async def open_shards(
+    stages: int = 4, codec: Kind = "codec", *, real: bool = False, **settings: Any
+) -> AsyncIterator[Shards]:
     spec = tiny_spec(stages=stages, codec=codec)
     model = spec.model
-    async with open_peers(stages + 1) as (gateway, *transports):
+    async with open_peers(stages + 1, real=real) as (network, (gateway, *transports)):
         roster = FixedRoster(tuple(transport.record() for transport in transports))
         config = ShardConfig(context=model.context, vocab_size=model.vocab_size, **settings)
         decoders = [StageDecoder(_lively(Stage(spec, stage))) for stage in range(stages)]
@@ -83,7 +91,7 @@ async def open_shards(stages: int = 4, codec: Kind = "codec", **settings: Any) -
             for stage, (transport, decoder) in enumerate(zip(transports, decoders, strict=True))
         ]
         engine = ShardEngine(gateway, roster, ShardEngineConfig(model.context, model.vocab_size, step_timeout_s=5))
-        yield Shards(gateway, transports, decoders, servers, roster, engine, config)
+        yield Shards(network, gateway, transports, decoders, servers, roster, engine, config)
 
 
 async def tokens(engine: ShardEngine, prompt: list[int], sampling: Sampling) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -113,7 +114,8 @@ async def test_a_prompt_with_code_bytes_is_refused_by_stage_0() -> None:
 async def test_garbage_frames_end_the_stream_and_nothing_else(data: bytes) -> None:
     async with open_shards(2) as shards:
         stream = await shards.gateway.open(shards.roster.holder(0), PROTOCOL, timeout_s=5)
-        await stream.send(data)
+        with suppress(Unavailable):  # the stage may hang up before it has it all
+            await stream.send(data)
         await shards.settled()
         assert len(await tokens(shards.engine, [1], Sampling(max_tokens=3))) == 3
         await stream.abort()
@@ -161,7 +163,7 @@ async def test_a_gateway_that_vanishes_frees_every_stage() -> None:
 
 
 async def test_an_idle_session_is_freed() -> None:
-    async with open_shards(3, idle_timeout_s=0.05) as shards:
+    async with open_shards(3, idle_timeout_s=0.4) as shards:
         generation = shards.engine.generate([1, 2], Sampling(max_tokens=30))
         await anext(generation)
         await shards.settled()
@@ -181,8 +183,22 @@ async def test_a_stage_that_fails_in_mid_generation_ends_it_everywhere(stage: in
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-async def test_a_stage_that_goes_away_in_mid_generation_is_unavailable_soon(stage: int) -> None:
+async def test_a_stage_killed_without_a_word_is_noticed_and_the_others_are_freed(stage: int) -> None:
     async with open_shards(3) as shards:
+        generation = shards.engine.generate([1, 2], Sampling(max_tokens=30))
+        await anext(generation)
+        assert shards.network is not None
+        shards.network.kill(shards.transports[stage].id)
+        with anyio.fail_after(6), pytest.raises((Unavailable, Late)):
+            await anext(generation)
+        del shards.servers[stage], shards.decoders[stage]  # dead ones free nothing
+        await shards.settled()
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["memory", "quic"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+async def test_a_stage_that_goes_away_in_mid_generation_is_unavailable_soon(stage: int, real: bool) -> None:
+    async with open_shards(3, real=real) as shards:
         generation = shards.engine.generate([1, 2], Sampling(max_tokens=30))
         await anext(generation)
         await shards.transports[stage].close()

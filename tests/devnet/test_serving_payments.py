@@ -134,13 +134,17 @@ async def test_a_broken_stream_is_unavailable_to_its_buyer(stack: Stack) -> None
     stack.engine.fail_after, stack.engine.error = 3, Unavailable("stage 1 is gone")
     limits: dict[str, Any] = {"asset": stack.coin.address, "max_units_each": PRICE, "max_units": 10 * PRICE}
     transport = httpx.ASGITransport(stack.app)
-    seen = []
+    seen: list[str] = []
+
+    async def listen(buyer: Buyer) -> None:
+        async for piece in buyer.stream_chat([{"role": "user", "content": "hi"}], model=MODEL):
+            seen.append(piece)
+
     async with Buyer(
         "http://gateway", await stack.buyer(), chain_id=stack.chain_id, transport=transport, **limits
     ) as buyer:
         with pytest.raises(Unavailable, match="stage 1 is gone"):
-            async for piece in buyer.stream_chat([{"role": "user", "content": "hi"}], model=MODEL):
-                seen.append(piece)
+            await listen(buyer)
     assert "".join(seen) == "hel"
 
 

@@ -20,7 +20,7 @@ async def test_a_paid_request_is_answered_by_the_peers_that_hold_the_stages() ->
     tokenizer = train_tokenizer(["def add(a, b):\n    return a + b\n"] * 50, 300)
     stack = await open_stack()
     key = await stack.buyer()
-    async with open_shards(4) as shards:
+    async with open_shards(4, real=True) as shards:
         config = GatewayConfig(model=MODEL, stop_tokens=(END,))
         app = create_app(config, shards.engine, tokenizer, stack.payments)
         limits: dict[str, Any] = {"asset": stack.coin.address, "max_units_each": PRICE, "max_units": 3 * PRICE}
