@@ -89,7 +89,7 @@ class OptimizerConfig(_Frozen):
     momentum_warmup: int = Field(default=100, ge=1)
     newton_schulz: int = Field(default=5, ge=1, le=12)  # iterations
     table_rate: float = Field(default=0.1, gt=0.0, le=1.0)  # token tables and their convolution
-    head_rate: float = Field(default=0.02, gt=0.0, le=1.0)
+    head_rate: float = Field(default=0.01, gt=0.0, le=1.0)
     code_rate: float = Field(default=0.001, gt=0.0, le=1.0)  # the boundary's encoder and decoder
     gain_rate: float = Field(default=0.01, gt=0.0, le=1.0)  # gains of the norms
     adam_decay: float = Field(default=0.001, ge=0.0, le=1.0)  # of tables and head only
