@@ -13,6 +13,7 @@ from tessera.devnet.ledger import give_coins
 from tessera.devnet.node import LiveRoster
 from tessera.devnet.run import Run
 from tessera.devnet.text import load_dataset, load_tokenizer
+from tessera.models.tokenizer import END
 from tessera.serving.buyer import Buyer
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.payments import PaymentConfig, X402Payments
@@ -46,7 +47,8 @@ async def open_gateway(run: Run, front: Front, clock: Clock) -> None:
     )
 
     payments = await X402Payments.open(config, run.ledger.chain, run.people.operator, clock=clock)
-    front.gateway = create_app(GatewayConfig(model=run.manifest.name), engine, tokenizer, payments, clock=clock)
+    gateway = GatewayConfig(model=run.manifest.name, stop_tokens=(END,))
+    front.gateway = create_app(gateway, engine, tokenizer, payments, clock=clock)
 
 
 async def sell(run: Run, url: str, count: int, after_each: Callable[[], Awaitable[None]]) -> None:

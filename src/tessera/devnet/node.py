@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import anyio
 import structlog
@@ -48,7 +49,7 @@ async def run_node(home: Home, ticket_text: str, config: NodeConfig, clock: Cloc
     with home.locked():
         write_atomic(home.path / "ticket", ticket.to_text().encode())
         async with IrohTransport.start(home.peer_key, bind=config.bind or default_bind(ticket)) as transport:
-            worker = Worker(home, ticket, transport, config.worker, clock=clock, serve=_serve)
+            worker = Worker(home, ticket, transport, config.worker, clock=clock, serve=partial(_serve, ticket))
             await worker.run()
 
 
@@ -72,10 +73,12 @@ class LiveRoster:
         return self._current().holder(stage)
 
 
-async def _serve(seated: Seated) -> None:
+async def _serve(ticket: Ticket, seated: Seated) -> None:
+    """Decode for the run's gateway, which is whoever gave the ticket; for nobody else, since only it is paid."""
+    gateways = frozenset(peer.id for peer in ticket.peers)
     model = seated.manifest.model.model
     config = ShardConfig(context=model.context, vocab_size=model.vocab_size)
     roster = LiveRoster(lambda: seated.roster)
-    serve_decode(seated.transport, StageDecoder(seated.trainer), seated.stage, roster, config)
+    serve_decode(seated.transport, StageDecoder(seated.trainer), seated.stage, roster, config, gateways=gateways)
     log.info("serving", stage=seated.stage)
     await anyio.sleep_forever()
