@@ -35,11 +35,13 @@ class Wire:
     corrupt: float = 0.0  # chance that a packet has a byte changed: what a hostile peer's own engine could send
     read_bytes_per_s: float | None = None  # how fast the receiving application reads each stream
     cut: bool = False  # nothing arrives; what was sent arrives when it is mended
+    carried_bytes: int = 0
     pipes: set[Pipe] = field(default_factory=set)
     _free_at: float = 0.0
 
     def arrival(self, size: int) -> float:
         """When `size` bytes that are sent now have arrived."""
+        self.carried_bytes += size
         start = max(anyio.current_time(), self._free_at)
         self._free_at = start + (size / self.rate_bytes_per_s if self.rate_bytes_per_s else 0.0)
         late = max(RESEND_S, 3 * self.delay_s) if self.loss and self.rng.random() < self.loss else 0.0

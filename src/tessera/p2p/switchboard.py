@@ -9,6 +9,7 @@ Handlers belong to the transport, not to the link: a peer cannot cancel half-don
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -121,9 +122,9 @@ class Switchboard:
         try:
             await service.handler(stream)
         except TesseraError as error:
-            log.info(
-                "stream_failed", protocol=service.protocol, peer_id=stream.peer, code=error.code, reason=error.message
-            )
+            level = logging.DEBUG if isinstance(error, Unavailable) else logging.INFO  # peers come and go
+            facts = {"protocol": service.protocol, "peer_id": stream.peer, "code": error.code, "reason": error.message}
+            log.log(level, "stream_failed", **facts)
             await stream.abort(error.status)
         except Exception:
             log.exception("handler_broke", protocol=service.protocol, peer_id=stream.peer)

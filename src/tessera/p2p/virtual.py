@@ -24,7 +24,8 @@ T = TypeVar("T")
 
 START = 1_800_000_000.0  # seconds since 1970 at loop time 0
 THREAD_POLL_S = 0.02
-LAST_CHANCE_S = 2.0  # real seconds that something outside may still wake a loop that has nothing to do
+HORIZON_S = 100 * 365 * 86_400.0  # `sleep_forever` is a timer too: nobody waits a century for anything else
+LAST_CHANCE_S = 1.0  # real seconds that something outside may still wake a loop that has nothing to do
 
 
 def run_virtual(function: Callable[[*Args], Awaitable[T]], *args: *Args) -> T:
@@ -79,7 +80,8 @@ class _JumpingSelector(selectors.DefaultSelector):
             return super().select(THREAD_POLL_S)
         if timeout is not None:
             self._loop.now += timeout
-            return events
+            if self._loop.now < HORIZON_S:
+                return events
         events = super().select(LAST_CHANCE_S)
         if not events:
             raise RuntimeError("deadlock: every task waits for something that cannot come")
