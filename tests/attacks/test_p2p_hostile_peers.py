@@ -266,8 +266,6 @@ def _resident_bytes() -> int:
 
 
 def on_memory(body: Body) -> None:
-    body: Callable[[MemoryNetwork, MemoryTransport, MemoryTransport, MemoryTransport], Awaitable[None]],
-) -> None:
     async def main() -> None:
         net = MemoryNetwork(random.Random(2), delay_s=0.01)
         async with net.start(key(1)) as victim, net.start(key(2)) as honest, net.start(key(6)) as attacker:

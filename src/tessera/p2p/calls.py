@@ -68,7 +68,7 @@ async def call(
 
 
 def serve_calls(
-    transport: Transport, protocol: str, handler: CallHandler, *, request_limit: int, max_streams: int = 64
+    transport: Transport, protocol: str, handler: CallHandler, *, request_limit: int = 1 << 20, max_streams: int = 64
 ) -> None:
     """Answer calls to `protocol` with `handler(peer, request, body) -> (reply, body)`.
 
