@@ -40,6 +40,7 @@ log = structlog.get_logger()
 TURN_S = 20.0  # a proposer's time before it is the next worker's turn
 GATHER_S = 12.0  # how long a proposer waits for receipts that are still on their way
 POLL_S = 0.5
+RETRY_S = 2.0  # after a failed attempt, which may have sent every receipt to everybody
 LEAVES_LIMIT = 1 << 20  # bytes
 RECEIPT_BYTES = 512  # an upper bound for one receipt's row
 MAX_STREAMS = 8  # of one peer at once: a request may be large
@@ -85,7 +86,7 @@ class Keeper:
                     break
                 except TesseraError as error:  # a peer or the chain was away: the epoch stays due
                     log.warning("epoch_not_settled", epoch=epoch, code=error.code, reason=error.message)
-                    await anyio.sleep(POLL_S)
+                    await anyio.sleep(RETRY_S)
 
     def _due(self, epoch: int) -> bool:
         return self._manifest.schedule.epochs_due(self._steps_done()) > epoch

@@ -1,0 +1,124 @@
+"""Training over links against training in one process, both on real stages.
+
+`dense` with a float32 wire loses nothing at a boundary: four peers must equal one undivided model, to 1e-6 relative on
+losses and 1e-5 of the largest entry on parameters (the same sums, in another order at most). With the codec the
+boundary rounds, so the reference is the same four stages in one process, and peers must equal it to the bit.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tessera.models.config import CodecConfig, ModelSpec
+from tessera.models.pipeline import Pipeline
+from tessera.models.presets import tiny_spec
+from tessera.models.trainer import StageTrainer
+from tessera.p2p.memory import run_virtual
+from tessera.training.manifest import Manifest, Schedule
+from tessera.training.receipts import verified_tokens
+from training_world import Stage, linked, make_stage, peer_keys, small_manifest, train_together
+
+STAGES, STEPS = 4, 4
+KEYS = peer_keys(STAGES)
+SCHEDULE = Schedule(
+    steps=STEPS, microbatches=6, sequences=2, length=16, evaluate_every=2, evaluate_batches=2, epoch_steps=2
+)
+
+
+class Windows:
+    """Random token ids by name."""
+
+    validation_count = 2
+
+    def train(self, step: int, index: int) -> NDArray[np.int64]:
+        return np.random.default_rng(step * 100 + index).integers(0, 300, (2, 17))
+
+    def validation(self, index: int) -> NDArray[np.int64]:
+        return np.random.default_rng(10**6 + index).integers(0, 300, (2, 17))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def manifest_of(spec: ModelSpec) -> Manifest:
+    return small_manifest().model_copy(update={"model": spec, "schedule": SCHEDULE})
+
+
+def over_links(spec: ModelSpec, folder: Path) -> list[Stage]:
+    async def main() -> list[Stage]:
+        async with linked(KEYS, delay_s=0.01) as pairs:
+            stages = [
+                make_stage(
+                    manifest_of(spec),
+                    KEYS,
+                    i,
+                    folder,
+                    up=pairs[i - 1][1] if i else None,
+                    down=pairs[i][0] if i < STAGES - 1 else None,
+                    trainer=StageTrainer(spec, i, steps=STEPS),
+                    batches=Windows(),
+                )
+                for i in range(STAGES)
+            ]
+            await train_together(stages)
+            return stages
+
+    return run_virtual(main)
+
+
+def in_one_process(spec: ModelSpec) -> tuple[list[float], list[float], Pipeline]:
+    """Training losses, validation losses, and the trained stages."""
+    windows, pipeline = Windows(), Pipeline(spec, steps=STEPS)
+    held_out = np.concatenate([windows.validation(i) for i in range(2)])
+    losses, validations = [], [pipeline.evaluate(held_out)]
+    for step in range(STEPS):
+        losses.append(pipeline.train_step(step, [windows.train(step, i) for i in range(SCHEDULE.microbatches)]))
+        if (step + 1) % SCHEDULE.evaluate_every == 0:
+            validations.append(pipeline.evaluate(held_out))
+    return losses, validations, pipeline
+
+
+def parameters(trainers: list[StageTrainer]) -> dict[str, Tensor]:
+    return {name: p.detach() for trainer in trainers for name, p in trainer.stage.named_parameters()}
+
+
+def test_four_peers_train_like_one_undivided_model(tmp_path: Path) -> None:
+    dense = CodecConfig(kind="dense", wire="float32")
+    whole, cut = (tiny_spec(count).model_copy(update={"codec": dense}) for count in (1, STAGES))
+    losses, validations, pipeline = in_one_process(whole)
+    stages = over_links(cut, tmp_path)
+    assert [loss for _, loss in stages[-1].told.losses] == pytest.approx(losses, rel=1e-6)
+    assert [loss for _, loss in stages[-1].told.validations] == pytest.approx(validations, rel=1e-6)
+    theirs, ours = parameters(pipeline.trainers), parameters([stage.trainer for stage in stages])
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        worst = float((ours[name] - tensor).abs().max())
+        assert worst <= 1e-5 * float(tensor.abs().max()), f"{name} differs by {worst}"
+
+
+def test_four_peers_with_the_codec_equal_the_same_stages_in_one_process_to_the_bit(tmp_path: Path) -> None:
+    spec = tiny_spec(STAGES)
+    losses, validations, pipeline = in_one_process(spec)
+    stages = over_links(spec, tmp_path)
+    assert [loss for _, loss in stages[-1].told.losses] == losses
+    assert [loss for _, loss in stages[-1].told.validations] == pytest.approx(validations, rel=1e-6)  # other batch size
+    for stage, trainer in zip(stages, pipeline.trainers, strict=True):
+        assert stage.trainer.save() == trainer.save()
+    assert losses[-1] < losses[0]
+
+
+def test_the_receipts_of_real_stages_prove_every_token(tmp_path: Path) -> None:
+    spec = tiny_spec(STAGES)
+    stages = over_links(spec, tmp_path)
+    manifest, peers = manifest_of(spec), [key.id for key in KEYS]
+    for i, stage in enumerate(stages):
+        receipts = stage.book.of_steps(manifest.run_id, range(STEPS))
+        assert verified_tokens(receipts, peers, range(STEPS), manifest.tokens_per_step)[i] == (
+            STEPS * manifest.tokens_per_step
+        )

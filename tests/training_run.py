@@ -1,0 +1,215 @@
+"""A run's whole surroundings in one process and in virtual time: chain, host, keepers, workers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from tessera.chain.client import RpcChain
+from tessera.chain.faces import ModelShare
+from tessera.chain.local import LocalChain
+from tessera.chain.rpc import BytesRpc
+from tessera.core.clock import FakeClock
+from tessera.core.errors import Unavailable
+from tessera.core.ids import Account
+from tessera.core.signing import AccountKey, PeerKey
+from tessera.p2p.calls import call
+from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock
+from tessera.training.host import RunHost, WorkerReport
+from tessera.training.keeper import Keeper
+from tessera.training.manifest import Manifest
+from tessera.training.protocols import EPOCH, JOIN
+from tessera.training.receipts import Receipt, ReceiptBook
+from tessera.training.roster import Roster, Seat, seat_binding
+from training_world import account_keys, all_receipts, peer_keys
+
+OPERATOR = AccountKey(b"\x31" * 32)
+HOST_KEY = PeerKey(b"\x32" * 32)
+STRANGER = PeerKey(b"\x33" * 32)
+
+
+@dataclass
+class Ledger:
+    """An embedded chain that answers at once, without threads, unless it is `away`."""
+
+    manifest: Manifest
+    away: bool = False
+    local: LocalChain = field(init=False)
+    chain: RpcChain = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.local = LocalChain(None, chain_id=self.manifest.chain_id, clock=FakeClock())
+        self.chain = RpcChain(BytesRpc(self.exchange))
+
+    async def exchange(self, body: bytes) -> bytes:
+        await anyio.lowlevel.checkpoint()
+        if self.away:
+            raise Unavailable("the node is away")
+        return self.local.handle(body)
+
+    async def coin(self) -> Account:
+        return await self.chain.deploy(OPERATOR, "coin")
+
+    async def share(self, coin: Account, accounts: list[Account]) -> Account:
+        run_id = bytes.fromhex(self.manifest.run_id)
+        return await self.chain.deploy(OPERATOR, "model_share", "small", "TSRA", coin, run_id, accounts)
+
+
+# --- keepers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settler:
+    """One worker as its keeper sees it: what it holds, and how far it is."""
+
+    key: PeerKey
+    account_key: AccountKey
+    transport: MemoryTransport
+    book: ReceiptBook
+    keeper: Keeper
+    steps_done: int
+
+    async def settle(self) -> None:
+        self.keeper.serve()
+        await self.keeper.run()
+
+
+@dataclass
+class Settlement:
+    """Four workers with a share contract, whose training is done."""
+
+    manifest: Manifest
+    ledger: Ledger
+    network: MemoryNetwork
+    roster: Roster
+    settlers: list[Settler]
+    share: ModelShare
+
+    async def ask(
+        self, sender: int, receiver: int, request: dict[str, Any], body: bytes = b""
+    ) -> tuple[dict[str, Any], bytes]:
+        """A call among keepers."""
+        record = self.roster.seats[receiver].record
+        transport = self.settlers[sender].transport
+        return await call(transport, record, EPOCH, request, body, timeout_s=10, reply_limit=1 << 20)
+
+
+@asynccontextmanager
+async def settlement(
+    manifest: Manifest,
+    folder: Path,
+    *,
+    held: Callable[[int, Receipt], bool] = lambda stage, receipt: True,
+    chain_of: Callable[[int, RpcChain], RpcChain] = lambda stage, chain: chain,
+) -> AsyncIterator[Settlement]:
+    """Everybody holds the receipts for his own work and those that he signed, as far as `held` says so."""
+    count = manifest.model.stages
+    keys, accounts = peer_keys(count), account_keys(count)
+    ledger = Ledger(manifest)
+    share = await ledger.share(await ledger.coin(), [account.account for account in accounts])
+    network = MemoryNetwork(random.Random(0), delay_s=0.01, clock=VirtualClock())
+    receipts = all_receipts(manifest, keys, range(manifest.schedule.steps))
+    async with AsyncExitStack() as stack:
+        transports = [await stack.enter_async_context(network.start(key)) for key in keys]
+        seats = tuple(
+            Seat(i, transports[i].record(), accounts[i].account, seat_binding(manifest.run_id, keys[i].id, accounts[i]))
+            for i in range(count)
+        )
+        roster = Roster(manifest.run_id, seats, share, share)
+        settlers = []
+        for i in range(count):
+            book = ReceiptBook(folder / f"keeper-{i}.sqlite")
+            stack.callback(book.close)
+            book.add(r for r in receipts if keys[i].id in (r.worker, r.signer) and held(i, r))
+            settler = Settler(
+                keys[i],
+                accounts[i],
+                transports[i],
+                book,
+                Keeper(
+                    manifest,
+                    transport=transports[i],
+                    chain=chain_of(i, ledger.chain),
+                    account_key=accounts[i],
+                    book=book,
+                    roster=lambda: roster,
+                    steps_done=lambda i=i: settlers[i].steps_done,
+                ),
+                manifest.schedule.steps,
+            )
+            settlers.append(settler)
+        yield Settlement(manifest, ledger, network, roster, settlers, ModelShare(ledger.chain, share))
+
+
+async def settle_all(settlers: Iterable[Settler]) -> None:
+    async with anyio.create_task_group() as tasks:
+        for settler in settlers:
+            tasks.start_soon(settler.settle)
+
+
+# --- a host -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Hosted:
+    """An open host and four peers that have not joined yet."""
+
+    manifest: Manifest
+    ledger: Ledger
+    host: RunHost
+    host_transport: MemoryTransport
+    peers: list[MemoryTransport]
+    keys: list[PeerKey]
+    accounts: list[AccountKey]
+    reports: list[tuple[int, WorkerReport]]
+
+    def request(self, peer: int, **changes: Any) -> dict[str, Any]:
+        """An honest request for a seat, and then `changes`."""
+        account = self.accounts[peer]
+        honest = {
+            "run_id": self.manifest.run_id,
+            "record": self.peers[peer].record().to_text(),
+            "account": account.account,
+            "binding": seat_binding(self.manifest.run_id, self.keys[peer].id, account).hex(),
+        }
+        return {**honest, **changes}
+
+    async def join(self, peer: int, **changes: Any) -> int:
+        """The stage that the host gives."""
+        reply, body = await self.ask(peer, JOIN, self.request(peer, **changes))
+        assert body == self.manifest.canonical
+        return int(reply["stage"])
+
+    async def ask(self, peer: int, protocol: str, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        record = self.host_transport.record()
+        return await call(self.peers[peer], record, protocol, request, timeout_s=10, reply_limit=1 << 20)
+
+
+@asynccontextmanager
+async def hosted(manifest: Manifest, folder: Path, ledger: Ledger | None = None) -> AsyncIterator[Hosted]:
+    """`folder` keeps the host's state: a second time, it is the same host after a restart."""
+    count = manifest.model.stages + 1
+    keys, accounts = peer_keys(count), account_keys(count)
+    ledger = ledger or Ledger(manifest)
+    network = MemoryNetwork(random.Random(0), clock=VirtualClock())
+    reports: list[tuple[int, WorkerReport]] = []
+    async with AsyncExitStack() as stack:
+        transport = await stack.enter_async_context(network.start(HOST_KEY))
+        peers = [await stack.enter_async_context(network.start(key)) for key in keys]
+        host = RunHost(
+            manifest,
+            transport=transport,
+            chain=ledger.chain,
+            coin=await ledger.coin(),
+            operator=OPERATOR,
+            file=folder / "host.sqlite",
+            on_report=lambda stage, report: reports.append((stage, report)),
+        )
+        host.serve()
+        yield Hosted(manifest, ledger, host, transport, peers, keys, accounts, reports)
