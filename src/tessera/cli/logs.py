@@ -11,9 +11,9 @@ import structlog
 __all__ = ["configure_logs"]
 
 
-def configure_logs(level: str = "") -> None:
-    """`level` or TESSERA_LOG: debug, info, warning or error. Third parties' logs from warning on only."""
-    name = (level or os.environ.get("TESSERA_LOG", "info")).upper()
+def configure_logs(level: str) -> None:
+    """TESSERA_LOG, else `level`: debug, info, warning or error. Third parties' logs from warning on only."""
+    name = (os.environ.get("TESSERA_LOG") or level).upper()
     number = logging.getLevelNamesMapping().get(name, logging.INFO)
     structlog.configure(
         processors=[

@@ -74,15 +74,14 @@ def join(
     claim_above: Annotated[int, typer.Option(help="Units of income that are worth a transaction.")] = 1,
 ) -> None:
     """Take a seat in a run and work: train one stage, serve it, get paid."""
-    from tessera.cli.logs import configure_logs
-
-    configure_logs()
 
     def start() -> Coroutine[Any, Any, None]:
+        from tessera.cli.logs import configure_logs
         from tessera.devnet.node import NodeConfig, run_node
         from tessera.training.home import Home
         from tessera.training.worker import WorkerConfig
 
+        configure_logs("info")  # after the quiet default of all other commands
         config = NodeConfig(bind=bind, threads=threads, worker=WorkerConfig(device=device, claim_above=claim_above))
         return run_node(Home(state_dir), ticket, config)
 
@@ -174,6 +173,9 @@ def _run(start: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 def _guard(action: Callable[[], None]) -> None:
+    from tessera.cli.logs import configure_logs
+
+    configure_logs("warning")
     try:
         action()
     except TesseraError as error:

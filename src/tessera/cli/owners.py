@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from tessera.chain.faces import ModelShare
 from tessera.chain.settle import income_table
@@ -28,7 +28,14 @@ async def run_shares(state_dir: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))  # noqa: T201  the command's result
         return
-    table = Table("account", "role", "shares", "claimable", "claimed", title=f"{facts['name']} · {facts['share']}")
+    table = Table(
+        Column("account", overflow="fold"),
+        "role",
+        "shares",
+        "claimable",
+        "claimed",
+        title=f"{facts['name']} · {facts['share']}",
+    )
     for row in facts["owners"]:
         cells = [_wad(row["shares"]), _money(row["claimable"]), _money(row["claimed"])]
         table.add_row(row["account"], row["role"], *cells)
@@ -40,6 +47,7 @@ async def run_shares(state_dir: Path, as_json: bool) -> None:
         f"revenue {_money(facts['revenue'])} = claimed {_money(facts['claimed'])} + unclaimed "
         f"{_money(facts['unclaimed'])} + undistributed {_money(facts['undistributed'])} + dust {facts['dust']} units",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -58,7 +66,9 @@ async def run_claim(state_dir: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))  # noqa: T201  the command's result
     else:
-        Console().print(f"{key.account}: redeemed {_wad(redeemed)} shares, claimed {_money(units)}", highlight=False)
+        Console().print(
+            f"{key.account}: redeemed {_wad(redeemed)} shares, claimed {_money(units)}", highlight=False, soft_wrap=True
+        )
 
 
 async def _redeem(run: OpenRun, share: ModelShare) -> int:

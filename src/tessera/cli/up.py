@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.text import Text
 
 from tessera.cli.live import choose_view, final_table
-from tessera.cli.logs import configure_logs
 from tessera.core.clock import SystemClock
 from tessera.devnet.economy import Economy
 from tessera.devnet.lookup import make_lookup
@@ -27,7 +26,6 @@ __all__ = ["run_up"]
 async def run_up(config: UpConfig, *, as_json: bool) -> None:
     """Run the economy to its end, or until Ctrl-C. People read standard error when `as_json`, so that the object on
     standard output stands alone."""
-    configure_logs("warning")  # the views tell what happens
     showing = _Showing(config, Console(stderr=as_json))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(showing.in_the_terminal)
