@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from tessera.chain import abi
 from tessera.chain.client import RpcChain
 from tessera.chain.faces import Coin, ModelShare
 from tessera.chain.settle import IncomeTable, income_table
 from tessera.core.ids import Account
 from tessera.core.merkle import share_leaf
-from tessera.core.signing import AccountKey
+from tessera.core.signing import AccountKey, recover_account
 from tessera.devnet.snapshot import Payment
 from tessera.p2p.transport import Transport
 from tessera.training.epochs import EpochLeaves
@@ -33,6 +34,7 @@ class Figures:
 
     epochs: list[EpochLeaves] = field(default_factory=list)
     postings: dict[int, str] = field(default_factory=dict)  # epoch -> transaction
+    signers: dict[int, tuple[str, ...]] = field(default_factory=dict)  # epoch -> peers
     shares: dict[Account, int] = field(default_factory=dict)  # balances and leaves not yet redeemed
     claimable: dict[Account, int] = field(default_factory=dict)
     total_shares: int = 0
@@ -125,6 +127,16 @@ class Books:
         if len(self.figures.postings) < len(self.figures.epochs):
             for event in await self._share.events(ModelShare.Posted):
                 self.figures.postings[event.epoch] = event.log.tx_hash
+                self.figures.signers[event.epoch] = await self._signers(event)
+
+    async def _signers(self, event: ModelShare.Posted) -> tuple[str, ...]:
+        """The peers whose signatures the posting transaction carries, recovered from it."""
+        transaction = await self._chain.request("eth_getTransactionByHash", [event.log.tx_hash])
+        data = bytes.fromhex(transaction["input"][2:])
+        epoch, root, shares, signatures = abi.decode(["uint256", "bytes32", "uint256", "bytes[]"], data[4:])
+        digest = await self._share.digest(epoch, root, shares)
+        accounts = {recover_account(digest, signature) for signature in signatures}
+        return tuple(seat.peer for seat in self._roster.seats if seat.account in accounts)
 
     async def _leaves(self, epoch: int) -> EpochLeaves:
         text = self._book.epoch(epoch)

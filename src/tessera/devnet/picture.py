@@ -176,9 +176,16 @@ def _owners(run: Run) -> list[Owner]:
 
 
 def _epochs(run: Run) -> list[Epoch]:
+    figures = run.figures
     return [
-        Epoch(leaves.epoch, "0x" + leaves.root.hex(), leaves.total, run.figures.postings.get(leaves.epoch, ""))
-        for leaves in run.figures.epochs
+        Epoch(
+            number=leaves.epoch,
+            root="0x" + leaves.root.hex(),
+            shares=leaves.total,
+            transaction=figures.postings.get(leaves.epoch, ""),
+            signers=figures.signers.get(leaves.epoch, ()),
+        )
+        for leaves in figures.epochs
     ]
 
 
