@@ -27,7 +27,7 @@ class Batch:
         return self.sequences * self.length * self.microbatches
 
 
-DEFAULT_BATCH = Batch(sequences=4, length=128, microbatches=8, steps=400)
+DEFAULT_BATCH = Batch(sequences=2, length=256, microbatches=8, steps=400)
 TINY_BATCH = Batch(sequences=2, length=32, microbatches=4, steps=20)
 
 
