@@ -31,12 +31,17 @@ pytestmark = pytest.mark.anyio
 Body = Callable[[MemoryNetwork, MemoryTransport, MemoryTransport, MemoryTransport], Awaitable[None]]
 
 
-def frame(message: bytes, *, last: bool = False) -> bytes:
-    return frame_header(len(message), last=last) + message
+def frame(content: bytes, *, last: bool = False) -> bytes:
+    return frame_header(len(content), last=last) + content
 
 
 def hello_of(**changes: Any) -> bytes:
-    return encoding.encode({"bulk": False, "protocol": "answer/1", "version": VERSION, **changes})
+    return encoding.encode({"bulk": False, "confirm": True, "protocol": "answer/1", "version": VERSION, **changes})
+
+
+def message(head: bytes, body: bytes = b"") -> bytes:
+    """A call's request or reply."""
+    return len(head).to_bytes(4, "big") + head + body
 
 
 async def still_serves(victim: Transport, caller: Transport) -> None:
@@ -99,6 +104,13 @@ def refusal(reply: bytes) -> dict[str, Any]:
     return encoding.decode(reply[HEADER_BYTES:], 10_000)["error"]
 
 
+def call_error(reply: bytes) -> dict[str, Any]:
+    """The error in a call's reply, after the consent to the hello."""
+    consent = frame(b"{}")
+    assert reply.startswith(consent)
+    return refusal(reply[len(consent) + 4 :])
+
+
 async def test_another_version_is_refused_naming_both() -> None:
     async with siege() as (victim, honest, connection):
         for future in (hello_of(version=VERSION + 1), encoding.encode({"version": VERSION + 7, "shape": ["new"]})):
@@ -157,12 +169,12 @@ async def test_random_bytes_never_break_the_node() -> None:
 
 async def test_a_request_that_is_no_request_is_answered_with_invalid() -> None:
     async with siege() as (victim, honest, connection):
-        for request in (b"junk", b"[]", b'{"a": 1}', b'{"a":1,"a":2}', b"\xff\xfe"):
+        objects = (b"junk", b"[]", b'{"a": 1}', b'{"a":1,"a":2}', b"\xff\xfe", b"", b"[" * 5000)
+        for request in (*map(message, objects), b"\0", b"\xff" * 4, b"\0\0\0\x09{}"):
             reply = await reply_to(connection, frame(hello_of()) + frame(request, last=True))
-            assert reply.startswith(frame(b"{}"))
-            assert refusal(reply[len(frame(b"{}")) :])["code"] == "invalid"
+            assert call_error(reply)["code"] == "invalid", request
         huge = frame(hello_of()) + frame_header(1 << 30, last=True) + bytes(100_000)
-        assert refusal((await reply_to(connection, huge))[len(frame(b"{}")) :])["code"] == "invalid"
+        assert call_error(await reply_to(connection, huge))["code"] == "invalid"
         await still_serves(victim, honest)
 
 
@@ -313,7 +325,7 @@ def test_a_caller_that_never_finishes_its_request_is_let_go() -> None:
         serve_calls(victim, "few/1", answer, request_limit=100, max_streams=2)
         for _ in range(2):
             channel = await raw_stream(attacker, victim)
-            await channel.write(frame(hello("few/1", bulk=False)) + frame(b'{"a":1}'))
+            await channel.write(frame(hello("few/1", bulk=False, confirm=True)) + frame(message(b'{"a":1}'))[:-1])
         await anyio.sleep(1)
         with pytest.raises(Unavailable, match="places"):
             await call(attacker, victim.record(), "few/1", {}, timeout_s=30, reply_limit=LIMIT)
@@ -333,7 +345,7 @@ def test_a_caller_that_does_not_take_its_reply_is_let_go() -> None:
     ) -> None:
         serve_calls(victim, "big/1", give, request_limit=100, max_streams=1)
         channel = await raw_stream(attacker, victim)
-        await channel.write(frame(hello("big/1", bulk=False)) + frame(b"{}", last=True))
+        await channel.write(frame(hello("big/1", bulk=False, confirm=False)) + frame(message(b"{}"), last=True))
         await anyio.sleep(30)
         with pytest.raises(Unavailable):
             await call(attacker, victim.record(), "big/1", {}, timeout_s=20, reply_limit=LIMIT)
@@ -352,7 +364,8 @@ def test_replies_that_are_no_replies_are_misbehaviour() -> None:
             await stream.recv(100)
             await stream.send(replies.pop(), last=True)
 
-        replies = [b"junk", b"[]", b'{"reply":1}', b'{"reply":{},"error":{}}', b"{}", b'{"reply": {}}']
+        objects = [b"junk", b"[]", b'{"reply":1}', b'{"error":{},"reply":{}}', b"{}", b'{"reply": {}}']
+        replies = [b"\0", b"\xff" * 9, *map(message, objects)]
         attacker.serve("x/1", reply)
         for _ in list(replies):
             with pytest.raises(Misbehaviour) as caught:
@@ -372,7 +385,7 @@ def test_a_peers_error_cannot_pass_for_more_than_an_error() -> None:
             await stream.recv(100)
             fields = {"peer": honest.id, "message": "x", "self": 1, "rule": 7, "retry_after_s": 1e300}
             error = {"code": codes.pop(), "message": "m" * 9000, "fields": fields}
-            await stream.send(encoding.encode({"error": error}), last=True)
+            await stream.send(message(encoding.encode({"error": error})), last=True)
 
         codes = ["refused", "unavailable", "no such code", "__init__"]
         attacker.serve("x/1", lie)

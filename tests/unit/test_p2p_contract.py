@@ -69,7 +69,7 @@ async def test_messages_come_back_whole_and_every_byte_is_counted(world: Any) ->
             assert await stream.recv(LIMIT) == message
         each_way = 3 * 4 + 1 + 500 + 70_000
         assert (stream.sent_bytes, stream.received_bytes) == (before[0] + each_way, before[1] + each_way)
-        assert before[0] > len('{"bulk":false,"protocol":"echo/1","version":1}')
+        assert before[0] == 4 + len('{"bulk":false,"confirm":true,"protocol":"echo/1","version":1}')
 
 
 @on_every_adapter

@@ -143,7 +143,7 @@ def test_a_corrupted_stream_ends_in_a_named_error_and_the_link_survives() -> Non
 
     codes = run_virtual(main)
     assert "error" not in codes, "a bug of ours, not a fault of the peer"
-    assert len(codes) > 3
+    assert codes >= {"none", "misbehaviour", "invalid"}
 
 
 def test_a_slow_reader_slows_its_sender_and_nobody_else() -> None:

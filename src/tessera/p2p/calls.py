@@ -1,7 +1,8 @@
-"""Request and reply: one stream, a canonical JSON object each way, and a raw body beside it when there is one.
+"""Request and reply: one stream, and one message each way that holds a canonical JSON object and a raw body.
 
-    caller:  request object [body]          the last message says so
-    server:  {"reply": object} [body]   or  {"error": {"code", "fields", "message"}}
+    message = length of the object, 4 bytes big-endian ‖ object ‖ body
+    caller:  request object, body
+    server:  {"reply": object}, body   or   {"error": {"code", "fields", "message"}}
 
 A `TesseraError` of the handler keeps its class on the way back, so the caller knows what to do. Anything else is a bug
 of the server: it is logged there and answered without details. A call costs one round trip once a link stands.
@@ -30,6 +31,7 @@ CallHandler = Callable[[PeerId, dict[str, Any], bytes], Awaitable[tuple[dict[str
 
 REQUEST_S = 60.0  # a caller may take this long to send its request
 REPLY_S = 60.0  # and this long to take the reply
+LENGTH_BYTES = 4
 REASON_S = 1.0  # how long a caller who was cut off waits for the reason
 ERROR_LIMIT = 16 * 1024  # bytes of an error; a larger one travels without its fields
 
@@ -55,12 +57,12 @@ async def call(
     Raises: what the handler raised, with the field `peer`; what `Transport.open` raises; Late; Unavailable when the
     peer is gone (it may or may not have acted); Misbehaviour for a reply that is too large or cannot be read.
     """
-    head = encoding.encode(request)
+    message = _join(encoding.encode(request), body)
     try:
         with anyio.fail_after(timeout_s):
             stream = await transport.open(peer, protocol, timeout_s=timeout_s, bulk=bulk, confirm=False)
             try:
-                return await _exchange(stream, head, body, max(reply_limit, ERROR_LIMIT), reply_limit)
+                return await _exchange(stream, message, reply_limit)
             finally:
                 await stream.abort()  # nothing to abort when all went well
     except TimeoutError:
@@ -88,50 +90,39 @@ def serve_calls(
         except Exception:
             log.exception("call_handler_broke", protocol=protocol, peer_id=stream.peer)
             head, reply_body = _error_head(TesseraError("the peer failed to answer: its log says why")), b""
-        await _within(REPLY_S, _send(stream, head, reply_body), "take the reply", stream.peer)
+        await _within(REPLY_S, stream.send(_join(head, reply_body), last=True), "take the reply", stream.peer)
 
     transport.serve(protocol, serve_one, max_streams=max_streams)
 
 
-async def _exchange(
-    stream: Stream, head: bytes, body: bytes, head_limit: int, reply_limit: int
-) -> tuple[dict[str, Any], bytes]:
+async def _exchange(stream: Stream, message: bytes, reply_limit: int) -> tuple[dict[str, Any], bytes]:
     try:
-        await _send(stream, head, body)
+        await stream.send(message, last=True)
     except Unavailable:
         with anyio.move_on_after(REASON_S):  # a server that has seen enough stops listening, and says why
-            return await _read_reply(stream, head_limit, reply_limit)
+            return await _read_reply(stream, reply_limit)
         raise
-    return await _read_reply(stream, head_limit, reply_limit)
+    return await _read_reply(stream, reply_limit)
 
 
-async def _send(stream: Stream, head: bytes, body: bytes) -> None:
-    await stream.send(head, last=not body)
-    if body:
-        await stream.send(body, last=True)
-
-
-async def _read_reply(stream: Stream, head_limit: int, reply_limit: int) -> tuple[dict[str, Any], bytes]:
-    head = await stream.recv(head_limit)
-    answer = _object(stream.peer, head, head_limit, "reply")
+async def _read_reply(stream: Stream, limit: int) -> tuple[dict[str, Any], bytes]:
+    message = await stream.recv(LENGTH_BYTES + max(limit, ERROR_LIMIT))
+    answer, body = _split(stream.peer, message, "reply")
     if answer.keys() == {"error"}:
         error = from_dict(answer["error"])
         error.fields["peer"] = stream.peer
         raise error
     if answer.keys() != {"reply"} or type(answer["reply"]) is not dict:
-        raise _misbehaves(stream.peer, "a reply holds an object or an error", head)
-    if len(head) > reply_limit:
-        raise _misbehaves(stream.peer, f"a reply of {len(head)} bytes, at most {reply_limit} expected", head)
-    return answer["reply"], await stream.recv(reply_limit - len(head))
+        raise _misbehaves(stream.peer, "a reply holds an object or an error", message)
+    if len(message) > LENGTH_BYTES + limit:
+        raise _misbehaves(stream.peer, f"a reply of {len(message)} bytes, at most {limit} expected", message)
+    return answer["reply"], body
 
 
 async def _read_request(stream: Stream, limit: int) -> tuple[dict[str, Any], bytes]:
-    async def read() -> tuple[dict[str, Any], bytes]:
-        head = await stream.recv(limit)
-        return _object(stream.peer, head, limit, "request"), await stream.recv(limit - len(head))
-
     try:
-        return await _within(REQUEST_S, read(), "send its request", stream.peer)
+        receive = stream.recv(LENGTH_BYTES + limit)
+        return _split(stream.peer, await _within(REQUEST_S, receive, "send its request", stream.peer), "request")
     except Misbehaviour as error:  # for the caller, this is what was wrong with its request
         raise Invalid(f"the request is refused: {error.message}") from error
 
@@ -144,14 +135,21 @@ async def _within(seconds: float, action: Awaitable[T], what: str, peer: PeerId)
         raise Late(f"{peer[:16]}… did not {what} within {seconds:g} s", peer=peer) from None
 
 
-def _object(peer: PeerId, data: bytes, limit: int, what: str) -> dict[str, Any]:
+def _join(head: bytes, body: bytes) -> bytes:
+    return b"".join((len(head).to_bytes(LENGTH_BYTES, "big"), head, body))
+
+
+def _split(peer: PeerId, message: bytes, what: str) -> tuple[dict[str, Any], bytes]:
+    end = LENGTH_BYTES + int.from_bytes(message[:LENGTH_BYTES], "big")
+    if len(message) < LENGTH_BYTES or end > len(message):
+        raise _misbehaves(peer, f"a {what} whose object is longer than itself", message)
     try:
-        value = encoding.decode(data, limit)
+        value = encoding.decode(message[LENGTH_BYTES:end], end)
     except Invalid as error:
-        raise _misbehaves(peer, f"a {what} that cannot be read: {error}", data) from error
+        raise _misbehaves(peer, f"a {what} that cannot be read: {error}", message) from error
     if type(value) is not dict:
-        raise _misbehaves(peer, f"a {what} is an object, not {type(value).__name__}", data)
-    return value
+        raise _misbehaves(peer, f"a {what} is an object, not {type(value).__name__}", message)
+    return value, message[end:]
 
 
 def _misbehaves(peer: PeerId, what: str, data: bytes) -> Misbehaviour:

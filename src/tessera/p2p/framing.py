@@ -74,6 +74,7 @@ class FramedStream:
         self._consented = consented
         self._refusal: TesseraError | None = None
         self._buffer = bytearray()
+        self._corked = b""  # goes out with the next message: one packet instead of two
         self._sending, self._receiving = anyio.Lock(), anyio.Lock()
         self._sent = self._received = 0
         self._said_last = self._heard_last = False
@@ -92,6 +93,10 @@ class FramedStream:
         return self._received
 
     # --- sending ----------------------------------------------------------------------------------------------------
+
+    def cork(self, message: bytes) -> None:
+        """Hold a short message back until the next one, or until we wait for the peer's consent."""
+        self._corked += frame_header(len(message), last=False) + message
 
     async def send(self, data: bytes | bytearray | memoryview, *, last: bool = False) -> None:
         """See `Stream.send`. Sends from several tasks wait for each other, so that messages stay whole."""
@@ -114,20 +119,27 @@ class FramedStream:
             raise Unavailable(f"the stream to {self._peer[:16]}… is broken: open another")
         try:
             await self._write(view, last)
+            self._said_last = last
         except BaseException:
             self._send_broken = True
             with anyio.CancelScope(shield=True):
                 await self._channel.reset(0)
             raise
-        self._said_last = last
 
     async def _write(self, view: memoryview, last: bool) -> None:
-        first = b"".join((frame_header(view.nbytes, last=last), view[:PIECE]))
+        first = b"".join((self._corked, frame_header(view.nbytes, last=last), view[:PIECE]))
+        self._corked = b""
         await self._write_piece(first)
         for start in range(PIECE, view.nbytes, PIECE):
             await self._write_piece(bytes(view[start : start + PIECE]))
         if last:
             await self._channel.finish()
+
+    async def _uncork(self) -> None:
+        async with self._sending:
+            corked, self._corked = self._corked, b""
+            if corked and not self._send_broken:
+                await self._write_piece(corked)
 
     async def _write_piece(self, piece: bytes) -> None:
         await self._channel.write(piece)
@@ -156,6 +168,7 @@ class FramedStream:
 
     async def consent(self) -> None:
         """Wait for the peer's answer to our hello; raises what it answered when that is no."""
+        await self._uncork()
         async with self._receiving:
             if self._refusal is not None:
                 raise self._refusal

@@ -43,11 +43,18 @@ def iroh_reason(error: BaseException) -> str:
 
 
 class IrohChannel:
-    """A `Channel` on one QUIC stream. A read goes on in a task of its own, so that cancelling it loses no bytes."""
+    """A `Channel` on one QUIC stream. A read goes on in a task of its own, so that cancelling it loses no bytes.
 
-    def __init__(self, stream: Any, peer: PeerId, finished: Callable[[Any], None]) -> None:
+    Args:
+        finished: told of our sending half once it is complete.
+        reads: the link's reads under way; the link cancels what is left when it ends.
+    """
+
+    def __init__(
+        self, stream: Any, peer: PeerId, finished: Callable[[Any], None], reads: set[asyncio.Task[bytes]]
+    ) -> None:
         self._send, self._recv = stream.send(), stream.recv()
-        self._peer, self._finished = peer, finished
+        self._peer, self._finished, self._reads = peer, finished, reads
         self._reading: asyncio.Task[bytes] | None = None
         self._writing: anyio.CancelScope | None = None
         self._stopped = self._reset = False
@@ -56,14 +63,12 @@ class IrohChannel:
         if self._stopped:
             raise self._gone("the stream was stopped")
         if self._reading is None:
-            large = want > READ_AHEAD  # exactly that many then: the engine fills it without coming back to Python
-            read = self._recv.read_exact(min(want, PIECE)) if large else self._recv.read(READ_AHEAD)
-            self._reading = asyncio.create_task(read)
+            self._reading = self._start_read(want)
         task = self._reading
         await asyncio.wait((task,))
         self._reading = None
         if task.cancelled():
-            raise self._gone("the stream was stopped")
+            raise self._gone("the stream was stopped, or its link ended")
         error = task.exception()
         if error is None:
             return task.result()
@@ -73,6 +78,19 @@ class IrohChannel:
                 return b""
             raise self._gone(reason) from error
         raise error
+
+    def _start_read(self, want: int) -> asyncio.Task[bytes]:
+        large = want > READ_AHEAD  # exactly that many then: the engine fills it without coming back to Python
+        read = self._recv.read_exact(min(want, PIECE)) if large else self._recv.read(READ_AHEAD)
+        task = asyncio.create_task(read)
+        self._reads.add(task)
+        task.add_done_callback(self._read_done)
+        return task
+
+    def _read_done(self, task: asyncio.Task[bytes]) -> None:
+        self._reads.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen: a stream that nobody reads any more may fail in silence
 
     async def write(self, data: bytes) -> None:
         await self._guarded(lambda: self._send.write_all(data))
@@ -137,19 +155,20 @@ class IrohLink:
         self.addrs, self.expires = addrs, expires
         self.alive = True
         self._finished: deque[Any] = deque(maxlen=REMEMBERED)
+        self._reads: set[asyncio.Task[bytes]] = set()
 
-    async def open(self, protocol: str, *, bulk: bool) -> FramedStream:
-        """A stream whose hello is on its way. Waits while the peer allows no more streams on this link."""
-        greeting = hello(protocol, bulk=bulk)
+    async def open(self, protocol: str, *, bulk: bool, confirm: bool) -> FramedStream:
+        """A stream whose hello goes out first. Waits while the peer allows no more streams on this link."""
+        greeting = hello(protocol, bulk=bulk, confirm=confirm)
         try:
             bi = await self._connection.open_bi()
         except iroh.IrohError as error:
             raise Unavailable(f"the link to {self.peer[:16]}… is gone: {iroh_reason(error)}", peer=self.peer) from error
-        channel = IrohChannel(bi, self.peer, self._finished.append)
+        channel = IrohChannel(bi, self.peer, self._finished.append, self._reads)
         if bulk:
             await channel.give_way()
         stream = FramedStream(channel, self.peer, consented=False)
-        await stream.send(greeting)
+        stream.cork(greeting)
         return stream
 
     async def run(self, on_stream: Callable[[IrohChannel, PeerId], None]) -> str:
@@ -162,6 +181,8 @@ class IrohLink:
             return reason
         finally:
             self.close("over")
+            for task in list(self._reads):
+                task.cancel()
 
     async def flush(self) -> None:
         """Wait until the peer has the last bytes of every finished stream; a link that dies ends the wait."""
@@ -183,7 +204,7 @@ class IrohLink:
                 bi = await self._connection.accept_bi()
             except iroh.IrohError as error:
                 return iroh_reason(error)
-            on_stream(IrohChannel(bi, self.peer, self._finished.append), self.peer)
+            on_stream(IrohChannel(bi, self.peer, self._finished.append, self._reads), self.peer)
 
     async def _beat(self) -> None:
         heard, silent, next_beat = -1, 0, 0.0

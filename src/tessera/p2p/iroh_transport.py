@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 import anyio
 import iroh.iroh_ffi as iroh
@@ -36,6 +37,7 @@ SCHEME = "iroh"
 DIAL_S = 5.0
 HANDSHAKE_S = 5.0  # a peer that dials us gets this long
 MAX_LINKS = 1024  # all peers together, those that still shake hands included
+BUSY = 64  # handshakes at once, from which on a peer has to prove its address first
 LINKS_PER_PEER = 2
 FLUSH_S = 0.4
 ENGINE_CLOSE_S = 0.4
@@ -105,7 +107,7 @@ class IrohTransport:
         stream: FramedStream | None = None
         try:
             with anyio.fail_after(timeout_s):
-                stream = await self._open(peer, protocol, bulk)
+                stream = await self._open(peer, protocol, bulk, confirm)
                 if confirm:
                     await stream.consent()
         except TimeoutError:
@@ -140,18 +142,18 @@ class IrohTransport:
             raise Unavailable("this transport is closed")
         if peer.id == self.id:
             raise Invalid("a peer does not dial itself")
-        if not peer.rests(SCHEME) and not self._links.get(peer.id):
-            raise Invalid(f"the record of {peer.id[:16]}… has no {SCHEME}: address, only {list(peer.addrs)}")
+        if not _sockets(peer) and not self._links.get(peer.id):
+            raise Invalid(f"the record of {peer.id[:16]}… has no {SCHEME}:host:port address, only {list(peer.addrs)}")
 
-    async def _open(self, peer: PeerRecord, protocol: str, bulk: bool) -> FramedStream:
+    async def _open(self, peer: PeerRecord, protocol: str, bulk: bool, confirm: bool) -> FramedStream:
         link = self._standing(peer)
         if link is not None:
             try:
-                return await link.open(protocol, bulk=bulk)
+                return await link.open(protocol, bulk=bulk, confirm=confirm)
             except Unavailable as error:  # it died before we noticed
                 link.close("broken")
                 log.debug("link_was_dead", peer_id=peer.id, reason=error.message)
-        return await (await self._dialled(peer)).open(protocol, bulk=bulk)
+        return await (await self._dialled(peer)).open(protocol, bulk=bulk, confirm=confirm)
 
     def _standing(self, peer: PeerRecord) -> IrohLink | None:
         """The newest live link, unless this record is newer than it and names other addresses."""
@@ -177,7 +179,7 @@ class IrohTransport:
 
     async def _dial(self, peer: PeerRecord, dial: _Dial) -> None:
         try:
-            address = iroh.EndpointAddr(iroh.EndpointId.from_string(peer.id), None, peer.rests(SCHEME))
+            address = iroh.EndpointAddr(iroh.EndpointId.from_string(peer.id), None, _sockets(peer))
             with anyio.fail_after(DIAL_S):
                 connection = await self._endpoint.connect(address, ALPN)
             dial.link = IrohLink(connection, addrs=peer.addrs, expires=peer.expires)
@@ -203,6 +205,9 @@ class IrohTransport:
         while (incoming := await self._endpoint.accept_next()) is not None:
             if self._welcoming + sum(map(len, self._links.values())) >= MAX_LINKS:
                 await incoming.refuse()
+                continue
+            if self._welcoming >= BUSY and not await incoming.remote_addr_validated():
+                await incoming.retry()  # costs an honest peer one round trip, and whoever forges addresses everything
                 continue
             self._welcoming += 1
             self._tasks.start_soon(self._welcome, incoming)
@@ -269,6 +274,20 @@ def _reachable(endpoint: iroh.Endpoint) -> list[str]:
     loopback = [f"127.0.0.1:{addr.rpartition(':')[2]}" for addr in bound if addr.startswith("0.0.0.0:")]
     interfaces = [str(addr) for addr in endpoint.addr().direct_addresses()]
     return list(dict.fromkeys([*loopback, *named, *interfaces]))
+
+
+def _sockets(peer: PeerRecord) -> list[str]:
+    """The addresses of a record that the engine can dial; one that is malformed does not spoil the others."""
+    return [rest for rest in peer.rests(SCHEME) if _is_socket(rest)]
+
+
+def _is_socket(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    try:
+        version = ip_address(host.removeprefix("[").removesuffix("]")).version
+    except ValueError:
+        return False
+    return host.startswith("[") == (version == 6) and port.isascii() and port.isdigit() and 0 < int(port) < 65_536
 
 
 def _wild(addr: str) -> bool:

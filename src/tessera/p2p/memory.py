@@ -173,12 +173,13 @@ class MemoryTransport:
         self, peer: PeerRecord, protocol: str, *, timeout_s: float, bulk: bool = False, confirm: bool = True
     ) -> Stream:
         self._check_target(peer)
+        greeting = hello(protocol, bulk=bulk, confirm=confirm)
         stream: FramedStream | None = None
         try:
             with anyio.fail_after(timeout_s):
                 link = await self._link_to(peer)
                 stream = FramedStream(await link.channel(self), peer.id, consented=False)
-                await stream.send(hello(protocol, bulk=bulk))
+                stream.cork(greeting)
                 if confirm:
                     await stream.consent()
         except TimeoutError:

@@ -1,7 +1,11 @@
 """Connects streams to protocols, for every adapter: the hello, its answer, the caps, and the handlers' lives.
 
-The opener's first message is canonical JSON, `{"bulk": false, "protocol": "tessera/blob/1", "version": 1}`; the answer
-is `{}` or `{"error": …}`. Whoever sends no hello within `HELLO_S` is cut off. A protocol has places: `max_streams` for
+The opener's first message is canonical JSON,
+
+    {"bulk": false, "confirm": true, "protocol": "tessera/blob/1", "version": 1}
+
+and the first answer is `{}` or `{"error": …}`; with `confirm` it comes at once, else together with what the handler
+says first. Whoever sends no hello within `HELLO_S` is cut off. A protocol has places: `max_streams` for
 each peer, so that a flood hurts only whoever sends it, and `TOTAL` times that for all.
 
 Handlers belong to the transport, not to the link: a peer cannot cancel half-done work by leaving.
@@ -91,11 +95,11 @@ class Switchboard:
         """The life of one stream that `peer` opened. Never raises but for cancellation."""
         stream = FramedStream(channel, peer, consented=True)
         try:
-            service, bulk = await self._greet(stream)
-            if bulk:
+            service, greeting = await self._greet(stream)
+            if greeting.bulk:
                 await channel.give_way()
             async with service.place(peer):
-                await stream.send(encoding.encode({}))
+                await _consent(stream, at_once=greeting.confirm)
                 await self._handle(service, stream)
         except TesseraError as error:
             log.debug("stream_refused", peer_id=peer, code=error.code, reason=error.message)
@@ -103,20 +107,20 @@ class Switchboard:
         finally:
             await stream.end(END_S)
 
-    async def _greet(self, stream: FramedStream) -> tuple[_Service, bool]:
+    async def _greet(self, stream: FramedStream) -> tuple[_Service, _Hello]:
         try:
             with anyio.fail_after(HELLO_S):
                 data = await stream.recv(HELLO_LIMIT)
         except TimeoutError:
             raise Misbehaviour(f"no hello within {HELLO_S:g} s", evidence={"peer": stream.peer}) from None
         try:
-            protocol, bulk = _parse_hello(encoding.decode(data, HELLO_LIMIT))
+            greeting = _parse_hello(encoding.decode(data, HELLO_LIMIT))
         except Invalid as error:
             raise Misbehaviour(str(error), evidence={"peer": stream.peer, "hello": data[:64].hex()}) from error
-        service = self._services.get(protocol)
+        service = self._services.get(greeting.protocol)
         if service is None:
-            raise Missing(f"this peer does not serve {protocol}")
-        return service, bulk
+            raise Missing(f"this peer does not serve {greeting.protocol}")
+        return service, greeting
 
     async def _handle(self, service: _Service, stream: FramedStream) -> None:
         try:
@@ -134,13 +138,20 @@ class Switchboard:
             raise
 
 
-def hello(protocol: str, *, bulk: bool) -> bytes:
+@dataclass(frozen=True, slots=True)
+class _Hello:
+    protocol: str
+    bulk: bool
+    confirm: bool
+
+
+def hello(protocol: str, *, bulk: bool, confirm: bool) -> bytes:
     _check_protocol(protocol)
-    return encoding.encode({"bulk": bulk, "protocol": protocol, "version": VERSION})
+    return encoding.encode({"bulk": bulk, "confirm": confirm, "protocol": protocol, "version": VERSION})
 
 
-def _parse_hello(value: Any) -> tuple[str, bool]:
-    """The protocol that a hello names, and whether it is bulk. The version first: others may look different."""
+def _parse_hello(value: Any) -> _Hello:
+    """The version first: others may look different."""
     version = value.get("version") if isinstance(value, dict) else None
     if type(version) is not int:
         raise Invalid("a hello is an object with a version")
@@ -151,15 +162,24 @@ def _parse_hello(value: Any) -> tuple[str, bool]:
             ours=VERSION,
             theirs=version,
         )
-    if value.keys() != {"bulk", "protocol", "version"} or type(value["bulk"]) is not bool:
-        raise Invalid("a hello has the fields bulk, protocol, version")
+    if value.keys() != {"bulk", "confirm", "protocol", "version"}:
+        raise Invalid("a hello has the fields bulk, confirm, protocol, version")
+    if type(value["bulk"]) is not bool or type(value["confirm"]) is not bool:
+        raise Invalid("a hello's bulk and confirm are true or false")
     _check_protocol(value["protocol"])
-    return value["protocol"], value["bulk"]
+    return _Hello(value["protocol"], value["bulk"], value["confirm"])
 
 
 def _check_protocol(protocol: object) -> None:
     if not isinstance(protocol, str) or _PROTOCOL.fullmatch(protocol) is None:
         raise Invalid(f"a protocol is a lower-case name like tessera/blob/1, not {str(protocol)[:80]!r}")
+
+
+async def _consent(stream: FramedStream, *, at_once: bool) -> None:
+    if at_once:
+        await stream.send(encoding.encode({}))
+    else:
+        stream.cork(encoding.encode({}))
 
 
 async def _refuse(stream: FramedStream, error: TesseraError) -> None:
