@@ -1,4 +1,4 @@
-"""A run's whole surroundings in one process and in virtual time: chain, host, keepers, workers."""
+"""A run's whole surroundings in one process and in virtual time: chain, host, keepers, pipelines."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from tessera.chain.client import RpcChain
 from tessera.chain.faces import ModelShare
 from tessera.chain.local import LocalChain
 from tessera.chain.rpc import BytesRpc
-from tessera.core.clock import FakeClock
+from tessera.core.clock import Clock, FakeClock
 from tessera.core.errors import Unavailable
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.p2p.calls import call
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock
+from tessera.training.checkpoints import Checkpoints
 from tessera.training.host import RunHost, WorkerReport
 from tessera.training.keeper import Keeper
 from tessera.training.manifest import Manifest
-from tessera.training.protocols import EPOCH, JOIN
+from tessera.training.pipeline import Pipeline
+from tessera.training.protocols import CONTROL, EPOCH, JOIN
 from tessera.training.receipts import Receipt, ReceiptBook
 from tessera.training.roster import Roster, Seat, seat_binding
-from training_world import account_keys, all_receipts, peer_keys
+from training_world import FakeBatches, FakeTrainer, Told, account_keys, all_receipts, peer_keys
 
 OPERATOR = AccountKey(b"\x31" * 32)
 HOST_KEY = PeerKey(b"\x32" * 32)
@@ -213,3 +215,109 @@ async def hosted(manifest: Manifest, folder: Path, ledger: Ledger | None = None)
         )
         host.serve()
         yield Hosted(manifest, ledger, host, transport, peers, keys, accounts, reports)
+
+
+# --- pipelines --------------------------------------------------------------------------------------------------------
+
+
+class Watched(Told):
+    """A pipeline's `Watcher` that remembers, and calls back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_step: Callable[[int], None] = lambda step: None
+
+    def step_done(self, step: int, loss: float | None) -> None:  # type: ignore[override]
+        self.losses.append((step, loss))
+        self.on_step(step)
+
+
+@dataclass
+class Node:
+    """One worker's pipeline. `run` is one life of its process; a second life starts from the same folder."""
+
+    world: PipelineWorld
+    stage: int
+    lives: int = 0
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    up: anyio.Event = field(default_factory=anyio.Event)
+    transport: MemoryTransport = field(init=False)
+    pipeline: Pipeline = field(init=False)
+    trainer: FakeTrainer = field(init=False)
+    told: Watched = field(default_factory=Watched)
+    book: ReceiptBook = field(init=False)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.world.folder / f"stage-{self.stage}")
+
+    async def run(self) -> None:
+        self.lives += 1
+        world, key = self.world, self.world.keys[self.stage]
+        self.book = ReceiptBook(world.folder / f"pipeline-{self.stage}.sqlite")
+        self.trainer = FakeTrainer(world.manifest, self.stage)
+        self.scope = anyio.CancelScope()
+        try:
+            with self.scope:
+                async with world.network.start(key) as self.transport:
+                    world.seats[self.stage] = world.seat(self.stage, self.transport)
+                    self.pipeline = Pipeline(
+                        world.manifest,
+                        stage=self.stage,
+                        key=key,
+                        transport=self.transport,
+                        trainer=self.trainer,
+                        batches=FakeBatches(),
+                        book=self.book,
+                        checkpoints=self.checkpoints,
+                        roster=world.roster,
+                        refresh=anyio.lowlevel.checkpoint,
+                        watcher=self.told,
+                        clock=world.clock,
+                    )
+                    self.up.set()
+                    await self.pipeline.run()
+        finally:
+            self.book.close()
+
+    async def ask(self, receiver: int, request: dict[str, Any]) -> dict[str, Any]:
+        record = self.world.seats[receiver].record
+        reply, _ = await call(self.transport, record, CONTROL, request, timeout_s=100, reply_limit=1 << 16)
+        return reply
+
+
+class PipelineWorld:
+    """Workers who train with fake trainers. Everybody always knows everybody's newest address."""
+
+    def __init__(self, manifest: Manifest, folder: Path, clock: Clock | None = None) -> None:
+        self.manifest, self.folder = manifest, folder
+        count = manifest.model.stages
+        self.keys, self.accounts = peer_keys(count), account_keys(count)
+        self.clock = clock or VirtualClock()
+        self.network = MemoryNetwork(random.Random(0), delay_s=0.005, clock=VirtualClock())
+        self.nodes = [Node(self, stage) for stage in range(count)]
+        self.seats: dict[int, Seat] = {}
+
+    def seat(self, stage: int, transport: MemoryTransport) -> Seat:
+        account, run_id = self.accounts[stage], self.manifest.run_id
+        return Seat(stage, transport.record(), account.account, seat_binding(run_id, self.keys[stage].id, account))
+
+    def roster(self) -> Roster:
+        seats = tuple(self.seats[stage] for stage in range(len(self.nodes)))
+        return Roster(self.manifest.run_id, seats, self.accounts[0].account, self.accounts[0].account)
+
+    @asynccontextmanager
+    async def alive(self) -> AsyncIterator[anyio.abc.TaskGroup]:
+        """All nodes run; the last one up is the driver."""
+        async with anyio.create_task_group() as tasks:
+            for node in reversed(self.nodes):
+                node.up = anyio.Event()
+                tasks.start_soon(node.run)
+                await node.up.wait()
+            yield tasks
+            tasks.cancel_scope.cancel()
+
+    async def trained(self, within_s: float = 600) -> None:
+        with anyio.fail_after(within_s):
+            while not all(node.pipeline.trained.is_set() for node in self.nodes):
+                await anyio.sleep(0.1)

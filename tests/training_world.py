@@ -127,11 +127,13 @@ class FakeTrainer:
         self._seen = hashlib.sha256()
 
     def save(self) -> bytes:
-        return self.step.to_bytes(4, "big") + self.params
+        with self._working("save", self.step, 0):
+            return self.step.to_bytes(4, "big") + self.params
 
     def load(self, data: bytes) -> None:
-        self.step, self.params = int.from_bytes(data[:4], "big"), data[4:]
-        self.reset_step()
+        with self._working("load", self.step, 0):
+            self.step, self.params = int.from_bytes(data[:4], "big"), data[4:]
+            self.reset_step()
 
     @property
     def _last(self) -> bool:
@@ -142,8 +144,7 @@ class FakeTrainer:
         return hashlib.shake_128(f"{kind} {self.stage} {step} {index}".encode()).digest(size)
 
     def _working(self, name: str, step: int, index: int) -> _Working:
-        self.before_call(name, step, index)
-        return _Working(self)
+        return _Working(self, lambda: self.before_call(name, step, index))
 
 
 @dataclass
@@ -151,10 +152,12 @@ class _Working:
     """Notices two calls at once."""
 
     trainer: FakeTrainer
+    hook: Callable[[], None]
 
     def __enter__(self) -> None:
         self.trainer.busy += 1
         assert self.trainer.busy == 1, "two calls at once"
+        self.hook()
 
     def __exit__(self, *_: object) -> None:
         self.trainer.busy -= 1

@@ -166,8 +166,10 @@ def test_reports_reach_the_board_with_the_stage_that_sent_them(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "report",
-    [None, [], {}, {**REPORT, "step": -1}, {**REPORT, "step": "3"}, {**REPORT, "shares": 10}, {**REPORT, "note": "x" * 201},
-     {**REPORT, "losses": [[0, 1.0]] * 1001}, {**REPORT, "losses": [[0]]}],
+    [
+        None, [], {}, {**REPORT, "step": -1}, {**REPORT, "step": "3"}, {**REPORT, "shares": 10},
+        {**REPORT, "note": "x" * 201}, {**REPORT, "losses": [[0, 1.0]] * 1001}, {**REPORT, "losses": [[0]]},
+    ],
 )  # fmt: skip
 def test_a_report_that_cannot_be_read_is_refused(report: object, tmp_path: Path) -> None:
     async def main() -> None:
