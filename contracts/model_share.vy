@@ -21,10 +21,10 @@
 
         The books balance to the last unit. With S = 2**128, over all holders and all epochs,
 
-            S * held = sum of accrued(holder) + sum of pending(epoch) + carry
+            S * held = sum of accrued(holder) + sum of pending(epoch) + remainder
 
-        so that what `held` exceeds the whole units of all claims by (the dust) is less than one unit for each holder
-        and each epoch not fully redeemed, plus one.
+        so that what `held` exceeds the whole units of all claims by (the dust) is at most one unit for each holder
+        and each epoch not fully redeemed, plus the whole units of `remainder`, which takes ages to reach one.
 @dev    Nobody owns the contract; there is no mint, no pause and no upgrade. A leaf is
         keccak256(keccak256(abi_encode(epoch, holder, shares))): hashed twice, because a node of the tree is hashed
         once and must never pass for a leaf. `asset` must be a plain ERC-20: no fee on transfer, no rebasing.
@@ -42,7 +42,7 @@ implements: IERC20Detailed
 
 initializes: accrual
 
-exports: (accrual.index, accrual.carry)
+exports: (accrual.index, accrual.remainder)
 
 MAX_WORKERS: constant(uint256) = 128
 MAX_DEPTH: constant(uint256) = 32

@@ -8,12 +8,15 @@
         smallest unit. An account that was last settled at `at` with weight `w` has since earned `w * (index - at)`.
         Nobody iterates over holders, ever.
 
-        What cannot happen: income counted twice, or lost. At every moment, in 1/SCALE units,
+        What cannot happen: income counted twice, or an account that is owed more than its exact part. At every moment,
+        in 1/SCALE units,
 
-            SCALE * (income accrued - amounts taken) = sum of what accounts are owed + carry,    carry < total weight
+            SCALE * (income accrued - amounts taken) = sum of what accounts are owed + remainder
 
-        where what an account is owed includes what it has earned since it was settled. Only `_take` rounds, down, and
-        the fraction stays with the account.
+        where what an account is owed includes what it has earned since it was settled. `_take` rounds down, and the
+        fraction stays with the account. What does not divide by the total weight goes to `remainder`, which grows by
+        less than weight / SCALE of a unit with each income: with 10**24 shares, one unit in 3 * 10**14 incomes. It is
+        nobody's: spread with the next income, it would pay later holders for earlier ones.
 @dev    Whoever uses the module settles an account BEFORE changing its weight; that is the whole protocol.
         No overflow while the total weight and the sum of untaken income each stay below 2**128: `_accrue` computes
         income * SCALE < 2**256, and an account's part is never more than the whole.
@@ -23,7 +26,7 @@
 SCALE: constant(uint256) = 2**128
 
 index: public(uint256)  # earned by one unit of weight since the beginning, in 1/SCALE units
-carry: public(uint256)  # the remainder of the last division, in 1/SCALE units; spread with the next income
+remainder: public(uint256)  # what did not divide by the weight, over all incomes, in 1/SCALE units
 at: HashMap[address, uint256]  # the index when the account was last settled
 owed: HashMap[address, uint256]  # settled and not taken, in 1/SCALE units
 
@@ -33,9 +36,9 @@ def _accrue(income: uint256, weight: uint256):
     """
     @notice Spread `income` over all of `weight`, which is not zero.
     """
-    total: uint256 = income * SCALE + self.carry
-    self.index += total // weight
-    self.carry = total % weight
+    scaled: uint256 = income * SCALE
+    self.index += scaled // weight
+    self.remainder += scaled % weight
 
 
 @internal

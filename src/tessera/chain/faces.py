@@ -257,8 +257,8 @@ class ModelShare(Contract):
     async def index(self) -> int:
         return await self._call("2986c0e5", (), (), ("uint256",))
 
-    async def carry(self) -> int:
-        return await self._call("f02ec765", (), (), ("uint256",))
+    async def remainder(self) -> int:
+        return await self._call("a0684251", (), (), ("uint256",))
 
     async def post(self, key: AccountKey, epoch: int, root: bytes, shares: int, signatures: Sequence[bytes]) -> Receipt:
         """Admit an epoch of work. Anyone may send it; the signatures decide."""

@@ -59,7 +59,7 @@ class IncomeTable:
     pending: int
     undistributed: int
     dust: int
-    roundings: int  # holders and unredeemed epochs whose income is not a whole number of units
+    roundings: int  # holders and unredeemed epochs whose income is no whole number of units, and units that nobody owns
     shares: Mapping[Account, int]  # balances
     unredeemed: int
     total_shares: int
@@ -99,12 +99,12 @@ async def income_table(chain: Chain, share: Account, *, from_block: int = 0) -> 
     pending = [await face.pending(epoch) for epoch in epochs]
     unredeemed = sum([(await face.epochs(epoch)).unredeemed for epoch in epochs])
     balance, held, total = await coin.balanceOf(share), await face.held(), await face.totalSupply()
-    parts = [*accrued.values(), *pending]
+    parts, remainder = [*accrued.values(), *pending], await face.remainder()
     claimable = sum(part // SCALE for part in parts)
     checks = {
         "revenue - claimed = the coin's balance": sum(payers.values()) - sum(claimed.values()) == balance,
         "claims = payments out": sum(claimed.values()) == sum(event.value for event in paid_out),
-        "accrued + pending + carry = held": sum(parts) + await face.carry() == held * SCALE,
+        "accrued + pending + remainder = held": sum(parts) + remainder == held * SCALE,
         "balances + unredeemed = total shares": sum(shares.values()) + unredeemed == total,
         "balance >= held": balance >= held,
     }
@@ -117,7 +117,7 @@ async def income_table(chain: Chain, share: Account, *, from_block: int = 0) -> 
         pending=sum(part // SCALE for part in pending),
         undistributed=balance - held,
         dust=held - claimable,
-        roundings=sum(part % SCALE > 0 for part in parts),
+        roundings=sum(part % SCALE > 0 for part in parts) + remainder // SCALE,
         shares=shares,
         unredeemed=unredeemed,
         total_shares=total,
