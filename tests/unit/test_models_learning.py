@@ -39,9 +39,9 @@ def test_the_default_run_ends_far_below_the_bigram_loss() -> None:
     corpus = read_standard_library()
     tokenizer = train_tokenizer(corpus.train, 1024)
     data = tokenize(corpus, tokenizer)
-    windows = validation_windows(data, 96, DEFAULT_BATCH.length)
+    windows = validation_windows(data, 64, DEFAULT_BATCH.length)
     pipeline = Pipeline(default_spec(compute=fast_compute()), steps=DEFAULT_BATCH.steps)
     assert 2_500_000 < pipeline.parameters < 3_700_000
     assert pipeline.evaluate(windows) <= math.log(1024) + 0.1
     pipeline.train(data, DEFAULT_BATCH)
-    assert pipeline.evaluate(windows) <= bigram_loss(data, windows) - 0.9
+    assert pipeline.evaluate(windows) <= bigram_loss(data, windows) - 1.2

@@ -53,7 +53,7 @@ def default_spec(
     The code is as wide as 1/20 of the dense bfloat16 stream allows, scale and 0.3 bytes of envelope included.
 
     Args:
-        compute: "bfloat16" is 1.5 times as fast where `tessera.models.device.native_bfloat16()` says so, and slow
+        compute: "bfloat16" is 1.6 times as fast where `tessera.models.device.native_bfloat16()` says so, and slow
             elsewhere. Part of the spec, because peers must round alike.
     """
     model = ModelConfig(
@@ -63,6 +63,6 @@ def default_spec(
 
 
 def tiny_spec(stages: int = 2, *, codec: Kind = "codec", seed: int = 0, vocab_size: int = 300) -> ModelSpec:
-    """For tests: 1 to 4 stages, 60,000 parameters, a step of `TINY_BATCH` in about 30 ms."""
+    """For tests: 1 to 4 stages, 67,000 parameters, a step of `TINY_BATCH` in about 20 ms."""
     model = ModelConfig(vocab_size=vocab_size, width=32, layers=4, heads=2, kv_heads=1, ffn=64, context=64)
     return ModelSpec(model=model, codec=preset_codec(codec, 8), optimizer=OptimizerConfig(), stages=stages, seed=seed)
