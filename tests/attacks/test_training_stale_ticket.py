@@ -1,0 +1,199 @@
+"""Tickets that are old, cut, altered, or for another run; and hosts that answer with something else than promised."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tessera.core.clock import FakeClock
+from tessera.core.errors import Conflict, Invalid, Misbehaviour, Unavailable
+from tessera.core.ids import PeerId, RunId
+from tessera.p2p.calls import serve_calls
+from tessera.p2p.memory import MemoryNetwork, VirtualClock, run_virtual
+from tessera.p2p.transport import PeerRecord
+from tessera.training.home import Home
+from tessera.training.manifest import Manifest
+from tessera.training.protocols import JOIN, RUN, SMALL
+from tessera.training.roster import Seat
+from tessera.training.ticket import Ticket
+from tessera.training.worker import Seated, Worker, WorkerConfig
+from training_run import HOST_KEY, Ledger
+from training_world import peer_keys, small_manifest
+
+MANIFEST = small_manifest()
+
+
+def ticket(clock: FakeClock | VirtualClock, record: PeerRecord | None = None, **changes: Any) -> Ticket:
+    record = record or PeerRecord.sign(HOST_KEY, ("memory:nowhere",), clock.time() + 10**6)
+    honest = Ticket(MANIFEST.run_id, MANIFEST.chain_id, (record,), int(clock.time()) + 1000)
+    return replace(honest, **changes)
+
+
+def test_an_expired_ticket_says_when_it_expired_and_what_to_do() -> None:
+    clock = FakeClock(1_800_000_000)
+    text = ticket(clock).to_text()
+    clock.advance(1001)
+    with pytest.raises(Invalid, match=r"the ticket expired at 2027-01-15 08:16 UTC: ask whoever runs"):
+        Ticket.parse(text, clock)
+
+
+def test_no_cut_or_changed_ticket_names_another_peer() -> None:
+    """A record in it is signed, so whatever is read back leads to the same host or to nobody."""
+    clock = FakeClock()
+    text, rng = ticket(clock).to_text(), random.Random(0)
+    for _ in range(300):
+        place = rng.randrange(len(text))
+        changed = text[:place] + rng.choice("ABCabc019-_") + text[place + 1 :]
+        for wrong in (changed, text[:place], text[:place] + text[place + 1 :]):
+            try:
+                read = Ticket.parse(wrong, clock)
+            except Invalid:
+                continue
+            assert read.peers == ticket(clock).peers
+
+
+# --- joining ----------------------------------------------------------------------------------------------------------
+
+Answer = tuple[dict[str, Any], bytes]
+Handler = Callable[[PeerId, dict[str, Any], bytes], Answer]
+
+
+@asynccontextmanager
+async def joining(
+    folder: Path, join: Handler, run: Handler = lambda peer, request, body: ({}, b""), **changes: Any
+) -> AsyncIterator[Worker]:
+    """A worker with a ticket to a host that answers as the test says."""
+    clock = VirtualClock()
+    network = MemoryNetwork(random.Random(0), clock=clock)
+    home = Home(folder / "worker")
+    async with network.start(HOST_KEY) as host, network.start(home.peer_key) as transport:
+        for protocol, handler in ((JOIN, join), (RUN, run)):
+
+            async def answer(peer: PeerId, request: dict[str, Any], body: bytes, handler: Handler = handler) -> Answer:
+                return handler(peer, request, body)
+
+            serve_calls(host, protocol, answer, request_limit=SMALL)
+
+        async def serve(seated: Seated) -> None:
+            pytest.fail("it trained")
+
+        shown = ticket(clock, host.record(), **changes)
+        yield Worker(home, shown, transport, WorkerConfig(patience_s=20), clock=clock, serve=serve)
+
+
+def fails_with(folder: Path, expected: type[Exception], match: str, *args: Any, **changes: Any) -> None:
+    async def main() -> None:
+        async with joining(folder, *args, **changes) as worker:
+            with pytest.raises(expected, match=match):
+                await worker.run()
+
+    run_virtual(main)
+
+
+def seat_of(manifest: Manifest, stage: Any = 0) -> Handler:
+    return lambda peer, request, body: ({"stage": stage}, manifest.canonical)
+
+
+def test_the_host_of_another_run_refuses_and_the_worker_says_so(tmp_path: Path) -> None:
+    def refuse(peer: PeerId, request: dict[str, Any], body: bytes) -> Answer:
+        raise Conflict("the ticket is for another run, ask for a new one")
+
+    fails_with(tmp_path, Conflict, "for another run", refuse)
+
+
+def test_a_host_cannot_show_another_manifest_for_the_run_id(tmp_path: Path) -> None:
+    fails_with(tmp_path, Misbehaviour, "the manifest hashes to", seat_of(small_manifest(steps=7)))
+
+
+def test_a_manifest_for_another_chain_than_the_tickets_is_refused(tmp_path: Path) -> None:
+    fails_with(tmp_path, Misbehaviour, "for chain 31337, the ticket for 1", seat_of(MANIFEST), chain_id=1)
+
+
+@pytest.mark.parametrize("stage", [4, -1, "0", None, 0.5])
+def test_a_seat_that_does_not_exist_is_refused(stage: object, tmp_path: Path) -> None:
+    fails_with(tmp_path, Misbehaviour, "the host offers stage", seat_of(MANIFEST, stage))
+
+
+def test_a_host_that_is_gone_is_looked_for_and_then_named(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        network = MemoryNetwork(random.Random(0), clock=clock)
+        home, started = Home(tmp_path / "worker"), clock.time()
+        async with network.start(home.peer_key) as transport:
+            config = WorkerConfig(patience_s=20)
+
+            async def serve(seated: Seated) -> None:
+                pytest.fail("it trained")
+
+            worker = Worker(home, ticket(clock), transport, config, clock=clock, serve=serve)
+            with pytest.raises(Unavailable, match=r"nobody answers for run .* at memory:nowhere: is it still running"):
+                await worker.run()
+        assert 20 <= clock.time() - started < 40
+
+    run_virtual(main)
+
+
+def test_a_contract_that_is_not_this_runs_is_not_worked_for(tmp_path: Path) -> None:
+    """The host names a share contract that it deployed for other workers, or for another run, or some other code."""
+
+    async def main() -> None:
+        ledger = Ledger(MANIFEST)
+        keys, coin = peer_keys(), await ledger.coin()
+        from tessera.training.roster import seat_binding
+        from tessera.training.rpc_link import serve_rpc
+        from training_world import account_keys
+
+        others = account_keys()
+        foreign_run = Ledger(small_manifest(steps=5))
+        foreign_run.local, foreign_run.chain = ledger.local, ledger.chain
+        home = Home(tmp_path / "worker")
+        seats = [
+            Seat(
+                i,
+                PeerRecord.sign(keys[i], ("memory:x",), 2e9),
+                others[i].account,
+                seat_binding(MANIFEST.run_id, keys[i].id, others[i]),
+            )
+            for i in range(1, 4)
+        ]
+        mine = home.account_key
+        accounts = [mine.account, *(seat.account for seat in seats)]
+        contracts = {
+            "other workers": (await ledger.share(coin, [key.account for key in others]), "names other workers"),
+            "another run": (await foreign_run.share(coin, accounts), "is for run"),
+            "no share contract": (coin, "are not the share contract's"),
+            "no contract": (mine.account, "holds 0 bytes"),
+        }
+        for share, message in contracts.values():
+
+            def roster(peer: PeerId, request: dict[str, Any], body: bytes, share: str = share) -> Answer:
+                record = PeerRecord.sign(home.peer_key, ("memory:x",), 2e9)
+                own = Seat(0, record, mine.account, seat_binding(MANIFEST.run_id, peer, mine))
+                rows = [seat.to_value() for seat in (own, *seats)]
+                return {"ready": True, "seats": rows, "share": share, "coin": coin}, b""
+
+            async with joining(tmp_path, seat_of(MANIFEST), roster) as worker:
+                serve_rpc(worker._transport._network._listeners["node:1"], ledger.exchange)  # type: ignore[attr-defined]
+                with pytest.raises(Misbehaviour, match=message):
+                    await worker.run()
+
+    run_virtual(main)
+
+
+def test_an_honest_answer_is_not_a_stale_one(tmp_path: Path) -> None:
+    """The other side of these tests: the same door lets an honest host through to the next question."""
+    asked: list[str] = []
+
+    def run(peer: PeerId, request: dict[str, Any], body: bytes) -> Answer:
+        asked.append(request["op"])
+        raise Conflict("far enough")
+
+    fails_with(tmp_path, Conflict, "far enough", seat_of(MANIFEST), run)
+    assert asked == ["roster"]
+    assert RunId(MANIFEST.run_id) == MANIFEST.run_id
