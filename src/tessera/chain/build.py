@@ -51,10 +51,12 @@ def compile_contract(path: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    changed = [path for path, text in build().items() if not path.exists() or path.read_text("utf-8") != text]
-    for path, text in build().items() if changed and "--check" not in arguments else ():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    texts = build()
+    changed = [path for path, text in texts.items() if not path.exists() or path.read_text("utf-8") != text]
+    if "--check" not in arguments:
+        for path in changed:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(texts[path], encoding="utf-8")
     sys.stdout.write("".join(f"{path.name}\n" for path in changed))
     return 1 if changed and "--check" in arguments else 0
 

@@ -70,7 +70,7 @@ def block_number(value: Any) -> int | None:
     """None for the newest block; EIP-1898's `{"blockNumber": ...}` counts too."""
     if isinstance(value, dict) and set(value) == {"blockNumber"}:
         value = value["blockNumber"]
-    if value is None or value in _TAGS if isinstance(value, str | None) else False:
+    if value is None or (isinstance(value, str) and value in _TAGS):
         return None
     return 0 if value == "earliest" else quantity(value, "block", 2**63 - 1)
 
