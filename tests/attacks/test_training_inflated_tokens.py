@@ -56,13 +56,10 @@ def test_a_victims_receipts_cannot_be_replaced_by_smaller_ones(tmp_path: Path) -
     """Both neighbours of stage 1 turn against it and feed the proposer receipts for less."""
 
     async def main() -> None:
-        async with settlement(MANIFEST, tmp_path) as world:
+        async with settlement(MANIFEST, tmp_path, held=lambda i, r: i == 1 or r.worker != KEYS[1].id) as world:
+            smaller = [resigned(r, 1) for r in all_receipts(MANIFEST, KEYS, range(3)) if r.worker == KEYS[1].id]
             for liar in (0, 2):
-                own = world.settlers[liar].book.of_steps(MANIFEST.run_id, range(3))
-                world.settlers[liar].book.close()
-                (tmp_path / f"keeper-{liar}.sqlite").unlink()
-                world.settlers[liar].book.__init__(tmp_path / f"keeper-{liar}.sqlite")  # type: ignore[misc]
-                world.settlers[liar].book.add(resigned(r, 1) if r.worker == KEYS[1].id else r for r in own)
+                world.settlers[liar].book.add(r for r in smaller if r.signer == KEYS[liar].id)
             await settle_all(world.settlers[1:])
             assert (await world.share.epochs(0)).root == leaves([3 * FULL] * 4).root
 

@@ -1,4 +1,4 @@
-"""A peer uses the host's chain link for what is not its own: unlocked accounts, the node's switches, endless batches."""
+"""A peer uses the host's chain link for what is not its own: others' accounts, the node's switches, huge batches."""
 
 import json
 import random

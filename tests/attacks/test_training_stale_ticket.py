@@ -13,18 +13,19 @@ import pytest
 
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Unavailable
-from tessera.core.ids import PeerId, RunId
+from tessera.core.ids import PeerId
 from tessera.p2p.calls import serve_calls
-from tessera.p2p.memory import MemoryNetwork, VirtualClock, run_virtual
+from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock, run_virtual
 from tessera.p2p.transport import PeerRecord
 from tessera.training.home import Home
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import JOIN, RUN, SMALL
-from tessera.training.roster import Seat
+from tessera.training.roster import Seat, seat_binding
+from tessera.training.rpc_link import serve_rpc
 from tessera.training.ticket import Ticket
 from tessera.training.worker import Seated, Worker, WorkerConfig
 from training_run import HOST_KEY, Ledger
-from training_world import peer_keys, small_manifest
+from training_world import account_keys, peer_keys, small_manifest
 
 MANIFEST = small_manifest()
 
@@ -67,8 +68,8 @@ Handler = Callable[[PeerId, dict[str, Any], bytes], Answer]
 @asynccontextmanager
 async def joining(
     folder: Path, join: Handler, run: Handler = lambda peer, request, body: ({}, b""), **changes: Any
-) -> AsyncIterator[Worker]:
-    """A worker with a ticket to a host that answers as the test says."""
+) -> AsyncIterator[tuple[Worker, MemoryTransport]]:
+    """A worker with a ticket to a host that answers as the test says, and that host's transport."""
     clock = VirtualClock()
     network = MemoryNetwork(random.Random(0), clock=clock)
     home = Home(folder / "worker")
@@ -84,12 +85,12 @@ async def joining(
             pytest.fail("it trained")
 
         shown = ticket(clock, host.record(), **changes)
-        yield Worker(home, shown, transport, WorkerConfig(patience_s=20), clock=clock, serve=serve)
+        yield Worker(home, shown, transport, WorkerConfig(patience_s=20), clock=clock, serve=serve), host
 
 
 def fails_with(folder: Path, expected: type[Exception], match: str, *args: Any, **changes: Any) -> None:
     async def main() -> None:
-        async with joining(folder, *args, **changes) as worker:
+        async with joining(folder, *args, **changes) as (worker, _):
             with pytest.raises(expected, match=match):
                 await worker.run()
 
@@ -145,10 +146,6 @@ def test_a_contract_that_is_not_this_runs_is_not_worked_for(tmp_path: Path) -> N
     async def main() -> None:
         ledger = Ledger(MANIFEST)
         keys, coin = peer_keys(), await ledger.coin()
-        from tessera.training.roster import seat_binding
-        from tessera.training.rpc_link import serve_rpc
-        from training_world import account_keys
-
         others = account_keys()
         foreign_run = Ledger(small_manifest(steps=5))
         foreign_run.local, foreign_run.chain = ledger.local, ledger.chain
@@ -178,8 +175,8 @@ def test_a_contract_that_is_not_this_runs_is_not_worked_for(tmp_path: Path) -> N
                 rows = [seat.to_value() for seat in (own, *seats)]
                 return {"ready": True, "seats": rows, "share": share, "coin": coin}, b""
 
-            async with joining(tmp_path, seat_of(MANIFEST), roster) as worker:
-                serve_rpc(worker._transport._network._listeners["node:1"], ledger.exchange)  # type: ignore[attr-defined]
+            async with joining(tmp_path, seat_of(MANIFEST), roster) as (worker, host):
+                serve_rpc(host, ledger.exchange)
                 with pytest.raises(Misbehaviour, match=message):
                     await worker.run()
 
@@ -196,4 +193,3 @@ def test_an_honest_answer_is_not_a_stale_one(tmp_path: Path) -> None:
 
     fails_with(tmp_path, Conflict, "far enough", seat_of(MANIFEST), run)
     assert asked == ["roster"]
-    assert RunId(MANIFEST.run_id) == MANIFEST.run_id

@@ -40,6 +40,14 @@ class Ticket:
         }
         return PREFIX + base64.urlsafe_b64encode(encoding.encode(value)).decode().rstrip("=")
 
+    @property
+    def listen_on(self) -> str:
+        """Where a member should listen: on loopback when every address here is loopback, since then nobody else takes
+        part; else on all addresses. The port is any free one."""
+        addresses = [address for peer in self.peers for address in peer.addrs]
+        local = all("127.0.0.1" in address or "[::1]" in address for address in addresses)
+        return "127.0.0.1:0" if local else "0.0.0.0:0"
+
     @classmethod
     def parse(cls, text: str, clock: Clock) -> Ticket:
         """Raises `Invalid` for a text that is cut, altered, foreign or expired."""
