@@ -19,19 +19,12 @@ def create_run(out: Path, config: UpConfig, chain_id: int) -> None:
     """Prepare the text, write the manifest, print its run id. Raises `Conflict` when the state directory is in use."""
     from tessera.devnet.people import load_people
     from tessera.devnet.text import prepare_text
-    from tessera.models.presets import DEFAULT_BATCH, default_spec
     from tessera.p2p.blobs import BlobStore
     from tessera.training.home import Home, write_atomic
 
     home = Home(config.state_dir)
     with home.locked():
-        text = prepare_text(
-            config.data,
-            vocab_size=default_spec(config.stages).model.vocab_size,
-            length=DEFAULT_BATCH.length,
-            blobs=BlobStore(home.blobs),
-            cache=home.path / "text.json",
-        )
+        text = prepare_text(config.data, BlobStore(home.blobs), home.path / "text.json")
         people = load_people(home)
         manifest = make_manifest(
             config, text, chain_id=chain_id, data_owner=people.data_owner.account, creator=people.creator.account

@@ -18,7 +18,6 @@ from tessera.core.clock import SystemClock
 from tessera.core.errors import Conflict, Missing, TesseraError, Unavailable
 from tessera.core.signing import PeerKey
 from tessera.devnet.ledger import open_ledger
-from tessera.devnet.node import default_bind
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.training.epochs import EpochLeaves
 from tessera.training.home import Home, write_atomic
@@ -97,7 +96,7 @@ async def _members_chain(stack: AsyncExitStack, home: Home) -> RpcChain:
     except FileNotFoundError as error:
         raise Missing(f"{home.path} holds no ticket: join a run first") from error
     ticket = Ticket.parse(text, SystemClock())
-    transport = await stack.enter_async_context(IrohTransport.start(PeerKey.generate(), bind=default_bind(ticket)))
+    transport = await stack.enter_async_context(IrohTransport.start(PeerKey.generate(), bind=ticket.listen_on))
     return RpcChain(peer_rpc(transport, lambda: ticket.peers[0]))
 
 

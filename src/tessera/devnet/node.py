@@ -11,6 +11,7 @@ import structlog
 
 from tessera.core.clock import Clock, SystemClock
 from tessera.models.decode import StageDecoder
+from tessera.models.device import keep_freed_memory
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.p2p.transport import PeerRecord
 from tessera.serving.shards import ShardConfig, serve_decode
@@ -22,9 +23,6 @@ from tessera.training.worker import Seated, Worker, WorkerConfig
 __all__ = ["LiveRoster", "NodeConfig", "run_node"]
 
 log = structlog.get_logger()
-
-LOOPBACK = "127.0.0.1:0"
-EVERYWHERE = "0.0.0.0:0"
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,14 @@ async def run_node(home: Home, ticket_text: str, config: NodeConfig, clock: Cloc
     import torch
 
     torch.set_num_threads(config.threads)
+    keep_freed_memory()
     clock = clock or SystemClock()
     ticket = Ticket.parse(ticket_text, clock)
     with home.locked():
         write_atomic(home.path / "ticket", ticket.to_text().encode())
-        async with IrohTransport.start(home.peer_key, bind=config.bind or default_bind(ticket)) as transport:
+        async with IrohTransport.start(home.peer_key, bind=config.bind or ticket.listen_on) as transport:
             worker = Worker(home, ticket, transport, config.worker, clock=clock, serve=partial(_serve, ticket))
             await worker.run()
-
-
-def default_bind(ticket: Ticket) -> str:
-    """Loopback when every address in the ticket is loopback: then nobody else takes part."""
-    addresses = [address for peer in ticket.peers for address in peer.addrs]
-    return LOOPBACK if all("127.0.0.1" in address or "[::1]" in address for address in addresses) else EVERYWHERE
 
 
 class LiveRoster:

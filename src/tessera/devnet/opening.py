@@ -22,7 +22,6 @@ from tessera.devnet.processes import WorkerProcesses
 from tessera.devnet.run import Run
 from tessera.devnet.text import prepare_text
 from tessera.models.config import ModelSpec
-from tessera.models.presets import DEFAULT_BATCH, default_spec
 from tessera.p2p.blobs import BlobStore, serve_blobs
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.p2p.transport import PeerRecord
@@ -64,16 +63,8 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         await ensure_funded(ledger, people.operator)
         coin = await ensure_coin(ledger, people.operator, home.path / "coins.json")
         tell("reading and tokenising the text")
-        blobs, spec = BlobStore(home.blobs), default_spec(config.stages)
-        text = await to_thread.run_sync(
-            lambda: prepare_text(
-                config.data,
-                vocab_size=spec.model.vocab_size,
-                length=DEFAULT_BATCH.length,
-                blobs=blobs,
-                cache=home.path / "text.json",
-            )
-        )
+        blobs = BlobStore(home.blobs)
+        text = await to_thread.run_sync(prepare_text, config.data, blobs, home.path / "text.json")
         manifest = make_manifest(
             config,
             text,

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from tessera.core.errors import Invalid
 from tessera.core.ids import Account
-from tessera.devnet.text import Text
-from tessera.models.presets import DEFAULT_BATCH, Kind, default_spec
+from tessera.devnet.text import VALIDATION_WINDOWS, Text
+from tessera.models.config import ModelSpec
+from tessera.models.device import fast_compute
+from tessera.models.presets import DEFAULT_BATCH, Compute, Kind, default_spec
 from tessera.training.manifest import Allocation, DataRecipe, Manifest, Part, Schedule
 
 __all__ = ["UpConfig", "make_manifest"]
 
 EPOCHS = 4  # payout periods in a run
 EVALUATIONS = 10  # validation points on the curve
-EVALUATE_TOKENS = 8_192  # validation tokens each time, about
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def make_manifest(config: UpConfig, text: Text, *, chain_id: int, data_owner: Ac
     """
     batch = DEFAULT_BATCH
     steps = config.steps or batch.steps
-    spec = default_spec(config.stages, codec=config.codec)
+    spec = _spec(config, text)
     manifest = Manifest(
         name=config.name,
         chain_id=chain_id,
@@ -65,7 +68,7 @@ def make_manifest(config: UpConfig, text: Text, *, chain_id: int, data_owner: Ac
             sequences=batch.sequences,
             length=batch.length,
             evaluate_every=max(1, steps // EVALUATIONS),
-            evaluate_batches=max(1, EVALUATE_TOKENS // (batch.sequences * batch.length)),
+            evaluate_batches=max(1, VALIDATION_WINDOWS // batch.sequences),
             epoch_steps=-(-steps // EPOCHS),
         ),
         allocation=Allocation(
@@ -74,3 +77,12 @@ def make_manifest(config: UpConfig, text: Text, *, chain_id: int, data_owner: Ac
         price_units=config.price_units,
     )
     return Manifest.parse(manifest.canonical)
+
+
+def _spec(config: UpConfig, text: Text) -> ModelSpec:
+    """The preset, computing in bfloat16 where this machine is fast at it and nobody else takes part."""
+    compute: Compute = "float32" if config.seats else fast_compute()
+    try:
+        return default_spec(config.stages, codec=config.codec, compute=compute, vocab_size=text.vocab_size)
+    except ValidationError as error:
+        raise Invalid(f"no model of {config.stages} stages: {error.errors()[0]['msg']}") from error

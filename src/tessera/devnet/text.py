@@ -14,15 +14,17 @@ from tessera.core.ids import BlobId, parse_blob_id
 from tessera.models.baselines import bigram_loss, unigram_loss
 from tessera.models.corpus import Corpus, read_folder, read_standard_library
 from tessera.models.dataset import Dataset, tokenize, validation_windows
+from tessera.models.presets import DEFAULT_BATCH
 from tessera.models.tokenizer import Tokenizer, train_tokenizer
 from tessera.p2p.blobs import BlobStore
 from tessera.training.home import write_atomic
 
-__all__ = ["Text", "prepare_text"]
+__all__ = ["VALIDATION_WINDOWS", "Text", "load_dataset", "load_tokenizer", "prepare_text"]
 
 log = structlog.get_logger()
 
-BASELINE_WINDOWS = 256  # validation windows that the two baselines are measured on
+VOCABULARY = 1024
+VALIDATION_WINDOWS = 64  # of the preset's length, for the run and for the baselines beside it
 
 
 @dataclass(frozen=True)
@@ -33,33 +35,36 @@ class Text:
     is_python: bool  # the standard library's sources
     dataset: BlobId
     tokenizer: BlobId
+    vocab_size: int  # what the tokenizer found; little text holds fewer pieces than asked for
     train_tokens: int
     validation_tokens: int
     unigram_loss: float
     bigram_loss: float
 
 
-def prepare_text(data: Path | None, *, vocab_size: int, length: int, blobs: BlobStore, cache: Path) -> Text:
+def prepare_text(data: Path | None, blobs: BlobStore, cache: Path) -> Text:
     """Read `data` (None: the standard library's sources), train the tokenizer, tokenise, measure the baselines.
 
-    The result is kept in `cache`, under a hash of the text itself, so only reading is repeated.
+    The result is kept in `cache`, under a hash of the text itself, so only reading is repeated. The baselines are
+    measured on the windows that a run validates on.
 
     Raises: Invalid when there is nothing to read or too little.  Cost: about 10 s for 10 MB, 1 s when cached.
     """
     corpus = read_standard_library() if data is None else read_folder(data)
-    name = _digest(corpus, vocab_size, length)
+    name = _digest(corpus)
     found = _cached(cache, name, blobs)
     if found is not None:
         return found
     log.info("preparing_text", source=corpus.source, megabytes=round(corpus.size_bytes / 1e6, 1))
-    tokenizer = train_tokenizer(corpus.train, vocab_size)
+    tokenizer = train_tokenizer(corpus.train, VOCABULARY)
     dataset = tokenize(corpus, tokenizer)
-    windows = validation_windows(dataset, BASELINE_WINDOWS, length)
+    windows = validation_windows(dataset, VALIDATION_WINDOWS, DEFAULT_BATCH.length)
     text = Text(
         source=corpus.source,
         is_python=data is None,
         dataset=blobs.put(dataset.to_bytes()),
         tokenizer=blobs.put(tokenizer.to_bytes()),
+        vocab_size=tokenizer.vocab_size,
         train_tokens=int(dataset.train.size),
         validation_tokens=int(dataset.validation.size),
         unigram_loss=unigram_loss(dataset, windows),
@@ -77,8 +82,8 @@ def load_dataset(blobs: BlobStore, blob: BlobId) -> Dataset:
     return Dataset.from_bytes(blobs.path(blob).read_bytes())
 
 
-def _digest(corpus: Corpus, vocab_size: int, length: int) -> str:
-    parts = [f"{vocab_size}/{length}/{len(corpus.train)}".encode()]
+def _digest(corpus: Corpus) -> str:
+    parts = [f"{VOCABULARY}/{VALIDATION_WINDOWS}/{DEFAULT_BATCH.length}/{len(corpus.train)}".encode()]
     parts += [sha256(text.encode()) for text in (*corpus.train, *corpus.validation)]
     return sha256(*parts).hex()
 

@@ -48,7 +48,7 @@ def default_spec(
     seed: int = 0,
     vocab_size: int = 1024,
 ) -> ModelSpec:
-    """The default run's model: 2.9 million parameters in 4 layers, so 1 to 4 stages.
+    """The default run's model: 2.9 million parameters in 4 layers; more stages than that get a layer each.
 
     The code is as wide as 1/20 of the dense bfloat16 stream allows, scale and 0.3 bytes of envelope included.
 
@@ -57,7 +57,14 @@ def default_spec(
             elsewhere. Part of the spec, because peers must round alike.
     """
     model = ModelConfig(
-        vocab_size=vocab_size, width=256, layers=4, heads=4, kv_heads=2, ffn=256, context=256, compute=compute
+        vocab_size=vocab_size,
+        width=256,
+        layers=max(4, stages),
+        heads=4,
+        kv_heads=2,
+        ffn=256,
+        context=256,
+        compute=compute,
     )
     return ModelSpec(model=model, codec=preset_codec(codec, 23), optimizer=OptimizerConfig(), stages=stages, seed=seed)
 
