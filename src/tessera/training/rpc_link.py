@@ -28,7 +28,8 @@ OPEN_METHODS = frozenset(
         "eth_blockNumber", "eth_call", "eth_chainId", "eth_estimateGas", "eth_feeHistory", "eth_gasPrice",
         "eth_getBalance", "eth_getBlockByHash", "eth_getBlockByNumber", "eth_getCode", "eth_getLogs",
         "eth_getStorageAt", "eth_getTransactionByHash", "eth_getTransactionCount", "eth_getTransactionReceipt",
-        "eth_maxPriorityFeePerGas", "eth_sendRawTransaction", "eth_syncing", "net_version", "web3_clientVersion",
+        "eth_maxPriorityFeePerGas", "eth_sendRawTransaction", "eth_syncing", "net_version",
+        "tessera_journal", "tessera_stateRoot", "web3_clientVersion",
     }
 )  # fmt: skip
 
