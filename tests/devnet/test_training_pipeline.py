@@ -53,9 +53,17 @@ async def at_step(node: Node, step: int) -> None:
     await reached.wait()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-@pytest.mark.parametrize("step", [3, 13])
-@pytest.mark.parametrize("violent", [False, True])
+DEATHS = [(0, 13, True), (1, 13, False), (1, 3, True), (3, 13, True)]
+MORE_DEATHS = [
+    pytest.param(stage, step, violent, marks=pytest.mark.slow)
+    for stage in range(4)
+    for step in (1, 3, 10, 13, 24)
+    for violent in (False, True)
+    if (stage, step, violent) not in DEATHS
+]
+
+
+@pytest.mark.parametrize(("stage", "step", "violent"), [*DEATHS, *MORE_DEATHS])
 def test_a_worker_that_dies_and_comes_back(
     stage: int, step: int, violent: bool, undisturbed: list[bytes], tmp_path: Path
 ) -> None:

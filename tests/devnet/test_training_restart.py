@@ -216,7 +216,7 @@ def test_an_undisturbed_run_pays_for_every_token(undisturbed: Outcome, tmp_path:
     assert sorted(undisturbed.validations) == [0, 5, 10, 15]
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_worker_killed_in_the_middle_comes_back_and_nothing_differs(
     stage: int, undisturbed: Outcome, tmp_path: Path
 ) -> None:

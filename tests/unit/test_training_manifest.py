@@ -7,8 +7,9 @@ import pytest
 
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing
 from tessera.core.ids import RunId
-from tessera.training.home import Home
+from tessera.training.home import Home, write_atomic
 from tessera.training.manifest import Manifest, load_manifest
+from tessera.training.roster import recall_run
 from training_world import small_manifest
 
 
@@ -43,6 +44,8 @@ def test_the_run_id_survives_any_layout_of_the_json() -> None:
         ({"data__dataset": "../../etc/passwd"}, "data.dataset"),
         ({"name": "<script>"}, "name"),
         ({"version": 2}, "version"),
+        ({"schedule__epoch_steps": 10**6, "schedule__steps": 10**6}, "at most 50000: lower epoch_steps"),
+        ({"schedule__length": 9}, "windows of 9 tokens exceed the context of 8"),
     ],
 )
 def test_a_wrong_field_is_named(changes: dict[str, object], message: str) -> None:
@@ -74,6 +77,30 @@ def test_a_state_directory_keeps_its_keys(tmp_path: Path) -> None:
     again = Home.existing(tmp_path / "state")
     assert (first.peer_key, first.account_key) == (again.peer_key, again.account_key)
     assert (tmp_path / "state" / "account.key").stat().st_mode & 0o077 == 0
+
+
+def test_of_two_processes_that_start_at_once_both_have_the_same_keys(tmp_path: Path) -> None:
+    """The second one looks for the key before the first one has written it."""
+    file = tmp_path / "account.key"
+    write_atomic(file, b"first", replace=False)
+    write_atomic(file, b"second", replace=False)
+    assert file.read_bytes() == b"first"
+    write_atomic(file, b"third")
+    assert file.read_bytes() == b"third"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["account.key"]
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{}", b'{"coin":"0x","seats":[],"share":"0x"}'])
+def test_a_damaged_memory_of_a_run_is_named(content: bytes, tmp_path: Path) -> None:
+    manifest = small_manifest()
+    folder = tmp_path / manifest.run_id
+    folder.mkdir()
+    with pytest.raises(Missing, match="was never seated in this state directory"):
+        recall_run(folder)
+    (folder / "manifest.json").write_bytes(manifest.canonical)
+    (folder / "roster.json").write_bytes(content)
+    with pytest.raises(Invalid):
+        recall_run(folder)
 
 
 def test_two_processes_cannot_share_a_state_directory(tmp_path: Path) -> None:

@@ -130,6 +130,13 @@ def test_checkpoints_keep_the_last_few_and_notice_damage(tmp_path: Path) -> None
     assert checkpoints.steps() == [0]
 
 
+def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(0, b"whole")
+    (tmp_path / ".step-000000010.ckpt.abc123").write_bytes(b"half")
+    assert Checkpoints(tmp_path).steps() == [0]
+    assert [file.name for file in tmp_path.iterdir()] == ["step-000000000.ckpt"]
+
+
 def ticket(clock: FakeClock) -> Ticket:
     record = PeerRecord.sign(KEYS[0], ("iroh:127.0.0.1:4000",), expires=int(clock.time()) + 1000)
     return Ticket(MANIFEST.run_id, 31337, (record,), int(clock.time()) + 500)
