@@ -71,6 +71,7 @@ class Life:
     number: int
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     over: anyio.Event = field(default_factory=anyio.Event)
+    seated: Seated | None = None
 
     @property
     def home(self) -> Home:
@@ -82,18 +83,18 @@ class Life:
         with self.scope, home.locked():
             async with self.run.network.start(home.peer_key) as transport:
                 ticket = Ticket.parse(self.run.ticket, self.run.clock)
-                await Worker(home, ticket, transport, WorkerConfig(), clock=self.run.clock, serve=wait).run()
+                await Worker(home, ticket, transport, WorkerConfig(), clock=self.run.clock, serve=self.serve).run()
         self.over.set()
+
+    async def serve(self, seated: Seated) -> None:
+        self.seated = seated
+        await anyio.sleep_forever()
 
     async def die(self) -> None:
         """Like SIGKILL: nobody is told."""
         self.run.network.kill(self.home.peer_key.id)
         self.scope.cancel()
         await self.over.wait()
-
-
-async def wait(seated: Seated) -> None:
-    await anyio.sleep_forever()
 
 
 class WholeRun:
@@ -233,6 +234,9 @@ def test_a_worker_killed_in_the_middle_comes_back_and_nothing_differs(
             await pay(run)
             assert await outcome(run, run.roster) == undisturbed
             assert run.reports[stage].sessions == 1  # of its second life
+            for worker in run.workers:  # everybody knows where it is now
+                assert worker.seated is not None
+                assert worker.seated.roster.records == run.host.roster().records
 
     run_virtual(main)
 

@@ -108,11 +108,13 @@ def test_a_peer_that_comes_back_elsewhere_is_found_there(tmp_path: Path) -> None
     async def main() -> None:
         async with hosted(MANIFEST, tmp_path) as world:
             before = await seat_all(world)
+            edition = world.host.edition
             moved = world.peers[1].record().sign(world.keys[1], ("memory:elsewhere",), 2_000_000_000)
             assert await world.join(1, record=moved.to_text()) == 1
             after = world.host.roster()
             assert after.seats[1].record.addrs == ("memory:elsewhere",)
             assert after.same_run(before)
+            assert world.host.edition != edition
             assert not after.same_run(Roster(after.run_id, after.seats, after.coin, after.coin))
 
     run_virtual(main)
@@ -157,7 +159,7 @@ def test_reports_reach_the_board_with_the_stage_that_sent_them(tmp_path: Path) -
             await world.join(3)
             await world.join(1)
             reply, _ = await world.ask(1, RUN, {"op": "report", "report": REPORT})
-            assert reply == {"phase": "seating"}
+            assert reply == {"phase": "seating", "roster": world.host.edition}
             ((stage, report),) = world.reports
             assert (stage, report.step, report.losses) == (1, 3, [(0, 4.5)])
 

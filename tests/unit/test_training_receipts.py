@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.core.clock import FakeClock
-from tessera.core.errors import Invalid, Misbehaviour
+from tessera.core.errors import Invalid, Misbehaviour, Unavailable
 from tessera.core.merkle import fold, share_leaf
 from tessera.p2p.transport import PeerRecord
 from tessera.training.checkpoints import Checkpoints
@@ -84,6 +84,8 @@ def test_the_book_keeps_the_first_receipt_and_survives_reopening(tmp_path: Path)
     assert again.of_steps(MANIFEST.run_id, range(1, 2))
     assert not again.of_steps(MANIFEST.run_id, range(9, 12))
     again.close()
+    with pytest.raises(Unavailable, match="this worker is leaving"):
+        again.epoch(0)
 
 
 def test_a_damaged_book_is_named(tmp_path: Path) -> None:

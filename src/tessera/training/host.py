@@ -18,7 +18,9 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tessera.chain.client import RpcChain
+from tessera.core import encoding
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Refused, TesseraError
+from tessera.core.hashing import sha256
 from tessera.core.ids import Account, PeerId, parse_account
 from tessera.core.signing import AccountKey
 from tessera.p2p.calls import serve_calls
@@ -112,6 +114,11 @@ class RunHost:
     def seats(self) -> list[Seat]:
         return [self._seats[stage] for stage in sorted(self._seats)]
 
+    @property
+    def edition(self) -> str:
+        """Changes when a seat is taken or a peer comes back at another address: then the workers ask again."""
+        return sha256(encoding.encode([seat.to_value() for seat in self.seats])).hex()[:16]
+
     async def close(self, patience_s: float = 3.0) -> None:
         """Tell the workers that the host leaves, and wait a little until each has heard it."""
         self.phase = "closed"
@@ -171,7 +178,7 @@ class RunHost:
             self._on_report(stage, _parse_report(request.get("report")))
             if self.phase == "closed":
                 self._told_closed.add(peer)
-            return {"phase": self.phase}, b""
+            return {"phase": self.phase, "roster": self.edition}, b""
         raise Invalid(f"unknown operation {str(request.get('op'))[:40]!r}")
 
     async def _deploy(self) -> Account:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tessera.core import encoding
-from tessera.core.errors import Invalid, Misbehaviour
+from tessera.core.errors import Invalid, Misbehaviour, Unavailable
 from tessera.core.ids import PeerId, RunId, parse_peer_id
 from tessera.core.signing import PeerKey, verify_peer
 
@@ -131,7 +131,9 @@ class ReceiptBook:
 
     def __init__(self, file: Path) -> None:
         try:
-            self._db = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+            self._connection: sqlite3.Connection | None = sqlite3.connect(
+                file, isolation_level=None, check_same_thread=False
+            )
             self._db.execute("pragma journal_mode=wal")
             self._db.execute("pragma synchronous=normal")
             self._db.executescript(
@@ -166,7 +168,16 @@ class ReceiptBook:
         return None if row is None else str(row[0])
 
     def close(self) -> None:
-        self._db.close()
+        """Let go of the file. Whoever asks afterwards, a peer perhaps, hears `Unavailable`."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise Unavailable("the receipt book is closed: this worker is leaving")
+        return self._connection
 
 
 def _hex(text: object, size: int) -> bytes:

@@ -248,7 +248,11 @@ class Worker:
             log.warning("claim_failed", code=error.code, reason=error.message)
 
     async def _report(self, seated: Seated, pipeline: Pipeline) -> None:
-        """Tell the host how it goes, until it closes the run. A host that is away misses nothing that is paid for."""
+        """Tell the host how it goes, until it closes the run. A host that is away misses nothing that is paid for.
+
+        Its answers also say when a peer has come back at another address.
+        """
+        edition: object = None
         while True:
             progress, wire = self._progress, pipeline.wire
             losses, validations = progress.losses, progress.validations  # replaced, never changed, by what comes in
@@ -270,6 +274,9 @@ class Worker:
                     log.info("run_closed")
                     self._closed.set()
                     return
+                if reply.get("roster") != edition:
+                    edition = reply.get("roster")
+                    await self._refresh(seated)
             except TesseraError as error:
                 log.debug("host_away", code=error.code, reason=error.message)
                 await anyio.sleep(REPORT_S)
