@@ -1,0 +1,54 @@
+"""What the members of one run must agree on to the byte: its id, receipts, frames, seats, tickets and epochs.
+
+A change here means that workers of before and after cannot share a run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from tessera.core.ids import parse_account
+from tessera.core.merkle import share_leaf
+from tessera.p2p.transport import PeerRecord
+from tessera.training.epochs import compute_epoch
+from tessera.training.frames import Frame, Kind
+from tessera.training.receipts import Receipt
+from tessera.training.roster import seat_binding
+from tessera.training.ticket import Ticket
+from training_world import account_keys, all_receipts, peer_keys, small_manifest
+
+Golden = Callable[[str, Any], None]
+MANIFEST = small_manifest()
+
+
+def test_a_run_is_as_recorded(golden: Golden) -> None:
+    keys, accounts = peer_keys(), account_keys()
+    receipt: Receipt = all_receipts(MANIFEST, keys, range(1))[0]
+    leaves = compute_epoch(MANIFEST, 0, [key.account for key in accounts], [3 * MANIFEST.tokens_per_step] * 4)
+    assert leaves is not None
+    record = PeerRecord.sign(keys[0], ("memory:x",), 2_000_000_000)
+    golden(
+        "specs/vectors/run.json",
+        {
+            "manifest": MANIFEST.canonical.decode(),
+            "run_id": MANIFEST.run_id,
+            "receipt": {
+                "message": receipt.message().decode(),
+                "row": receipt.to_row(),
+                "signer_seed": keys[1].seed.hex(),
+            },
+            "frames": {
+                kind.name: Frame(kind, step=258, index=3, payload=b"\x01\x02").to_bytes().hex() for kind in Kind
+            },
+            "seat_binding": {
+                "peer": keys[0].id,
+                "account_secret": accounts[0].secret.hex(),
+                "signature": seat_binding(MANIFEST.run_id, keys[0].id, accounts[0]).hex(),
+            },
+            "ticket": Ticket(MANIFEST.run_id, MANIFEST.chain_id, (record,), 1_900_000_000).to_text(),
+            "epoch": {
+                "text": leaves.to_text(),
+                "root": leaves.root.hex(),
+                "first_leaf": share_leaf(0, parse_account(leaves.leaves[0][0]), leaves.leaves[0][1]).hex(),
+            },
+        },
+    )
