@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ async def answer(peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[di
     return {"peer": peer, "request": request}, body
 
 
+async def block(peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+    """Holds up its whole event loop."""
+    time.sleep(request["seconds"])  # noqa: ASYNC251
+    return {}, b""
+
+
 def serve_all(transport: Transport) -> None:
     transport.serve("echo/1", echo)
     serve_calls(transport, "answer/1", answer, request_limit=1 << 20, max_streams=256)
@@ -51,6 +58,7 @@ class Doomed:
 
     record: PeerRecord
     kill: Callable[[], None]
+    pid: int = 0  # of its process, where it has one of its own
 
 
 class MemoryWorld:
@@ -97,7 +105,7 @@ class IrohWorld:
                 with anyio.fail_after(30):
                     while not text.endswith(b"\n"):
                         text += await process.stdout.receive()
-                yield Doomed(PeerRecord.from_text(text.decode().strip()), process.kill)
+                yield Doomed(PeerRecord.from_text(text.decode().strip()), process.kill, process.pid)
             finally:
                 if process.returncode is None:
                     process.kill()
@@ -109,6 +117,7 @@ WORLDS: list[Callable[[], Any]] = [MemoryWorld, IrohWorld]
 async def _be_a_peer(seed: bytes) -> None:
     async with IrohTransport.start(PeerKey(seed)) as transport:
         serve_all(transport)
+        serve_calls(transport, "block/1", block)
         sys.stdout.write(transport.record().to_text() + "\n")
         sys.stdout.flush()
         await anyio.sleep_forever()

@@ -53,6 +53,10 @@ class Channel(Protocol):
         """Drop our sending half, also while a write waits. Never raises."""
         ...
 
+    def release(self) -> None:
+        """The last message is read: take in the end that follows it, without waiting."""
+        ...
+
     async def stop(self, code: int) -> None:
         """Ask the peer to stop sending; a read that waits raises Unavailable. Never raises."""
         ...
@@ -213,7 +217,9 @@ class FramedStream:
             raise self._misbehaves(f"the stream ends after {got} of a message's {length} bytes", got=got, length=length)
         message = bytes(memoryview(self._buffer)[HEADER_BYTES : HEADER_BYTES + length])
         del self._buffer[: HEADER_BYTES + length]
-        self._heard_last = last
+        if last:
+            self._heard_last = True
+            self._channel.release()
         return message
 
     async def _fill(self, count: int) -> bool:

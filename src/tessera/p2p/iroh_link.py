@@ -32,7 +32,7 @@ BEAT_S = 1.0
 LOOK_S = 0.5
 SILENT_LOOKS = 6  # × LOOK_S = 3 s
 BULK_PRIORITY = -10
-REMEMBERED = 256  # finished streams whose last bytes may still be on their way
+REMEMBERED = 32  # finished streams whose last bytes may be on their way; one that was stopped keeps its place till then
 
 
 def iroh_reason(error: BaseException) -> str:
@@ -109,6 +109,14 @@ class IrohChannel:
         if self._writing is not None:
             self._writing.cancel()  # it holds the engine's lock on the stream
         await self._quietly(lambda: self._send.reset(code))
+
+    def release(self) -> None:
+        """Dropping a receiving half before its end has come asks the peer to stop. When that arrives between the peer's
+        last write and its finish, the peer's half stays open, and the link has one place for a stream less. So take
+        the end in, beside everything else.
+        """
+        if not self._stopped and self._reading is None:
+            self._start_read(1)
 
     async def stop(self, code: int) -> None:
         if self._stopped:

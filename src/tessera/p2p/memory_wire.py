@@ -193,6 +193,9 @@ class MemoryChannel:
     async def give_way(self) -> None:
         """Streams share a wire evenly here."""
 
+    def release(self) -> None:
+        """A pipe is done once it is finished and empty."""
+
     async def reset(self, code: int) -> None:
         if self._alive():
             self._out.fail(f"the stream was reset with code {code}")
