@@ -148,6 +148,7 @@ def _peers(run: Run) -> list[Peer]:
                 claimable=figures.claimable.get(seat.account, 0),
                 claimed=figures.income.claimed.get(seat.account, 0),
                 transaction=figures.paid_by.get(seat.account, ""),
+                rtt_ms=report.rtt_ms if (report := run.board.reports.get(seat.stage)) else None,
             )
         )
     return peers

@@ -45,7 +45,6 @@ class WorkerReport(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     step: Annotated[int, Field(ge=0)]
-    note: Annotated[str, Field(max_length=200)] = ""
     losses: Annotated[list[tuple[int, float]], Field(max_length=1000)] = []
     validations: Annotated[list[tuple[int, float]], Field(max_length=1000)] = []
     wire_bytes: Annotated[int, Field(ge=0)] = 0
@@ -53,6 +52,7 @@ class WorkerReport(BaseModel):
     sessions: Annotated[int, Field(ge=0)] = 0
     trained: bool = False
     settled: bool = False
+    rtt_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # of the report before this one
 
 
 class RunHost:

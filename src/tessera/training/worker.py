@@ -253,6 +253,7 @@ class Worker:
         Its answers also say when a peer has come back at another address.
         """
         edition: object = None
+        rtt_ms: float | None = None
         while True:
             progress, wire = self._progress, pipeline.wire
             losses, validations = progress.losses, progress.validations  # replaced, never changed, by what comes in
@@ -265,9 +266,12 @@ class Worker:
                 "sessions": pipeline.sessions,
                 "trained": pipeline.trained.is_set(),
                 "settled": self._settled,
+                "rtt_ms": rtt_ms,
             }
             try:
+                asked = anyio.current_time()
                 reply, _ = await self._call_host(RUN, {"op": "report", "report": report})
+                rtt_ms = (anyio.current_time() - asked) * 1000
                 progress.losses = [point for point in progress.losses if point not in losses]
                 progress.validations = [point for point in progress.validations if point not in validations]
                 if reply.get("phase") == "closed":
