@@ -150,7 +150,7 @@ def test_a_request_that_cannot_be_read_takes_no_seat(changes: dict[str, Any], tm
     run_virtual(main)
 
 
-REPORT = {"step": 3, "note": "", "losses": [[0, 4.5]], "validations": [], "wire_bytes": 7, "wire_tokens": 1}
+REPORT = {"step": 3, "losses": [[0, 4.5]], "validations": [], "wire_bytes": 7, "wire_tokens": 1}
 
 
 def test_reports_reach_the_board_with_the_stage_that_sent_them(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_reports_reach_the_board_with_the_stage_that_sent_them(tmp_path: Path) -
     "report",
     [
         None, [], {}, {**REPORT, "step": -1}, {**REPORT, "step": "3"}, {**REPORT, "shares": 10},
-        {**REPORT, "note": "x" * 201}, {**REPORT, "losses": [[0, 1.0]] * 1001}, {**REPORT, "losses": [[0]]},
+        {**REPORT, "rtt_ms": -1.0}, {**REPORT, "losses": [[0, 1.0]] * 1001}, {**REPORT, "losses": [[0]]},
     ],
 )  # fmt: skip
 def test_a_report_that_cannot_be_read_is_refused(report: object, tmp_path: Path) -> None:
