@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -88,14 +91,23 @@ class _Showing:
             self._console.print(command, soft_wrap=True, highlight=False)
 
     def _say_where_to_go(self) -> None:
-        urls, state = self.economy.urls, self._config.state_dir
+        urls, command = self.economy.urls, _own_command()
+        where = f" --state-dir {self._config.state_dir}"
         rows = [
             ("page", urls["page"]),
             ("gateway", f"{urls['gateway']}  (OpenAI's interface, paid with x402)"),
             ("chain", f"{urls['chain']}  (JSON-RPC for wallets and web3.py)"),
-            ("try", f"tessera chat --state-dir {state}"),
-            ("", f"tessera shares --state-dir {state}"),
+            ("try", f"{command} chat{where}"),
+            ("", f"{command} shares{where}"),
         ]
         for name, value in rows:
             self._console.print(f"[bold]{name:>8}[/]  {value}", highlight=False, soft_wrap=True)
         self._console.print("It stays up until Ctrl-C; `tessera up` goes on from there.", style="dim")
+
+
+def _own_command() -> str:
+    """How this very command is called from here: by its name on the PATH, or by the way to its environment."""
+    path = Path(sys.prefix) / "bin" / "tessera"
+    if shutil.which("tessera") == str(path) or not path.exists():
+        return "tessera"
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

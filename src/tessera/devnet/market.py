@@ -24,7 +24,14 @@ __all__ = ["open_gateway", "sell"]
 BUYER_UNITS = 100_000_000  # test coins for the first buyer: 100 tUSD
 SAMPLE_TOKENS = 96
 TEMPERATURE = 0.5
-PYTHON_PROMPTS = ("import os\n\ndef ", "class Error(Exception):\n    ", "    def __init__(self", "    if not ", "for ")
+PYTHON_PROMPTS = (
+    "import os\n\ndef ",
+    "class Error(Exception):\n    ",
+    "    def __init__(self",
+    "    def close(self):\n",
+    "def main():\n    ",
+    "        try:\n            ",
+)
 PROMPT_TOKENS = 16  # of the validation text, when the run has its own
 
 

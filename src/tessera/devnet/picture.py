@@ -120,8 +120,8 @@ def closing_object(economy: Economy) -> dict[str, Any]:
 
 
 def sample(run: Run) -> tuple[str, str]:
-    """The prompt and the longest answer that the first buyer got."""
-    return max(run.samples, key=lambda pair: len(pair[1]), default=("", ""))
+    """Of what the first buyer got, the prompt and the answer with the most different words: repetition says little."""
+    return max(run.samples, key=lambda pair: len(set(pair[1].split())), default=("", ""))
 
 
 def _losses(run: Run) -> tuple[LossPoint, ...]:
