@@ -20,12 +20,12 @@ Send = Callable[[bytes], Awaitable[bytes]]
 
 
 @asynccontextmanager
-async def link() -> AsyncIterator[tuple[Send, list[Any]]]:
-    """A way to send a body to a host, and what its node got."""
-    heard: list[Any] = []
+async def link() -> AsyncIterator[tuple[Send, list[bytes]]]:
+    """A way to send a body to a host, and the very bytes that its node got."""
+    heard: list[bytes] = []
 
     async def node(body: bytes) -> bytes:
-        heard.append(json.loads(body))
+        heard.append(body)
         return b'{"jsonrpc":"2.0","id":1,"result":"0x1"}'
 
     network = MemoryNetwork(random.Random(0), clock=VirtualClock())
@@ -88,7 +88,7 @@ def test_a_text_that_two_parsers_read_differently_is_written_anew() -> None:
         async with link() as (send, heard):
             await send(double)
             await send(wide)
-            assert heard == [request("eth_chainId")] * 2
+            assert heard == [json.dumps(request("eth_chainId")).encode()] * 2
 
     run_virtual(main)
     refused(b'{"method":"eth_chainId","id":1,"params":[],"method":"evm_revert"}', Refused)

@@ -234,7 +234,21 @@ def test_a_worker_killed_in_the_middle_comes_back_and_nothing_differs(
             await pay(run)
             assert await outcome(run, run.roster) == undisturbed
             assert run.reports[stage].sessions == 1  # of its second life
-            for worker in run.workers:  # everybody knows where it is now
+
+    run_virtual(main)
+
+
+def test_whoever_serves_knows_where_a_restarted_worker_is(tmp_path: Path) -> None:
+    async def main() -> None:
+        run = WholeRun(write_data(tmp_path), tmp_path)
+        async with run.open() as tasks:
+            await run.settled()
+            await run.workers[2].die()
+            before = run.host.roster().records
+            tasks.start_soon(run.workers[2].live)
+            await anyio.sleep(20)
+            assert run.host.roster().records[2] != before[2]
+            for worker in run.workers:
                 assert worker.seated is not None
                 assert worker.seated.roster.records == run.host.roster().records
 

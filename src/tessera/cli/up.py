@@ -102,7 +102,7 @@ class _Showing:
         ]
         for name, value in rows:
             self._console.print(f"[bold]{name:>8}[/]  {value}", highlight=False, soft_wrap=True)
-        self._console.print("It stays up until Ctrl-C; `tessera up` goes on from there.", style="dim")
+        self._console.print("It stays up until Ctrl-C; starting again goes on from there.", style="dim")
 
 
 def _own_command() -> str:

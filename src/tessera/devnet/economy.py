@@ -114,7 +114,7 @@ class Economy:
 
     async def _stay_open(self, run: Run) -> None:
         """Serve until cancelled; income that arrives is spread as it comes."""
-        self._enter("serving", "open; Ctrl-C ends it, and `tessera up` goes on from there")
+        self._enter("serving", "open until Ctrl-C; starting again goes on from there")
         while True:
             try:
                 await self._look(run)
