@@ -156,7 +156,9 @@ class IrohTransport:
         return await (await self._dialled(peer)).open(protocol, bulk=bulk, confirm=confirm)
 
     def _standing(self, peer: PeerRecord) -> IrohLink | None:
-        """The newest live link, unless this record is newer than it and names other addresses."""
+        """The newest live link, unless this record is newer than it and names other addresses: then the peer has moved,
+        and the old link is closed, since the engine sends a new handshake down the old path while that one stands.
+        """
         alive = [link for link in self._links.get(peer.id, ()) if link.alive]
         if not alive:
             return None
