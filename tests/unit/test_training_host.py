@@ -104,6 +104,18 @@ def test_a_restarted_host_knows_its_seats_and_its_contract(tmp_path: Path) -> No
     run_virtual(main)
 
 
+def test_a_network_that_was_reset_is_noticed(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with hosted(MANIFEST, tmp_path) as world:
+            await seat_all(world)
+            await world.host.close(patience_s=0)
+        async with hosted(MANIFEST, tmp_path) as world:  # on another, empty ledger
+            with pytest.raises(Conflict, match="is not on this chain: was the network reset"):
+                await world.host.seat_everyone()
+
+    run_virtual(main)
+
+
 def test_a_peer_that_comes_back_elsewhere_is_found_there(tmp_path: Path) -> None:
     async def main() -> None:
         async with hosted(MANIFEST, tmp_path) as world:

@@ -156,6 +156,10 @@ class ShareIndex:
         """The sum over all accounts: `total("paid")` is the revenue."""
         return sum(self.by_account(kind).values())
 
+    def count(self, kind: Kind) -> int:
+        """How many facts of one kind: `count("paid")` is the number of payments."""
+        return int(self._db.execute("select count(*) from facts where kind = ?", (kind,)).fetchone()[0])
+
     def balances(self) -> dict[Account, int]:
         """Shares in hand: redeemed + received - sent."""
         redeemed, received, sent = (self.by_account(kind) for kind in ("redeemed", "received", "sent"))

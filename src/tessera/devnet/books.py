@@ -9,12 +9,13 @@ import structlog
 
 from tessera.chain import abi
 from tessera.chain.client import RpcChain
-from tessera.chain.faces import Coin, ModelShare
+from tessera.chain.faces import ModelShare
+from tessera.chain.indexer import ShareIndex
 from tessera.chain.settle import IncomeTable, income_table
 from tessera.core.ids import Account
 from tessera.core.merkle import share_leaf
 from tessera.core.signing import AccountKey, recover_account
-from tessera.devnet.snapshot import Payment
+from tessera.devnet.snapshot import RECENT_LIMIT, Payment
 from tessera.p2p.transport import Transport
 from tessera.training.epochs import EpochLeaves
 from tessera.training.keeper import known_leaves
@@ -39,7 +40,8 @@ class Figures:
     claimable: dict[Account, int] = field(default_factory=dict)
     total_shares: int = 0
     paid_by: dict[Account, str] = field(default_factory=dict)  # holder -> the last transaction that paid it
-    payments: list[Payment] = field(default_factory=list)  # into the share contract, oldest first
+    payments: list[Payment] = field(default_factory=list)  # the newest into the share contract, oldest first
+    requests_paid: int = 0
     income: IncomeTable = EMPTY
 
     def earned(self, account: Account) -> int:
@@ -58,7 +60,9 @@ class Books:
         self, chain: RpcChain, roster: Roster, transport: Transport, book: ReceiptBook, accounts: Sequence[Account]
     ) -> None:
         self._chain, self._roster, self._transport, self._book = chain, roster, transport, book
-        self._share, self._coin = ModelShare(chain, roster.share), Coin(chain, roster.coin)
+        self._share = ModelShare(chain, roster.share)
+        self._index = ShareIndex(None, chain, roster.share, roster.coin)  # small enough to read again at each start
+        self._times: dict[int, float] = {}  # block -> seconds since 1970
         self._accounts = tuple(dict.fromkeys(accounts))
         self._seen_block = -1
         self._redeemed: set[tuple[int, Account]] = set()  # leaves, for good
@@ -70,8 +74,7 @@ class Books:
         if block == self._seen_block:
             return False
         await self._read_epochs()
-        await self._read_payments()
-        await self._read_claims()
+        await self._read_index()
         for account in self._accounts:
             self.figures.shares[account] = await self._share.balanceOf(account) + await self._unredeemed(account)
             self.figures.claimable[account] = await self._share.claimable(account)
@@ -79,6 +82,9 @@ class Books:
         self.figures.income = await income_table(self._chain, self._roster.share)
         self._seen_block = block
         return True
+
+    def close(self) -> None:
+        self._index.close()
 
     async def distribute(self, sender: AccountKey) -> None:
         """Spread what has arrived. Anyone may; it costs the sender gas."""
@@ -106,32 +112,35 @@ class Books:
                     waiting += shares
         return waiting
 
-    async def _read_payments(self) -> None:
-        """Transfers into the share contract that are new since the last look."""
-        into = [None, bytes(12) + bytes.fromhex(self._roster.share[2:])]
-        first = self._seen_block + 1
-        for event in await self._coin.events(Coin.Transfer, first, None, into):
-            block = await self._chain.request("eth_getBlockByNumber", [hex(event.log.block_number), False])
-            when = float(int(block["timestamp"], 16))
-            self.figures.payments.append(Payment(event.log.tx_hash, event.sender, event.value, when))
+    async def _read_index(self) -> None:
+        """Payments, claims and postings, each with the transaction that proves it."""
+        await self._index.update()
+        figures = self.figures
+        figures.requests_paid = self._index.count("paid")
+        paid = reversed(self._index.facts("paid", limit=RECENT_LIMIT))
+        figures.payments = [Payment(f.tx_hash, f.account, f.amount, await self._time_of(f.block)) for f in paid]
+        for fact in reversed(self._index.facts("claimed")):
+            figures.paid_by[Account(fact.account)] = fact.tx_hash
+        for fact in self._index.facts("posted"):
+            if fact.epoch is not None and fact.epoch not in figures.signers:
+                figures.postings[fact.epoch] = fact.tx_hash
+                figures.signers[fact.epoch] = await self._signers(fact.tx_hash)
 
-    async def _read_claims(self) -> None:
-        for event in await self._share.events(ModelShare.Claimed, self._seen_block + 1):
-            self.figures.paid_by[event.holder] = event.log.tx_hash
+    async def _time_of(self, block: int) -> float:
+        if block not in self._times:
+            header = await self._chain.request("eth_getBlockByNumber", [hex(block), False])
+            self._times[block] = float(int(header["timestamp"], 16))
+        return self._times[block]
 
     async def _read_epochs(self) -> None:
         for epoch in range(len(self.figures.epochs), await self._share.epoch_count()):
             leaves = await self._leaves(epoch)
             self.figures.epochs.append(leaves)
             log.info("epoch_on_chain", epoch=epoch, shares=str(leaves.total))
-        if len(self.figures.postings) < len(self.figures.epochs):
-            for event in await self._share.events(ModelShare.Posted):
-                self.figures.postings[event.epoch] = event.log.tx_hash
-                self.figures.signers[event.epoch] = await self._signers(event)
 
-    async def _signers(self, event: ModelShare.Posted) -> tuple[str, ...]:
+    async def _signers(self, tx_hash: str) -> tuple[str, ...]:
         """The peers whose signatures the posting transaction carries, recovered from it."""
-        transaction = await self._chain.request("eth_getTransactionByHash", [event.log.tx_hash])
+        transaction = await self._chain.request("eth_getTransactionByHash", [tx_hash])
         data = bytes.fromhex(transaction["input"][2:])
         epoch, root, shares, signatures = abi.decode(["uint256", "bytes32", "uint256", "bytes[]"], data[4:])
         digest = await self._share.digest(epoch, root, shares)

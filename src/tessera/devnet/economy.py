@@ -69,6 +69,7 @@ class Economy:
             opening = open_run_here(config, home, ledger, self._clock, lambda note: self._enter("starting", note))
             run = self.run = await stack.enter_async_context(opening)
             await self._seat(run)
+            stack.callback(run.books.close)
             await self._train(run)
             await self._serve(run)
             await self._settle(run)

@@ -109,7 +109,7 @@ def closing_object(economy: Economy) -> dict[str, Any]:
             for owner in snapshot.owners
         ],
         "total_shares": snapshot.total_shares,
-        "requests_paid": len(run.figures.payments),
+        "requests_paid": run.figures.requests_paid,
         "revenue": income.revenue,
         "unclaimed": income.unclaimed,
         "undistributed": income.undistributed,
@@ -198,6 +198,6 @@ def _income(run: Run) -> Income:
         unclaimed=income.unclaimed,
         undistributed=income.undistributed,
         dust=income.dust,
-        requests_paid=len(run.figures.payments),
+        requests_paid=run.figures.requests_paid,
         contract=run.roster.share if run.seated else "",
     )

@@ -18,8 +18,8 @@ import anyio
 from tessera.core.errors import Invalid
 
 __all__ = [
-    "Boundary", "Epoch", "Event", "Feed", "Income", "LossPoint", "Model", "Owner", "Payment", "Peer", "Phase",
-    "Snapshot", "SnapshotFeed", "Status", "Urls", "printable", "thinned",
+    "RECENT_LIMIT", "Boundary", "Epoch", "Event", "Feed", "Income", "LossPoint", "Model", "Owner", "Payment", "Peer",
+    "Phase", "Snapshot", "SnapshotFeed", "Status", "Urls", "printable", "thinned",
 ]  # fmt: skip
 
 Phase = Literal["starting", "seating", "training", "serving", "closed"]

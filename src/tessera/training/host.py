@@ -95,11 +95,19 @@ class RunHost:
         serve_calls(self._transport, RUN, self._run, request_limit=SMALL)
 
     async def seat_everyone(self) -> Roster:
-        """Wait until all seats are taken and the share contract stands; the complete roster."""
+        """Wait until all seats are taken and the share contract stands; the complete roster.
+
+        Raises: Conflict when an earlier start's contract has vanished with its chain.
+        """
         await self._full.wait()
         if self._share is None:
             self._share = await self._deploy()
             self._db.execute("insert or replace into facts values('share', ?)", (self._share,))
+        elif not await self._chain.code(self._share):
+            raise Conflict(
+                f"the share contract {self._share} is not on this chain: was the network reset? "
+                "Start again with another --state-dir"
+            )
         self.phase = "training"
         self._ready.set()
         return self.roster()
