@@ -68,11 +68,11 @@ class Books:
         self._redeemed: set[tuple[int, Account]] = set()  # leaves, for good
         self.figures = Figures()
 
-    async def refresh(self) -> bool:
-        """Read again if the chain has moved; True when it had."""
+    async def refresh(self) -> None:
+        """Read again if the chain has moved. Raises what the chain or the workers do; the old figures stay then."""
         block = await self._chain.block_number()
         if block == self._seen_block:
-            return False
+            return
         await self._read_epochs()
         await self._read_index()
         for account in self._accounts:
@@ -81,7 +81,6 @@ class Books:
         self.figures.total_shares = await self._share.totalSupply()
         self.figures.income = await income_table(self._chain, self._roster.share)
         self._seen_block = block
-        return True
 
     def close(self) -> None:
         self._index.close()

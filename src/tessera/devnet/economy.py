@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 
 import anyio
 import structlog
@@ -87,24 +88,23 @@ class Economy:
         """Wait until every stage is trained and every epoch is on the chain and redeemed."""
         self._enter("training")
         while not (run.board.everyone("trained") and run.board.everyone("settled")):
-            await run.books.refresh()
-            self._changed(self)
+            await self._look(run)
             await anyio.sleep(POLL_S)
 
     async def _serve(self, run: Run) -> None:
         self._enter("serving", "the first buyer asks")
         run.host.phase = "serving"
         await open_gateway(run, self._front, self._clock)
-        await sell(run, self.urls["page"].rstrip("/"), self.config.requests, lambda: self._look(run))
+        await sell(run, self.urls["page"].rstrip("/"), self.config.requests, partial(self._look, run))
 
     async def _settle(self, run: Run) -> None:
         """Spread what came in, and wait until everybody has his part; the workers claim their own."""
         self._enter("serving", "spreading the income")
         deadline = time.monotonic() + SETTLE_S
         while True:
-            await self._move_money(run)
+            fresh = await self._move_money(run)
             income = run.figures.income
-            if income.unclaimed == 0 and income.undistributed == 0:
+            if fresh and income.unclaimed == 0 and income.undistributed == 0:
                 break
             if time.monotonic() > deadline:
                 log.warning("income_unclaimed", units=str(income.unclaimed), seconds=SETTLE_S)
@@ -117,25 +117,32 @@ class Economy:
         """Serve until cancelled; income that arrives is spread as it comes."""
         self._enter("serving", "open until Ctrl-C; starting again goes on from there")
         while True:
-            try:
-                await self._look(run)
-                if run.figures.income.undistributed or run.figures.income.unclaimed:
-                    await self._move_money(run)
-            except TesseraError as error:
-                log.warning("books_not_refreshed", code=error.code, reason=error.message)
+            await self._look(run)
+            if run.figures.income.undistributed or run.figures.income.unclaimed:
+                await self._move_money(run)
             await anyio.sleep(BOOKS_S)
 
-    async def _move_money(self, run: Run) -> None:
-        """Anyone may do this; the economy does it for the owners, who run no process."""
+    async def _move_money(self, run: Run) -> bool:
+        """Anyone may do this; the economy does it for the owners, who run no process. True when the books are fresh."""
         await self._look(run)
-        await run.books.distribute(run.people.operator)
-        for owner in (run.people.data_owner, run.people.creator):
-            await run.books.pay_out(owner.account, run.people.operator)
-        await self._look(run)
+        try:
+            await run.books.distribute(run.people.operator)
+            for owner in (run.people.data_owner, run.people.creator):
+                await run.books.pay_out(owner.account, run.people.operator)
+        except TesseraError as error:  # the chain is away, or somebody was first: the money waits in the contract
+            log.warning("money_not_moved", code=error.code, reason=error.message)
+        return await self._look(run)
 
-    async def _look(self, run: Run) -> None:
-        await run.books.refresh()
+    async def _look(self, run: Run) -> bool:
+        """Read the books and tell the views. A chain or worker that is away costs fresh figures, nothing else."""
+        fresh = True
+        try:
+            await run.books.refresh()
+        except TesseraError as error:
+            log.warning("books_not_refreshed", code=error.code, reason=error.message)
+            fresh = False
         self._changed(self)
+        return fresh
 
     def _enter(self, phase: Phase, note: str = "") -> None:
         log.info("phase", phase=phase, note=note)

@@ -58,7 +58,7 @@ async def open_gateway(run: Run, front: Front, clock: Clock) -> None:
     front.gateway = create_app(gateway, engine, tokenizer, payments, clock=clock)
 
 
-async def sell(run: Run, url: str, count: int, after_each: Callable[[], Awaitable[None]]) -> None:
+async def sell(run: Run, url: str, count: int, after_each: Callable[[], Awaitable[object]]) -> None:
     """The first buyer gets test money and pays for `count` answers, over HTTP like any other."""
     price = run.manifest.price_units
     await give_coins(run.ledger, run.coin, run.people.operator, run.people.buyer.account, BUYER_UNITS)
