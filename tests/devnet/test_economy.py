@@ -5,13 +5,17 @@ import math
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from economy_world import PATIENCE_S, TEXT, check_sums, command, last_object, run, started, until, up
 
 from chain_support import CHAIN_ID, anvil
 from tessera.training.home import Home
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -90,6 +94,25 @@ def test_ctrl_c_keeps_chain_keys_and_model_and_training_goes_on(tmp_path: Path) 
     assert again["revenue"] == 2 * result["revenue"]
 
 
+@pytest.mark.slow
+def test_the_commands_and_the_example_work_while_it_is_up(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    arguments = [word for word in up(state, steps=8) if word not in ("--once", "--json")]
+    with started(arguments, tmp_path, tmp_path / "up.log") as process:
+        until(lambda: "It stays up until Ctrl-C" in (tmp_path / "up.log").read_text(), "the economy is open")
+        chat = run(command("chat", "--prompt", "def ", "--max-tokens", 8, "--state-dir", state), tmp_path)
+        assert chat.returncode == 0, chat.stderr
+        bought = run([sys.executable, str(EXAMPLES / "buy_with_openai.py"), str(state)], tmp_path)
+        assert bought.returncode == 0, bought.stderr
+        assert "paid 10000 units" in bought.stdout
+        claim = run(command("claim", "--json", "--state-dir", state / "workers" / "worker-0"), tmp_path)
+        assert claim.returncode == 0, claim.stderr
+        shares = until(lambda: _all_claimed(state, tmp_path), "eight payments are spread and claimed")
+        assert shares["revenue"] == 8 * 10_000
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+
+
 def test_what_cannot_work_is_said_in_one_line(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -149,6 +172,12 @@ def _with_strangers(tmp_path: Path, *more: object) -> dict[str, object]:
             assert first.wait(20) == 0
             assert second.wait(20) == 0
     return last_object((tmp_path / "up.log").read_text())
+
+
+def _all_claimed(state: Path, home: Path) -> dict[str, Any] | None:
+    facts = last_object(run(command("shares", "--json", "--state-dir", state), home).stdout)
+    done = facts["revenue"] == 80_000 and facts["claimed"] + facts["dust"] == facts["revenue"]
+    return facts if done else None
 
 
 def _checkpoints(state: Path, worker: int) -> int:
