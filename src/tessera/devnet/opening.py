@@ -107,7 +107,6 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
             board=board,
             book=book,
             ticket=ticket,
-            processes=workers,
         )
 
 

@@ -32,13 +32,6 @@ class WorkerProcesses:
 
     def __init__(self, ticket: str, folder: Path, count: int) -> None:
         self._ticket, self._folder, self._count = ticket, folder, count
-        self._running: dict[int, anyio.abc.Process] = {}
-        self.restarts = 0
-
-    @property
-    def pids(self) -> dict[int, int]:
-        """Process ids by number, of those that run now."""
-        return {number: process.pid for number, process in self._running.items()}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -65,7 +58,6 @@ class WorkerProcesses:
                 raise Unavailable(f"worker {number} died {EARLY_DEATHS} times at its start: {self._last_words(number)}")
             pause_s = FIRST_PAUSE_S if early_deaths == 0 else min(2 * pause_s, LONGEST_PAUSE_S)
             await anyio.sleep(pause_s)
-            self.restarts += 1
 
     async def _run_once(self, number: int) -> int:
         state = self._folder / f"worker-{number}"
@@ -80,13 +72,11 @@ class WorkerProcesses:
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C is for the parent, which stops us in order
             )
-        self._running[number] = process
         try:
             return await process.wait()
         finally:
             with anyio.CancelScope(shield=True):
                 await _stop(process)
-            del self._running[number]
 
     def _last_words(self, number: int) -> str:
         lines = self._log_file(number).read_text(errors="replace").strip().splitlines()

@@ -11,7 +11,6 @@ from tessera.devnet.board import Board
 from tessera.devnet.books import Books, Figures
 from tessera.devnet.ledger import Ledger
 from tessera.devnet.people import People
-from tessera.devnet.processes import WorkerProcesses
 from tessera.devnet.text import Text
 from tessera.p2p.blobs import BlobStore
 from tessera.p2p.transport import Transport
@@ -40,7 +39,6 @@ class Run:
     board: Board
     book: ReceiptBook
     ticket: str
-    processes: WorkerProcesses
     samples: list[tuple[str, str]] = field(default_factory=list)  # prompt, answer
     seated: tuple[Roster, Books] | None = None
 

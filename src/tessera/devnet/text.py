@@ -36,8 +36,6 @@ class Text:
     dataset: BlobId
     tokenizer: BlobId
     vocab_size: int  # what the tokenizer found; little text holds fewer pieces than asked for
-    train_tokens: int
-    validation_tokens: int
     unigram_loss: float
     bigram_loss: float
 
@@ -65,8 +63,6 @@ def prepare_text(data: Path | None, blobs: BlobStore, cache: Path) -> Text:
         dataset=blobs.put(dataset.to_bytes()),
         tokenizer=blobs.put(tokenizer.to_bytes()),
         vocab_size=tokenizer.vocab_size,
-        train_tokens=int(dataset.train.size),
-        validation_tokens=int(dataset.validation.size),
         unigram_loss=unigram_loss(dataset, windows),
         bigram_loss=bigram_loss(dataset, windows),
     )

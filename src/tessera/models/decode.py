@@ -18,7 +18,7 @@ from tessera.core.errors import Conflict, Invalid, Unavailable
 from tessera.models.codec import HISTORY
 from tessera.models.decoder import LayerCache
 from tessera.models.stage import Stage
-from tessera.models.trainer import StageTrainer
+from tessera.models.trainer import StageTrainer, receive
 from tessera.models.wire import Wire
 
 __all__ = ["StageDecoder"]
@@ -70,7 +70,7 @@ class StageDecoder:
             raise Conflict(f"the session is at token {filled}, not {position}", position=filled)
         if filled + len(tokens) > self.spec.model.context:
             raise Invalid(f"{filled} + {len(tokens)} tokens do not fit a context of {self.spec.model.context}")
-        message = self._receive(payload, len(tokens))
+        message = receive(self.stage, self._wire, payload, 1, len(tokens))
         state = known if known is not None else self._open(session)
         out = self._run(state, tokens, message)
         self._sessions[session] = state
@@ -116,12 +116,3 @@ class StageDecoder:
             if type(token) is not int or not 0 <= token < vocabulary:
                 raise Invalid(f"token id {token!r}: expected an integer from 0 to {vocabulary - 1}")
         return list(ids)
-
-    def _receive(self, payload: bytes | None, count: int) -> Tensor | None:
-        if self.stage.first:
-            if payload is not None:
-                raise Invalid("stage 0 takes token ids alone: no payload expected")
-            return None
-        if payload is None:
-            raise Invalid(f"stage {self.stage.index} needs the message of stage {self.stage.index - 1}")
-        return self._wire.unpack(payload, 1, count).to(self.stage.device)

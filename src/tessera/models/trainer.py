@@ -27,7 +27,7 @@ from tessera.models.optim import StageOptimizer
 from tessera.models.stage import Stage
 from tessera.models.wire import Wire
 
-__all__ = ["MAX_IN_FLIGHT", "StageTrainer", "check_ids"]
+__all__ = ["MAX_IN_FLIGHT", "StageTrainer", "check_ids", "receive"]
 
 MAX_IN_FLIGHT = 256  # microbatches; each holds its graph
 
@@ -194,13 +194,7 @@ class StageTrainer:
         return check_ids(ids, self.spec).to(self.device)
 
     def _receive(self, payload: bytes | None, batch: int, length: int) -> Tensor | None:
-        if self.stage.first:
-            if payload is not None:
-                raise Invalid("stage 0 takes token ids alone: no payload expected")
-            return None
-        if payload is None:
-            raise Invalid(f"stage {self.stage.index} needs the message of stage {self.stage.index - 1}")
-        return self._wire.unpack(payload, batch, length).to(self.device)
+        return receive(self.stage, self._wire, payload, batch, length)
 
     def _gradient(self, payload: bytes | None, shape: tuple[int, int]) -> Tensor:
         if payload is None:
@@ -224,6 +218,17 @@ class StageTrainer:
         self._open.clear()
         self._seen.clear()
         self._loss_sum, self._loss_tokens = 0.0, 0
+
+
+def receive(stage: Stage, wire: Wire, payload: bytes | None, batch: int, length: int) -> Tensor | None:
+    """The message that enters `stage`, None on stage 0. Raises: Invalid: one too many, one missing, or a wrong one."""
+    if stage.first:
+        if payload is not None:
+            raise Invalid("stage 0 takes token ids alone: no payload expected")
+        return None
+    if payload is None:
+        raise Invalid(f"stage {stage.index} needs the message of stage {stage.index - 1}")
+    return wire.unpack(payload, batch, length).to(stage.device)
 
 
 def check_ids(ids: Any, spec: ModelSpec) -> Tensor:
