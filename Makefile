@@ -123,10 +123,10 @@ $(VENV)/.stamp-run: $(VENV)/.stamp-torch $(DECLARED)
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
 	@echo "Installing what the tests need (once, about 1 min)"
-	@$(PIP) install $(PINS) -e '.[train,serve,test]'
+	@$(PIP) install $(PINS) -e '.[train,serve,data,postgres,test]'
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-test
 	@echo "Installing what the checks need (once, about 20 s)"
-	@$(PIP) install $(PINS) -e '.[train,serve,test,dev]'
+	@$(PIP) install $(PINS) -e '.[train,serve,data,postgres,test,dev]'
 	@touch $@
