@@ -10,12 +10,17 @@
         `totalSupply` and earns from that moment; each contributor's leaf is turned into a balance by `redeem`,
         whenever anybody likes, and loses nothing by waiting.
 
+        A worker who leaves is replaced by `hand_over`, signed in the same way: the successor signs from then on, and
+        what the leaver has earned stays his.
+
         Income is whatever arrives in `asset`: a plain transfer, an x402 payment, an escrow's release. Anyone may call
         `distribute` to spread what has arrived; holders pull their part with `claim`.
 
         What cannot happen:
         - a share without the signatures, an epoch posted twice or out of order, a leaf redeemed twice, or more shares
           redeemed from an epoch than were posted;
+        - a change of workers without the signatures of more than two thirds of the present ones, or one account at two
+          stages;
         - a contract that owes more than it holds: held >= sum of everything claimable, and asset balance >= held;
         - income paid to anybody but the holder who earned it.
 
@@ -52,6 +57,9 @@ SCALE: constant(uint256) = 2**128
 DOMAIN_NAME: constant(String[19]) = "Tessera model share"
 DOMAIN_VERSION: constant(String[1]) = "1"
 EPOCH_TYPE: constant(bytes32) = keccak256("Epoch(bytes32 runId,uint256 epoch,bytes32 root,uint256 shares)")
+HANDOVER_TYPE: constant(bytes32) = keccak256(
+    "Handover(bytes32 runId,uint256 number,uint256 stage,address successor,uint256 fromStep)"
+)
 
 decimals: public(constant(uint8)) = 18
 
@@ -66,13 +74,21 @@ struct Epoch:
     index: uint256  # accrual index when the epoch was posted
 
 
+struct Handover:
+    stage: uint256
+    leaver: address
+    from_step: uint256  # the first step that the successor is paid for
+
+
 name: public(String[64])
 symbol: public(String[16])
-workers: public(DynArray[address, MAX_WORKERS])
+workers: public(DynArray[address, MAX_WORKERS])  # by stage
 is_worker: public(HashMap[address, bool])
 totalSupply: public(uint256)  # balances and unredeemed shares
 balanceOf: public(HashMap[address, uint256])
 allowance: public(HashMap[address, HashMap[address, uint256]])
+handover_count: public(uint256)
+handovers: public(HashMap[uint256, Handover])
 epoch_count: public(uint256)
 epochs: public(HashMap[uint256, Epoch])
 counted: public(HashMap[bytes32, bool])  # leaves already redeemed
@@ -88,6 +104,13 @@ event Approval:
     owner: indexed(address)
     spender: indexed(address)
     value: uint256
+
+event HandedOver:
+    number: indexed(uint256)
+    leaver: indexed(address)
+    successor: indexed(address)
+    stage: uint256
+    from_step: uint256
 
 event Posted:
     epoch: indexed(uint256)
@@ -116,7 +139,7 @@ def __init__(
     """
     @param asset_ The ERC-20 in which the model earns.
     @param run_id_ The hash of the run's manifest.
-    @param workers_ The accounts whose signatures admit an epoch: at least one, none twice.
+    @param workers_ The accounts whose signatures admit an epoch, by stage: at least one, none twice.
     """
     assert len(workers_) > 0, "model_share: no workers"
     assert asset_.address.is_contract, "model_share: asset is no contract"
@@ -147,7 +170,6 @@ def post(epoch: uint256, root: bytes32, shares: uint256, signatures: DynArray[By
     assert epoch == self.epoch_count, "model_share: not the next epoch"
     assert shares > 0, "model_share: empty epoch"
     assert shares <= MAX_SUPPLY - self.totalSupply, "model_share: too many shares"
-    assert 3 * len(signatures) > 2 * worker_count, "model_share: too few signatures"
     self._check_signatures(self._digest(epoch, root, shares), signatures)
     self.epochs[epoch] = Epoch(root=root, unredeemed=shares, index=accrual.index)
     self.epoch_count = epoch + 1
@@ -173,6 +195,40 @@ def redeem(epoch: uint256, holder: address, shares: uint256, proof: DynArray[byt
     self.balanceOf[holder] += shares
     log Transfer(sender=empty(address), receiver=holder, value=shares)
     log Redeemed(epoch=epoch, holder=holder, shares=shares)
+
+
+@external
+def hand_over(
+    number: uint256, stage: uint256, successor: address, from_step: uint256,
+    signatures: DynArray[Bytes[65], MAX_WORKERS]
+):
+    """
+    @notice Put a successor in the place of the worker at `stage`. Anyone may send it; the signatures decide.
+    @param number The next one: each handover comes exactly once, in order, so that no signature serves twice.
+    @param from_step The first step that the successor is paid for.
+    @param signatures Over `handover_digest`, as for `post`, from the workers before the change; the leaver is one.
+    """
+    assert number == self.handover_count, "model_share: not the next handover"
+    assert stage < worker_count, "model_share: no such stage"
+    assert successor != empty(address), "model_share: bad worker"
+    assert not self.is_worker[successor], "model_share: worker named twice"
+    self._check_signatures(self._handover_digest(number, stage, successor, from_step), signatures)
+    leaver: address = self.workers[stage]
+    self.is_worker[leaver] = False
+    self.is_worker[successor] = True
+    self.workers[stage] = successor
+    self.handovers[number] = Handover(stage=stage, leaver=leaver, from_step=from_step)
+    self.handover_count = number + 1
+    log HandedOver(number=number, leaver=leaver, successor=successor, stage=stage, from_step=from_step)
+
+
+@external
+@view
+def handover_digest(number: uint256, stage: uint256, successor: address, from_step: uint256) -> bytes32:
+    """
+    @notice The EIP-712 digest that workers sign to admit a successor.
+    """
+    return self._handover_digest(number, stage, successor, from_step)
 
 
 @external
@@ -322,8 +378,9 @@ def _arrived() -> uint256:
 @view
 def _check_signatures(digest: bytes32, signatures: DynArray[Bytes[65], MAX_WORKERS]):
     """
-    @dev Strictly ascending signers: that none counts twice costs one comparison each.
+    @dev More than two thirds of the workers, strictly ascending: that none counts twice costs one comparison each.
     """
+    assert 3 * len(signatures) > 2 * worker_count, "model_share: too few signatures"
     last: address = empty(address)
     for signature: Bytes[65] in signatures:
         signer: address = typed_data._signer_of(digest, signature)
@@ -336,6 +393,13 @@ def _check_signatures(digest: bytes32, signatures: DynArray[Bytes[65], MAX_WORKE
 @view
 def _digest(epoch: uint256, root: bytes32, shares: uint256) -> bytes32:
     return typed_data._digest(self._domain(), keccak256(abi_encode(EPOCH_TYPE, run_id, epoch, root, shares)))
+
+
+@internal
+@view
+def _handover_digest(number: uint256, stage: uint256, successor: address, from_step: uint256) -> bytes32:
+    fields: bytes32 = keccak256(abi_encode(HANDOVER_TYPE, run_id, number, stage, successor, from_step))
+    return typed_data._digest(self._domain(), fields)
 
 
 @internal

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chain_support import ROOT, RUN_ID, WORKERS
+from chain_support import ROOT, RUN_ID, WORKERS, key
 from tessera.core.ids import Account
 from tessera.core.merkle import MerkleTree, share_leaf
 from tessera.incentives.share_twin import Leaf, ShareTwin
@@ -57,6 +57,8 @@ class Shares(RuleBasedStateMachine):
         self.coin = deployer("coin").deploy()
         accounts = [k.account for k in WORKERS]
         self.share = deployer("model_share").deploy("M", "M", self.coin, bytes.fromhex(RUN_ID), accounts)
+        self.workers = list(WORKERS)  # by stage
+        self.joined = 0
         self.who = [Account(boa.env.generate_address(f"holder {i}")) for i in range(5)]
         self.twin = ShareTwin()
         self.proofs: dict[int, list[bytes]] = {}
@@ -68,9 +70,27 @@ class Shares(RuleBasedStateMachine):
         posted = self.twin.post(dict(zip(self.who, amounts, strict=False)))
         tree = MerkleTree([share_leaf(epoch, Account(leaf.holder), leaf.shares) for leaf in posted])
         digest = self.share.digest(epoch, tree.root, sum(amounts))
-        self.share.post(epoch, tree.root, sum(amounts), [k.sign_digest(digest) for k in WORKERS[:3]])
+        self.share.post(epoch, tree.root, sum(amounts), self.signatures(digest))
         for index, leaf in enumerate(posted):
             self.proofs[id(leaf)] = tree.proof(index)
+
+    def signatures(self, digest: bytes) -> list[bytes]:
+        """Of three workers of the present four."""
+        signers = sorted(self.workers, key=lambda k: int(k.account, 16))[:3]
+        return [k.sign_digest(digest) for k in signers]
+
+    @rule(stage=st.integers(0, 3), from_step=st.integers(0, 10**9))
+    def hand_over(self, stage: int, from_step: int) -> None:
+        successor, number = key(f"successor {self.joined}"), self.share.handover_count()
+        self.joined += 1
+        digest = self.share.handover_digest(number, stage, successor.account, from_step)
+        self.share.hand_over(number, stage, successor.account, from_step, self.signatures(digest))
+        self.workers[stage] = successor
+
+    @invariant()
+    def the_workers_are_who_was_handed_the_stages(self) -> None:
+        assert [self.share.workers(stage) for stage in range(4)] == [k.account for k in self.workers]
+        assert all(self.share.is_worker(k.account) == (k in self.workers) for k in WORKERS)
 
     @precondition(lambda self: self.twin.leaves)
     @rule(data=st.data())

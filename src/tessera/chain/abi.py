@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eth_abi import abi as eth_abi
+from eth_abi import grammar
 from eth_abi.exceptions import DecodingError, EncodingError, ParseError
 
 from tessera.core.errors import Invalid
@@ -32,11 +33,14 @@ def decode(types: Sequence[str], data: bytes) -> tuple[Any, ...]:
 
 
 def plain(kind: str, value: Any) -> Any:
-    """A decoded value with checksummed addresses. Tuples are taken apart by `face`, which knows their fields."""
+    """A decoded value with checksummed addresses, those in structs included."""
     if kind == "address":
         return parse_account(value)
     if kind == "address[]":
         return [parse_account(item) for item in value]
     if kind.endswith("]"):
         return list(value)
+    if kind.startswith("("):
+        parts = grammar.parse(kind).components
+        return tuple(plain(part.to_type_str(), item) for part, item in zip(parts, value, strict=True))
     return value

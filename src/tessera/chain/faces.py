@@ -193,6 +193,19 @@ class ModelShare(Contract):
         ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
     @dataclass(frozen=True, slots=True)
+    class HandedOver(Event):
+        number: int
+        leaver: Account
+        successor: Account
+        stage: int
+        from_step: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("8618b26f202b8e7922a9cfcd402d060f2005d11cf57e246615026e94248306c3")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
+
+    @dataclass(frozen=True, slots=True)
     class Posted(Event):
         epoch: int
         root: bytes
@@ -235,6 +248,11 @@ class ModelShare(Contract):
         PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
         ORDER: ClassVar[tuple[int, ...]] = (0, 1)
 
+    class Handover(NamedTuple):
+        stage: int
+        leaver: Account
+        from_step: int
+
     class Epoch(NamedTuple):
         root: bytes
         unredeemed: int
@@ -272,6 +290,26 @@ class ModelShare(Contract):
         """Turn a leaf into a balance, with all it has earned since its epoch was posted. Anyone may send it."""
         return await self._send(
             key, "e7ef921a", ("uint256", "address", "uint256", "bytes32[]"), (epoch, holder, shares, proof)
+        )
+
+    async def hand_over(
+        self, key: AccountKey, number: int, stage: int, successor: Account, from_step: int, signatures: Sequence[bytes]
+    ) -> Receipt:
+        """Put a successor in the place of the worker at `stage`. Anyone may send it; the signatures decide."""
+        return await self._send(
+            key,
+            "9c9bec3e",
+            ("uint256", "uint256", "address", "uint256", "bytes[]"),
+            (number, stage, successor, from_step, signatures),
+        )
+
+    async def handover_digest(self, number: int, stage: int, successor: Account, from_step: int) -> bytes:
+        """The EIP-712 digest that workers sign to admit a successor."""
+        return await self._call(
+            "5509faa4",
+            ("uint256", "uint256", "address", "uint256"),
+            (number, stage, successor, from_step),
+            ("bytes32",),
         )
 
     async def digest(self, epoch: int, root: bytes, shares: int) -> bytes:
@@ -352,6 +390,12 @@ class ModelShare(Contract):
 
     async def allowance(self, arg0: Account, arg1: Account) -> int:
         return await self._call("dd62ed3e", ("address", "address"), (arg0, arg1), ("uint256",))
+
+    async def handover_count(self) -> int:
+        return await self._call("113276c8", (), (), ("uint256",))
+
+    async def handovers(self, arg0: int) -> Handover:
+        return self.Handover(*await self._call("3b030379", ("uint256",), (arg0,), ("(uint256,address,uint256)",)))
 
     async def epoch_count(self) -> int:
         return await self._call("be1e5416", (), (), ("uint256",))

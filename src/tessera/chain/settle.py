@@ -16,12 +16,13 @@ from tessera.core.errors import Invalid, Misbehaviour
 from tessera.core.hashing import keccak
 from tessera.core.ids import Account, RunId, parse_account, parse_run_id
 
-__all__ = ["IncomeTable", "epoch_digest", "income_table"]
+__all__ = ["IncomeTable", "epoch_digest", "handover_digest", "income_table"]
 
 SCALE = 2**128  # as in contracts/modules/accrual.vy
 
 _DOMAIN_TYPE = keccak(b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)")
 _EPOCH_TYPE = keccak(b"Epoch(bytes32 runId,uint256 epoch,bytes32 root,uint256 shares)")
+_HANDOVER_TYPE = keccak(b"Handover(bytes32 runId,uint256 number,uint256 stage,address successor,uint256 fromStep)")
 _NAME, _VERSION = keccak(b"Tessera model share"), keccak(b"1")
 
 
@@ -31,15 +32,28 @@ def epoch_digest(chain_id: int, share: Account, run_id: RunId, epoch: int, root:
     Equal to the contract's `digest(epoch, root, shares)`; computed here, because a signer must not ask others what it
     signs. Raises `Invalid` for a number outside uint256 or a root that has not 32 bytes.
     """
-    numbers = (chain_id, epoch, shares)
-    if any(type(number) is not int or not 0 <= number < 2**256 for number in numbers):
-        raise Invalid(f"chain id, epoch and shares are uint256, not {numbers!r}")
     if len(root) != 32:
         raise Invalid(f"a root has 32 bytes, not {len(root)}")
+    return _typed(chain_id, share, _EPOCH_TYPE, run_id, _word(epoch) + root + _word(shares))
+
+
+def handover_digest(
+    chain_id: int, share: Account, run_id: RunId, number: int, stage: int, successor: Account, from_step: int
+) -> bytes:
+    """The 32 bytes that a worker signs to let `successor` take over `stage` from `from_step` on.
+
+    Equal to the contract's `handover_digest(number, stage, successor, from_step)`.
+    """
+    account = bytes(12) + bytes.fromhex(parse_account(successor)[2:])
+    return _typed(chain_id, share, _HANDOVER_TYPE, run_id, _word(number) + _word(stage) + account + _word(from_step))
+
+
+def _typed(chain_id: int, share: Account, kind: bytes, run_id: RunId, fields: bytes) -> bytes:
+    """EIP-712: a struct of type `kind` whose first field is the run, bound to this chain and this contract."""
     contract = bytes.fromhex(parse_account(share)[2:])
     domain = keccak(_DOMAIN_TYPE + _NAME + _VERSION + _word(chain_id) + bytes(12) + contract)
     run = bytes.fromhex(parse_run_id(run_id))
-    return keccak(b"\x19\x01" + domain + keccak(_EPOCH_TYPE + run + _word(epoch) + root + _word(shares)))
+    return keccak(b"\x19\x01" + domain + keccak(kind + run + fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,4 +155,6 @@ def _topic(account: Account) -> bytes:
 
 
 def _word(number: int) -> bytes:
+    if type(number) is not int or not 0 <= number < 2**256:
+        raise Invalid(f"not a uint256: {number!r}")
     return number.to_bytes(32, "big")
