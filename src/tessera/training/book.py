@@ -1,0 +1,249 @@
+"""What a run's members keep on disk: a worker's receipts and epochs; the host's seats, facts and invitations.
+
+Both books are called from the event loop: a commit takes well under a millisecond on SQLite (a killed process loses
+nothing; a power cut at most the last steps, which are replayed from the checkpoint and signed again).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import BigInteger, Boolean, Column, ForeignKey, MetaData, String, Table, insert, select, update
+
+from tessera.core.errors import Conflict, Missing, Unavailable
+from tessera.core.ids import PeerId, RunId
+from tessera.storage.database import Database, Transaction, open_database
+from tessera.storage.layout import Layout
+from tessera.training.receipts import Receipt
+
+__all__ = ["ReceiptBook", "SavedInvitation", "SeatBook"]
+
+_RECEIPT_TABLES = MetaData()
+_RECEIPTS = Table(
+    "receipts",
+    _RECEIPT_TABLES,
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    Column("worker", String, primary_key=True),
+    Column("signer", String, nullable=False),
+    Column("direction", String, primary_key=True),
+    Column("tokens", BigInteger, nullable=False),
+    Column("digest", String, nullable=False),
+    Column("signature", String, nullable=False),
+    sqlite_with_rowid=False,
+)
+_EPOCHS = Table(
+    "epochs",
+    _RECEIPT_TABLES,
+    Column("epoch", BigInteger, primary_key=True, autoincrement=False),
+    Column("leaves", String, nullable=False),
+)
+_RECEIPT_LAYOUT = Layout("receipts", _RECEIPT_TABLES)
+_FIELDS = [column.name for column in _RECEIPTS.columns]
+
+_SEAT_TABLES = MetaData()
+_SEATS = Table(
+    "seats",
+    _SEAT_TABLES,
+    Column("stage", BigInteger, primary_key=True, autoincrement=False),
+    Column("seat", String, nullable=False),  # JSON
+)
+_HANDOVERS = Table(
+    "handovers",
+    _SEAT_TABLES,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("past", String, nullable=False),  # JSON
+)
+_FACTS = Table("facts", _SEAT_TABLES, Column("name", String, primary_key=True), Column("value", String, nullable=False))
+_INVITATIONS = Table(
+    "invitations",
+    _SEAT_TABLES,
+    Column("id", String, primary_key=True),
+    Column("seats", BigInteger, nullable=False),
+    Column("expires", BigInteger, nullable=False),  # seconds since 1970
+    Column("revoked", Boolean, nullable=False),
+    Column("label", String, nullable=False),
+)
+_USES = Table(
+    "invitation_uses",
+    _SEAT_TABLES,
+    Column("invitation", String, ForeignKey("invitations.id"), primary_key=True),
+    Column("peer", String, primary_key=True),
+    Column("at", BigInteger, nullable=False),  # seconds since 1970
+)
+_SEAT_LAYOUT = Layout("seats", _SEAT_TABLES)
+
+
+class ReceiptBook:
+    """The receipts that this worker holds, on disk: for his own work, and those that he signed for his neighbours.
+
+    The first receipt for a (step, worker, direction) stays: steps that are trained again pay nothing twice.
+
+    Args:
+        where: a file or a database's URL; `schema` is the name-space in it, one for each run and worker.
+
+    Raises: Invalid for a damaged file, named; after `close`, every call raises Unavailable.
+    """
+
+    def __init__(self, where: str | Path, *, schema: str = "") -> None:
+        self._database: Database | None = open_database(where, _RECEIPT_LAYOUT, schema=schema)
+
+    def add(self, receipts: Iterable[Receipt]) -> None:
+        """All of them or, when the disk fails, none."""
+        rows = [dict(zip(_FIELDS, receipt.to_row(), strict=True)) for receipt in receipts]
+        if rows:
+            self._db.apply(lambda db: db.add(_RECEIPTS, rows))
+
+    def of_steps(self, run_id: RunId, steps: range) -> list[Receipt]:
+        """In order of step, worker and direction."""
+        step = _RECEIPTS.c.step
+        query = select(_RECEIPTS).where(step >= steps.start, step < steps.stop)
+        with self._db.read() as db:
+            rows = db.execute(query.order_by(*_RECEIPTS.primary_key)).all()
+        return [Receipt.from_row(run_id, list(row)) for row in rows]
+
+    def save_epoch(self, epoch: int, leaves: str) -> None:
+        self._db.apply(lambda db: db.put(_EPOCHS, [{"epoch": epoch, "leaves": leaves}]))
+
+    def epoch(self, epoch: int) -> str | None:
+        with self._db.read() as db:
+            leaves = db.execute(select(_EPOCHS.c.leaves).where(_EPOCHS.c.epoch == epoch)).scalar()
+        return None if leaves is None else str(leaves)
+
+    def close(self) -> None:
+        """Let go of the file. Whoever asks afterwards, a peer perhaps, hears `Unavailable`."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    @property
+    def _db(self) -> Database:
+        if self._database is None:
+            raise Unavailable("the receipt book is closed: this worker is leaving")
+        return self._database
+
+
+@dataclass(frozen=True, slots=True)
+class SavedInvitation:
+    """An invitation as the host keeps it."""
+
+    id: str
+    seats: int  # how many peers may use it
+    expires: int  # seconds since 1970
+    revoked: bool
+    label: str  # the host's own note
+    users: tuple[PeerId, ...]  # in the order in which they came
+
+
+class SeatBook:
+    """The host's state: a restart keeps seats, handovers, facts (texts by name) and invitations.
+
+    What seats and handovers hold is JSON, which the host reads and checks.
+
+    Args:
+        where: a file or a database's URL; `schema` is the name-space in it, one for each run.
+
+    Raises: Invalid for a damaged file, named; after `close`, every call raises Unavailable.
+    """
+
+    def __init__(self, where: str | Path, *, schema: str = "") -> None:
+        self._db = open_database(where, _SEAT_LAYOUT, schema=schema)
+
+    @property
+    def shown(self) -> str:
+        """What to call it in messages."""
+        return self._db.shown
+
+    def seats(self) -> dict[int, Any]:
+        """By stage. Raises: ValueError for what is no JSON, as `handovers` does."""
+        with self._db.read() as db:
+            rows = db.execute(select(_SEATS.c.stage, _SEATS.c.seat).order_by(_SEATS.c.stage)).all()
+        return {row.stage: json.loads(row.seat) for row in rows}
+
+    def save_seat(self, stage: int, seat: object) -> None:
+        row = {"stage": stage, "seat": json.dumps(seat)}
+        self._db.apply(lambda db: db.put(_SEATS, [row]))
+
+    def handovers(self) -> list[Any]:
+        """The seats of the past, in the order of their handovers."""
+        with self._db.read() as db:
+            rows = db.execute(select(_HANDOVERS.c.past).order_by(_HANDOVERS.c.number)).all()
+        return [json.loads(row.past) for row in rows]
+
+    def save_handover(self, number: int, past: object, stage: int, seat: object) -> None:
+        """`seat` is the successor's: both are kept, or neither. Saved again, nothing changes."""
+        rows = ({"number": number, "past": json.dumps(past)}, {"stage": stage, "seat": json.dumps(seat)})
+
+        def work(db: Transaction) -> None:
+            db.put(_HANDOVERS, rows[:1])
+            db.put(_SEATS, rows[1:])
+
+        self._db.apply(work)
+
+    def fact(self, name: str) -> str | None:
+        with self._db.read() as db:
+            value = db.execute(select(_FACTS.c.value).where(_FACTS.c.name == name)).scalar()
+        return None if value is None else str(value)
+
+    def save_fact(self, name: str, value: str) -> None:
+        self._db.apply(lambda db: db.put(_FACTS, [{"name": name, "value": value}]))
+
+    def save_invitation(self, id: str, seats: int, expires: int, label: str = "") -> None:
+        """Raises: Conflict when there is one of this id."""
+        row = {"id": id, "seats": seats, "expires": expires, "revoked": False, "label": label}
+        self._db.apply(lambda db: db.execute(insert(_INVITATIONS), row))
+
+    def revoke_invitation(self, id: str) -> None:
+        """Nobody new gets in with it. Raises: Missing when there is none of this id."""
+        statement = update(_INVITATIONS).where(_INVITATIONS.c.id == id).values(revoked=True)
+        revoked = statement.returning(_INVITATIONS.c.id)
+        if self._db.apply(lambda db: db.execute(revoked).first()) is None:
+            raise Missing(f"there is no invitation {id[:40]!r}")
+
+    def use_invitation(self, id: str, peer: PeerId, at: int) -> None:
+        """Count `peer` among its users; who is counted already may come again.
+
+        Never more users than seats, also where two processes are asked at once.
+
+        Args:
+            at: now, in seconds since 1970.
+
+        Raises: Missing when there is none of this id; Conflict when others use all its seats.
+        """
+
+        def work(db: Transaction) -> None:
+            known = _invitation(db, id)
+            if known is None:
+                raise Missing(f"there is no invitation {id[:40]!r}")
+            if peer in known.users:
+                return
+            if len(known.users) >= known.seats:
+                raise Conflict(f"all {known.seats} seats of this invitation are used")
+            db.execute(insert(_USES), {"invitation": id, "peer": peer, "at": at})
+
+        self._db.apply(work)
+
+    def invitation(self, id: str) -> SavedInvitation | None:
+        with self._db.read() as db:
+            return _invitation(db, id)
+
+    def invitations(self) -> list[SavedInvitation]:
+        """All; the first to expire comes first."""
+        query = select(_INVITATIONS.c.id).order_by(_INVITATIONS.c.expires, _INVITATIONS.c.id)
+        with self._db.read() as db:
+            found = [_invitation(db, row.id) for row in db.execute(query).all()]
+        return [invitation for invitation in found if invitation is not None]
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def _invitation(db: Transaction, id: str) -> SavedInvitation | None:
+    row = db.execute(select(_INVITATIONS).where(_INVITATIONS.c.id == id)).one_or_none()
+    if row is None:
+        return None
+    users = select(_USES.c.peer).where(_USES.c.invitation == id).order_by(_USES.c.at, _USES.c.peer)
+    return SavedInvitation(**row._mapping, users=tuple(PeerId(use.peer) for use in db.execute(users)))
