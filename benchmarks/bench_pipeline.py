@@ -123,8 +123,8 @@ async def run_stage(pipe: Connection, stage: int, seeds: list[bytes], warm: int,
     from tessera.models.trainer import StageTrainer
     from tessera.p2p.iroh_transport import IrohTransport
     from tessera.p2p.transport import PeerRecord
+    from tessera.training.book import ReceiptBook
     from tessera.training.protocols import PIPELINE
-    from tessera.training.receipts import ReceiptBook
     from tessera.training.session import Session
 
     described = manifest(warm + steps)

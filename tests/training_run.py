@@ -21,13 +21,14 @@ from tessera.core.ids import Account
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.p2p.calls import call
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock
+from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.host import RunHost, WorkerReport
 from tessera.training.keeper import Keeper
 from tessera.training.manifest import Manifest
 from tessera.training.pipeline import Pipeline
 from tessera.training.protocols import CONTROL, EPOCH, JOIN
-from tessera.training.receipts import Receipt, ReceiptBook
+from tessera.training.receipts import Receipt
 from tessera.training.roster import Roster, Seat, seat_binding
 from training_world import FakeBatches, FakeTrainer, Told, account_keys, all_receipts, peer_keys
 

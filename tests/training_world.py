@@ -19,9 +19,10 @@ from tessera.core.signing import AccountKey, PeerKey
 from tessera.models.config import CodecConfig, ModelConfig, ModelSpec
 from tessera.p2p.memory import MemoryNetwork, VirtualClock
 from tessera.p2p.transport import Stream
+from tessera.training.book import ReceiptBook
 from tessera.training.frames import Frame, Kind
 from tessera.training.manifest import Allocation, DataRecipe, Manifest, Part, Schedule
-from tessera.training.receipts import Direction, Receipt, ReceiptBook, expected_receipts
+from tessera.training.receipts import Direction, Receipt, expected_receipts
 from tessera.training.session import Batches, Session, Trainer
 
 LINK = "tessera/test-link/1"

@@ -24,12 +24,12 @@ from tessera.models.dataset import Dataset
 from tessera.models.presets import tiny_spec
 from tessera.p2p.blobs import BlobStore, serve_blobs
 from tessera.p2p.memory import MemoryNetwork, VirtualClock, run_virtual
+from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.epochs import compute_epoch
 from tessera.training.home import Home
 from tessera.training.host import RunHost, WorkerReport
 from tessera.training.manifest import DataRecipe, Manifest, Schedule
-from tessera.training.receipts import ReceiptBook
 from tessera.training.roster import Roster
 from tessera.training.rpc_link import serve_rpc
 from tessera.training.ticket import Ticket

@@ -11,9 +11,10 @@ from tessera.core.clock import FakeClock
 from tessera.core.errors import Invalid, Misbehaviour, Unavailable
 from tessera.core.merkle import fold, share_leaf
 from tessera.p2p.transport import PeerRecord
+from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.epochs import EpochLeaves, compute_epoch
-from tessera.training.receipts import Receipt, ReceiptBook, verified_tokens
+from tessera.training.receipts import Receipt, verified_tokens
 from tessera.training.ticket import Ticket
 from training_world import CREATOR, DATA_OWNER, account_keys, all_receipts, peer_keys, small_manifest
 

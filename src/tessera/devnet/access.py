@@ -19,10 +19,10 @@ from tessera.core.errors import Conflict, Missing, TesseraError, Unavailable
 from tessera.core.signing import PeerKey
 from tessera.devnet.ledger import open_ledger
 from tessera.p2p.iroh_transport import IrohTransport
+from tessera.training.book import ReceiptBook
 from tessera.training.epochs import EpochLeaves
 from tessera.training.home import Home, write_atomic
 from tessera.training.manifest import Manifest
-from tessera.training.receipts import ReceiptBook
 from tessera.training.roster import Roster, recall_run
 from tessera.training.rpc_link import peer_rpc
 from tessera.training.ticket import Ticket

@@ -17,9 +17,9 @@ from tessera.core.merkle import share_leaf
 from tessera.core.signing import AccountKey, recover_account
 from tessera.devnet.snapshot import RECENT_LIMIT, Payment
 from tessera.p2p.transport import Transport
+from tessera.training.book import ReceiptBook
 from tessera.training.epochs import EpochLeaves
 from tessera.training.keeper import known_leaves
-from tessera.training.receipts import ReceiptBook
 from tessera.training.roster import Roster
 
 __all__ = ["Books", "Figures"]

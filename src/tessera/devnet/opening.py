@@ -25,9 +25,9 @@ from tessera.models.config import ModelSpec
 from tessera.p2p.blobs import BlobStore, serve_blobs
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.p2p.transport import PeerRecord
+from tessera.training.book import ReceiptBook
 from tessera.training.home import Home, write_atomic
 from tessera.training.host import RunHost
-from tessera.training.receipts import ReceiptBook
 from tessera.training.rpc_link import serve_rpc
 from tessera.training.ticket import Ticket
 

@@ -14,9 +14,9 @@ from tessera.devnet.people import People
 from tessera.devnet.text import Text
 from tessera.p2p.blobs import BlobStore
 from tessera.p2p.transport import Transport
+from tessera.training.book import ReceiptBook
 from tessera.training.host import RunHost
 from tessera.training.manifest import Manifest
-from tessera.training.receipts import ReceiptBook
 from tessera.training.roster import Roster, remember_run
 
 __all__ = ["Run"]

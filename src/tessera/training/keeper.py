@@ -27,10 +27,11 @@ from tessera.core.merkle import share_leaf
 from tessera.core.signing import AccountKey, recover_account
 from tessera.p2p.calls import call, serve_calls
 from tessera.p2p.transport import Transport
+from tessera.training.book import ReceiptBook
 from tessera.training.epochs import EpochLeaves, compute_epoch
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import CALL_S, EPOCH, SMALL
-from tessera.training.receipts import Receipt, ReceiptBook, expected_receipts, verified_tokens
+from tessera.training.receipts import Receipt, expected_receipts, verified_tokens
 from tessera.training.roster import Roster
 
 __all__ = ["Keeper", "known_leaves"]

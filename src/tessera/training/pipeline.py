@@ -27,10 +27,10 @@ from tessera.core.ids import PeerId
 from tessera.core.signing import PeerKey
 from tessera.p2p.calls import call, serve_calls
 from tessera.p2p.transport import Stream, Transport
+from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import CALL_S, CONTROL, PIPELINE, SMALL, WORK_S
-from tessera.training.receipts import ReceiptBook
 from tessera.training.roster import Roster
 from tessera.training.session import Batches, Session, Trainer
 

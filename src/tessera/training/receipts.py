@@ -6,18 +6,16 @@ own optimiser step, what it received from him. A step's tokens are verified when
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from tessera.core import encoding
-from tessera.core.errors import Invalid, Misbehaviour, Unavailable
+from tessera.core.errors import Invalid, Misbehaviour
 from tessera.core.ids import PeerId, RunId, parse_peer_id
 from tessera.core.signing import PeerKey, verify_peer
 
-__all__ = ["Direction", "Receipt", "ReceiptBook", "expected_receipts", "verified_tokens"]
+__all__ = ["Direction", "Receipt", "expected_receipts", "verified_tokens"]
 
 Direction = Literal["forward", "backward"]
 DOMAIN = "receipt"
@@ -118,66 +116,6 @@ def verified_tokens(
         complete = sum(all((step, worker, d, signer) in signed for d, signer in pairs) for step in steps)
         totals.append(complete * tokens_per_step if pairs else 0)
     return totals
-
-
-class ReceiptBook:
-    """The receipts that this worker holds, on disk: for his own work, and those that he signed for his neighbours.
-
-    The first receipt for a (step, worker, direction) stays: steps that are trained again pay nothing twice.
-
-    Written from the event loop: a commit takes well under a millisecond (WAL; a killed process loses nothing, a power
-    cut at most the last steps, which are then replayed from the checkpoint and signed again).
-    """
-
-    def __init__(self, file: Path) -> None:
-        try:
-            self._connection: sqlite3.Connection | None = sqlite3.connect(
-                file, isolation_level=None, check_same_thread=False
-            )
-            self._db.execute("pragma journal_mode=wal")
-            self._db.execute("pragma synchronous=normal")
-            self._db.executescript(
-                """create table if not exists receipts(
-                     step integer, worker text, signer text, direction text,
-                     tokens integer, digest text, signature text,
-                     primary key(step, worker, direction)) without rowid;
-                   create table if not exists epochs(epoch integer primary key, leaves text not null);"""
-            )
-        except sqlite3.DatabaseError as error:
-            raise Invalid(f"{file} is damaged ({error}): restore it from your backup, or move it away") from error
-
-    def add(self, receipts: Iterable[Receipt]) -> None:
-        """All of them or, when the disk fails, none."""
-        rows = [tuple(receipt.to_row()) for receipt in receipts]
-        with self._db:  # commits, or rolls back
-            self._db.execute("begin")
-            self._db.executemany("insert or ignore into receipts values(?,?,?,?,?,?,?)", rows)
-
-    def of_steps(self, run_id: RunId, steps: range) -> list[Receipt]:
-        rows = self._db.execute(
-            "select * from receipts where step >= ? and step < ? order by step, worker, direction",
-            (steps.start, steps.stop),
-        )
-        return [Receipt.from_row(run_id, list(row)) for row in rows]
-
-    def save_epoch(self, epoch: int, leaves: str) -> None:
-        self._db.execute("insert or replace into epochs values(?, ?)", (epoch, leaves))
-
-    def epoch(self, epoch: int) -> str | None:
-        row = self._db.execute("select leaves from epochs where epoch = ?", (epoch,)).fetchone()
-        return None if row is None else str(row[0])
-
-    def close(self) -> None:
-        """Let go of the file. Whoever asks afterwards, a peer perhaps, hears `Unavailable`."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    @property
-    def _db(self) -> sqlite3.Connection:
-        if self._connection is None:
-            raise Unavailable("the receipt book is closed: this worker is leaving")
-        return self._connection
 
 
 def _hex(text: object, size: int) -> bytes:

@@ -25,9 +25,10 @@ from tessera.core.errors import Invalid, Late, Misbehaviour, TesseraError, Unava
 from tessera.core.ids import PeerId
 from tessera.core.signing import PeerKey
 from tessera.p2p.transport import Stream
+from tessera.training.book import ReceiptBook
 from tessera.training.frames import RECEIPT_BYTES, Frame, Kind
 from tessera.training.manifest import Manifest
-from tessera.training.receipts import Direction, Receipt, ReceiptBook
+from tessera.training.receipts import Direction, Receipt
 
 __all__ = ["Batches", "Link", "Session", "SessionEvents", "Trainer"]
 

@@ -26,6 +26,7 @@ from tessera.models.trainer import StageTrainer
 from tessera.p2p.blobs import BlobStore, fetch, serve_blobs
 from tessera.p2p.calls import call
 from tessera.p2p.transport import PeerRecord, Transport
+from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.contract import check_share
 from tessera.training.data import NamedBatches
@@ -34,7 +35,6 @@ from tessera.training.keeper import Keeper
 from tessera.training.manifest import MANIFEST_LIMIT, Manifest, load_manifest
 from tessera.training.pipeline import Pipeline
 from tessera.training.protocols import CALL_S, JOIN, RUN, SMALL
-from tessera.training.receipts import ReceiptBook
 from tessera.training.roster import Roster, recall_run, remember_run, seat_binding
 from tessera.training.rpc_link import peer_rpc
 from tessera.training.ticket import Ticket
