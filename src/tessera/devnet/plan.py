@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,6 +19,8 @@ __all__ = ["UpConfig", "make_manifest"]
 
 EPOCHS = 4  # payout periods in a run
 EVALUATIONS = 10  # validation points on the curve
+MAX_RELAYS = 8  # as many as an invitation names
+MAX_OWN_WORKERS = 64  # more stages than a model has
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,17 @@ class UpConfig:
     codec: Kind = "codec"
     host: str = "127.0.0.1"  # address that page, gateway and JSON-RPC listen on
     port: int = 8402  # page and gateway; JSON-RPC one above; peers on UDP of the same number; 0 = any free ones
-    seats: int = 0  # stages left to others who join by ticket
+    seats: int = 0  # stages left to others who join by invitation
     chain_url: str | None = None  # JSON-RPC of an EVM network; None = the embedded chain
     once: bool = False  # end after one round of payments
     requests: int = 6  # paid requests of the first buyer
     price_units: int = 10_000  # of the coin's smallest unit, for each request: 0.01 tUSD
     name: str = "tessera-py"
     bind: str = ""  # address of the peer link; "" = loopback, or every address when seats are open
+    manifest: Path | None = None  # run this manifest instead of the preset; its stages, steps and data then count
+    relays: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # URL and token ("" = none), best first
+    database: str = field(default="", repr=False)  # URL of every table; "" = SQLite files in the state directory
+    own_workers: int | None = None  # worker processes started here; None = every stage that is no open seat
 
     def __post_init__(self) -> None:
         if not 0 <= self.seats <= self.stages:
@@ -47,6 +53,29 @@ class UpConfig:
             raise Invalid(f"a run needs at least 2 stages, not {self.stages}: only a neighbour can sign receipts")
         if self.steps < 0 or not 0 <= self.port <= 65_534:
             raise Invalid(f"steps {self.steps} and port {self.port} must be in range")
+        if self.own_workers is not None and not 0 <= self.own_workers <= MAX_OWN_WORKERS:
+            raise Invalid(f"{self.own_workers} own workers: 0 to {MAX_OWN_WORKERS} expected")
+        if self.own_workers is not None and self.manifest is None and self.own_workers > self.stages:
+            raise Invalid(f"{self.own_workers} own workers of {self.stages} stages")
+        self._check_manifest()
+        self._check_relays()
+        if self.database and "://" not in self.database:  # it may hold a password: not shown
+            raise Invalid("a database is a URL such as postgresql://user@host/name or sqlite:////path/to/file")
+
+    def _check_manifest(self) -> None:
+        if self.manifest is None:
+            return
+        if self.data is not None:
+            raise Invalid("give either data or a manifest: a manifest names its own data sets")
+        if not self.manifest.is_file():
+            raise Invalid(f"no manifest at {self.manifest}")
+
+    def _check_relays(self) -> None:
+        if len(self.relays) > MAX_RELAYS:
+            raise Invalid(f"{len(self.relays)} relays, at most {MAX_RELAYS} expected")
+        for url, _ in self.relays:
+            if not url.startswith(("http://", "https://")):
+                raise Invalid(f"a relay is a URL such as https://relay.example, not {url[:60]!r}")
 
 
 def make_manifest(config: UpConfig, text: Text, *, chain_id: int, data_owner: Account, creator: Account) -> Manifest:
