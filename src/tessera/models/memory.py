@@ -1,20 +1,218 @@
-"""Memory: how much is free here. No torch, so that it can be asked before anything heavy is loaded."""
+"""Memory: what a stage in training needs, and how much is free here. No torch: it is asked before anything is built.
+
+What is needed follows from shapes, as the trainer, the optimiser and autograd keep them (`tests/exact/
+test_models_memory_peak.py` compares it with what processes really take). In-flight microbatches weigh most: each keeps
+the whole graph of its forward, unless the stage recomputes it in the backward and keeps codes only.
+
+Legend: D width, KV of keys and of values, F feed-forward width, V vocabulary, k code width; numbers for each token.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-__all__ = ["free_ram_bytes"]
+from tessera.core.errors import Invalid
+from tessera.models.config import ModelSpec
 
+__all__ = ["MemoryNeed", "estimate_memory", "fit_memory", "free_ram_bytes", "parameter_shapes"]
+
+FLOAT = 4  # bytes; parameters, gradients and the optimiser's state are float32 whatever the products take
+LOW = 2  # bytes of bfloat16
 CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT = 2**60  # bytes; version 1 says "no limit" with a number near 2^63
 _FILES = {  # version: limit, use, and which of the use is file cache that would be dropped
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Bytes that one stage takes at its peak, by what for."""
+
+    fixed: int  # parameters, what the optimiser remembers, tables that are not trained
+    gradients: int
+    in_flight: int  # graphs or codes of the microbatches between forward and backward
+    work: int  # of one forward and backward, for a moment
+    step: int  # of the optimiser's step, when nothing is in flight
+    checkpoint: int  # of writing one, in RAM, when nothing is in flight
+    messages: int  # waiting on the links, in RAM
+
+    @property
+    def device(self) -> int:
+        """On the device that computes, when that is not the processor."""
+        return self.fixed + self.gradients + max(self.in_flight + self.work, self.step)
+
+    @property
+    def host(self) -> int:
+        """In RAM beside such a device."""
+        return self.messages + self.checkpoint + self.checkpoint // 2
+
+    @property
+    def together(self) -> int:
+        """In RAM, when the processor computes."""
+        return max(self.device, self.fixed + self.checkpoint) + self.messages
+
+
+def estimate_memory(
+    spec: ModelSpec,
+    stage: int,
+    *,
+    sequences: int,
+    length: int,
+    microbatches: int,
+    recompute: bool = False,
+    ranks: int = 1,
+    shard: bool = False,
+) -> MemoryNeed:
+    """What training `stage` takes, for microbatches of `sequences` × `length` tokens.
+
+    Args:
+        recompute: keep codes in flight, not graphs.
+        ranks: devices that split a microbatch's sequences among them; the need is that of one.
+        shard: they also split parameters, gradients and the optimiser's state.
+
+    Raises: Invalid: no such stage.
+    """
+    shapes = parameter_shapes(spec, stage)
+    hidden = {name: shape for name, shape in shapes.items() if name.startswith("hidden.")}
+    count, matrices = _count(shapes), _count(hidden)
+    state = FLOAT * (2 * matrices + 3 * (count - matrices))  # Muon keeps one number for each, AdamW two
+    groups = _groups(spec, hidden)
+    parts = ranks if shard else 1
+    tokens = -(-sequences // ranks) * length
+    depth = min(microbatches, spec.stages + 1)
+    graph = tokens * _graph_bytes(spec, stage) + _copies_bytes(spec, stage, matrices)
+    codes = sequences * length * (spec.message_bytes_per_token() + 8)
+    last = stage == spec.stages - 1  # its backward follows at once: nothing stays in flight
+    return MemoryNeed(
+        fixed=state // parts + _tables_bytes(spec, stage),
+        gradients=FLOAT * count // parts,
+        in_flight=0 if last else depth * (codes if recompute else codes + graph),
+        work=tokens * _work_bytes(spec, stage) + (graph if last or recompute else 0) + (count * FLOAT if shard else 0),
+        step=FLOAT * matrices // parts + 3 * FLOAT * max(groups.values(), default=0),
+        checkpoint=2 * state,
+        messages=4 * depth * codes,
+    )
+
+
+def fit_memory(need_of: dict[bool, MemoryNeed], device: str, *, device_free: int, ram_free: int) -> bool:
+    """Whether the stage has to recompute to fit: `need_of[recompute]` against what is free.
+
+    Raises: Invalid, naming what is needed and what is there, when it fits neither way.
+    """
+    on_cpu = device == "cpu"
+    for recompute in (False, True):
+        need = need_of[recompute]
+        if (need.together <= ram_free) if on_cpu else (need.device <= device_free and need.host <= ram_free):
+            return recompute
+    need = need_of[True]
+    if on_cpu or need.host > ram_free:
+        what, wanted, have = "RAM", need.together if on_cpu else need.host, ram_free
+    else:
+        what, wanted, have = f"memory on {device}", need.device, device_free
+    raise Invalid(
+        f"this stage needs {_mib(wanted)} of {what}, {_mib(have)} are free: close other programs, raise the memory "
+        "limit, take a smaller stage, or several devices (torchrun)",
+        need_bytes=wanted,
+        have_bytes=have,
+    )
+
+
+def parameter_shapes(spec: ModelSpec, stage: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stage's parameters; hidden matrices are `hidden.<layer>.<name>`, as the optimiser groups them.
+
+    Raises: Invalid: no such stage.
+    """
+    if not 0 <= stage < spec.stages:
+        raise Invalid(f"stage {stage} does not exist: the model has {spec.stages}, counted from 0")
+    m, k, last = spec.model, spec.codec.k, stage == spec.stages - 1
+    d, kv = m.width, m.kv_heads * m.head_dim
+    rows = k if spec.codec.kind == "reparam" and not last else d
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in spec.cuts()[stage]:
+        shapes |= {f"hidden.{i}.qkv": (d + 2 * kv, d), f"hidden.{i}.out": (rows, d)}
+        shapes |= {f"hidden.{i}.gate_up": (2 * m.ffn, d), f"hidden.{i}.down": (rows, m.ffn)}
+        shapes |= {f"gains.{i}": (2 * d + 2 * m.head_dim * m.qk_norm,)}
+    if spec.codec.kind == "codec" or stage == 0:
+        shapes["table"] = (m.vocab_size, k if spec.codec.kind == "reparam" else d)
+        if spec.codec.kind != "reparam" and spec.codec.conv:
+            shapes["taps"] = (3, d)
+    if spec.codec.kind == "codec":
+        shapes |= {"decode": (d, k)} if stage > 0 else {}
+        shapes |= {"encode": (k, d)} if not last else {}
+    return shapes | ({"head": (m.vocab_size, d), "head_gain": (d,)} if last else {})
+
+
+def _groups(spec: ModelSpec, hidden: dict[str, tuple[int, ...]]) -> dict[tuple[int, int], int]:
+    """Numbers in the matrices that Muon turns together: those of one shape, fused ones split."""
+    m = spec.model
+    kv = m.kv_heads * m.head_dim
+    rows = {"qkv": (m.width, kv, kv), "gate_up": (m.ffn, m.ffn)}
+    groups: dict[tuple[int, int], int] = {}
+    for name, (height, width) in ((n, (s[0], s[1])) for n, s in hidden.items()):
+        for part in rows.get(name.rpartition(".")[2], (height,)):
+            shape = (min(part, width), max(part, width))
+            groups[shape] = groups.get(shape, 0) + part * width
+    return groups
+
+
+def _graph_bytes(spec: ModelSpec, stage: int) -> int:
+    """What autograd keeps of one token's forward through the stage."""
+    m, kind, k = spec.model, spec.codec.kind, spec.codec.k
+    low, last = m.compute == "bfloat16", stage == spec.stages - 1
+    product = LOW if low else FLOAT  # of what enters a matrix product
+    d, kv, heads = m.width, m.kv_heads * m.head_dim, m.heads + m.kv_heads
+    norms = 2 * d + heads + 2
+    turned = 2 * (d + kv) if m.qk_norm else d + kv
+    spread = kv if m.heads == m.kv_heads else 2 * d  # keys and values, repeated for each group of heads
+    attention = turned + spread + d + m.heads
+    layer = FLOAT * (norms + attention + 2 * m.ffn) + product * (2 * d + m.ffn) + (LOW * d if low else 0)
+    if kind == "reparam" and not last:
+        layer += 2 * product * k
+    ends = FLOAT * d if kind == "codec" and spec.codec.conv else 0
+    ends += product * ((k if stage > 0 else 0) + (0 if last else d)) if kind != "dense" else 0
+    if last:
+        ends += FLOAT * d + product * d + FLOAT * m.vocab_size
+    return len(spec.cuts()[stage]) * layer + ends + 16
+
+
+def _work_bytes(spec: ModelSpec, stage: int) -> int:
+    """What one token's forward and backward hold for a moment: around SwiGLU, or around the logits."""
+    m = spec.model
+    work = FLOAT * (5 * m.ffn + 3 * m.width)
+    if stage == spec.stages - 1:  # logits, and the gradients of the loss and of the softmax
+        work = max(work, FLOAT * (3 * m.vocab_size + m.width) + (LOW * m.vocab_size if m.compute == "bfloat16" else 0))
+    return work
+
+
+def _copies_bytes(spec: ModelSpec, stage: int, matrices: int) -> int:
+    """bfloat16 copies of the matrices, head included, which every graph keeps for its backward."""
+    if spec.model.compute != "bfloat16":
+        return 0
+    return LOW * (matrices + (spec.model.vocab_size * spec.model.width if stage == spec.stages - 1 else 0))
+
+
+def _tables_bytes(spec: ModelSpec, stage: int) -> int:
+    """What is known and not trained: rotations, and a reparametrised model's table and basis."""
+    m = spec.model
+    tables = FLOAT * m.context * m.head_dim
+    if spec.codec.kind == "reparam":
+        tables += FLOAT * (m.vocab_size * m.width + m.width * spec.codec.k * (1 + len(spec.cuts()[stage])))
+    return tables
+
+
+def _count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
 
 
 def free_ram_bytes() -> int:
