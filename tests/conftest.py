@@ -3,6 +3,7 @@
 - anyio runs on asyncio, the only backend that the p2p engine supports.
 - Hypothesis draws the same examples every time, and has no deadline: pytest's own is enough.
 - `golden` compares a value with a recorded file; `make golden` rewrites the files.
+- `database_url` is an empty database, of each kind in turn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from database_urls import database_url, postgres_server, postgres_url  # noqa: F401
 
 settings.register_profile("tessera", derandomize=True, deadline=None, database=None)
 settings.load_profile("tessera")

@@ -1,43 +1,65 @@
-"""The indexer: a fold over a share contract's events and its coin's transfers, into SQLite.
+"""The indexer: a fold over a share contract's events and its coin's transfers, into tables.
 
 Two pure reducers, one for each contract, turn a log into facts; `ShareIndex` stores facts and running totals in one
 transaction with the block that they reach, so that it can stop anywhere and go on. Pages and tests read the same
 tables, and every number leads to the transaction that proves it.
 
-Invariant: totals = sums of facts; a block's facts are stored once. The file holds nothing that the chain does not: it
-can be deleted and built again.
+Invariant: totals = sums of facts; a block's facts are stored once, also where several processes read into one database.
+The tables hold nothing that the chain does not: they can be deleted and built again.
 """
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from sqlalchemy import BigInteger, Column, Index, MetaData, String, Table, desc, func, select, update
+
 from tessera.chain.faces import Coin, ModelShare
 from tessera.chain.types import Chain, Log
-from tessera.core.errors import Conflict, Invalid, Missing
+from tessera.core.errors import Invalid, Missing
 from tessera.core.ids import Account, parse_account
+from tessera.storage.database import Transaction, open_database
+from tessera.storage.layout import Layout
+from tessera.storage.location import MEMORY
 
 __all__ = ["Fact", "Kind", "ShareIndex", "coin_facts", "share_facts"]
 
 Kind = Literal["posted", "redeemed", "received", "sent", "distributed", "claimed", "paid"]
 
 CHUNK_BLOCKS = 5_000  # in one transaction
-_SCHEMA = """
-create table if not exists meta(name text primary key, value text not null) without rowid;
-create table if not exists facts(
-    block integer not null, log_index integer not null, part integer not null, kind text not null,
-    account text not null, amount text not null, epoch integer, tx_hash text not null,
-    primary key(block, log_index, part)
-) without rowid;
-create table if not exists totals(
-    kind text not null, account text not null, amount text not null, primary key(kind, account)
-) without rowid;
-create index if not exists facts_of on facts(kind, account, block);
-"""
+
+_TABLES = MetaData()
+_META = Table("index_meta", _TABLES, Column("name", String, primary_key=True), Column("value", String, nullable=False))
+_FACTS = Table(
+    "index_facts",
+    _TABLES,
+    Column("block", BigInteger, primary_key=True, autoincrement=False),
+    Column("log_index", BigInteger, primary_key=True, autoincrement=False),
+    Column("part", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", String, nullable=False),
+    Column("account", String, nullable=False),
+    Column("amount", String, nullable=False),  # decimal: up to 2^256
+    Column("epoch", BigInteger),
+    Column("tx_hash", String, nullable=False),
+    sqlite_with_rowid=False,
+)
+_NEWEST = (_FACTS.c.block, _FACTS.c.log_index, _FACTS.c.part)  # ascending: an index is read backwards as well
+Index("index_facts_by_kind", _FACTS.c.kind, *_NEWEST)
+Index("index_facts_by_account", _FACTS.c.account, *_NEWEST)
+_TOTALS = Table(
+    "index_totals",
+    _TABLES,
+    Column("kind", String, primary_key=True),
+    Column("account", String, primary_key=True),
+    Column("amount", String, nullable=False),  # decimal
+    sqlite_with_rowid=False,
+)
+_LAYOUT = Layout("share_index", _TABLES, remedy="delete it, it is built again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,34 +113,33 @@ class ShareIndex:
     """Facts and totals of one share contract.
 
     Args:
-        path: the file, made when missing; None keeps it in memory.
+        where: a file, made when missing, or a database's URL; None keeps it in memory.
+        schema: the name-space in a shared database, one for each contract.
         from_block: where the contract begins.
         confirmations: blocks that must lie above one before it is read, where a network may take blocks back.
 
-    Raises: `Invalid` for a file that is damaged or indexes another contract; `Conflict` while another process has it.
+    Raises: `Invalid` for a file that is damaged or indexes another contract; `Conflict` while it is locked.
     """
 
     def __init__(
         self,
-        path: Path | None,
+        where: str | Path | None,
         chain: Chain,
         share: Account,
         coin: Account,
         *,
+        schema: str = "",
         from_block: int = 0,
         confirmations: int = 0,
     ) -> None:
         self._chain, self._share, self._coin = chain, parse_account(share), parse_account(coin)
         self._confirmations = confirmations
-        self._where = str(path or "memory")
+        self._db = open_database(where or MEMORY, _LAYOUT, schema=schema)
         try:
-            self._db = sqlite3.connect(path or ":memory:", timeout=0, isolation_level=None)
-            self._db.execute("pragma journal_mode = wal")
-            self._db.execute("pragma synchronous = normal")  # what a power cut takes is read again
-            self._db.executescript(_SCHEMA)
-            self._begin(from_block)
-        except sqlite3.Error as error:
-            raise self._translated(error) from error
+            self._db.apply(lambda db: self._begin(db, from_block))
+        except BaseException:
+            self._db.close()
+            raise
 
     async def update(self) -> int:
         """Read on to the chain's present end; returns the last block read.  Cost: two log queries a 5,000 blocks."""
@@ -129,28 +150,32 @@ class ShareIndex:
             facts = [fact for log in await self._chain.logs(self._share, [], first, last) for fact in share_facts(log)]
             for log in await self._chain.logs(self._coin, topics, first, last):
                 facts += coin_facts(log, self._share)
-            self._store(facts, first, last)
+            self._db.apply(partial(_store, facts=facts, first=first, last=last))
         return self.last_block
 
     @property
     def last_block(self) -> int:
         """The last block whose facts are stored."""
-        return int(self._meta("last_block"))
+        with self._db.read() as db:
+            return _last_block(db)
 
     def facts(self, kind: Kind | None = None, account: Account | None = None, *, limit: int = 1_000) -> list[Fact]:
         """The newest first."""
-        rows = self._db.execute(
-            "select kind, account, amount, epoch, block, log_index, tx_hash from facts"
-            " where (?1 is null or kind = ?1) and (?2 is null or account = ?2)"
-            " order by block desc, log_index desc, part desc limit ?3",
-            (kind, account, limit),
-        )
-        return [Fact(kind_, who, int(amount), *rest) for kind_, who, amount, *rest in rows]
+        f = _FACTS.c
+        query = select(f.kind, f.account, f.amount, f.epoch, f.block, f.log_index, f.tx_hash)
+        if kind is not None:
+            query = query.where(f.kind == kind)
+        if account is not None:
+            query = query.where(f.account == account)
+        query = query.order_by(*(desc(column) for column in _NEWEST)).limit(limit)
+        with self._db.read() as db:
+            rows = db.execute(query).all()
+        return [Fact(**(row._asdict() | {"amount": int(row.amount)})) for row in rows]
 
     def by_account(self, kind: Kind) -> dict[Account, int]:
         """Totals of one kind: `by_account("claimed")`, `by_account("paid")`."""
-        rows = self._db.execute("select account, amount from totals where kind = ? order by account", (kind,))
-        return {Account(account): int(amount) for account, amount in rows}
+        with self._db.read() as db:
+            return _by_account(db, kind)
 
     def total(self, kind: Kind) -> int:
         """The sum over all accounts: `total("paid")` is the revenue."""
@@ -158,66 +183,77 @@ class ShareIndex:
 
     def count(self, kind: Kind) -> int:
         """How many facts of one kind: `count("paid")` is the number of payments."""
-        return int(self._db.execute("select count(*) from facts where kind = ?", (kind,)).fetchone()[0])
+        with self._db.read() as db:
+            return int(db.execute(select(func.count()).where(_FACTS.c.kind == kind)).scalar_one())
 
     def balances(self) -> dict[Account, int]:
         """Shares in hand: redeemed + received - sent."""
-        redeemed, received, sent = (self.by_account(kind) for kind in ("redeemed", "received", "sent"))
+        with self._db.read() as db:
+            redeemed, received, sent = (_by_account(db, kind) for kind in ("redeemed", "received", "sent"))
         holders = sorted({*redeemed, *received})
         return {who: redeemed.get(who, 0) + received.get(who, 0) - sent.get(who, 0) for who in holders}
 
     def posted(self) -> dict[int, int]:
         """Shares by epoch."""
-        rows = self._db.execute("select epoch, amount from facts where kind = 'posted' order by epoch")
-        return {epoch: int(amount) for epoch, amount in rows}
+        query = select(_FACTS.c.epoch, _FACTS.c.amount).where(_FACTS.c.kind == "posted").order_by(_FACTS.c.epoch)
+        with self._db.read() as db:
+            return {row.epoch: int(row.amount) for row in db.execute(query)}
 
     def close(self) -> None:
         self._db.close()
 
-    def _begin(self, from_block: int) -> None:
-        for name, value in (("share", self._share), ("coin", self._coin), ("last_block", str(from_block - 1))):
-            self._db.execute("insert or ignore into meta values(?, ?)", (name, value))
-        for name, value in (("share", self._share), ("coin", self._coin)):
-            if self._meta(name) != value:
-                raise Invalid(f"{self._where} indexes another {name}: {self._meta(name)}, expected {value}")
+    def _begin(self, db: Transaction, from_block: int) -> None:
+        facts = {"share": self._share, "coin": self._coin, "last_block": str(from_block - 1)}
+        db.add(_META, [{"name": name, "value": value} for name, value in facts.items()])
+        for name in ("share", "coin"):
+            if (stored := _meta(db, name)) != facts[name]:
+                raise Invalid(f"{self._db.shown} indexes another {name}: {stored}, expected {facts[name]}")
 
-    def _meta(self, name: str) -> str:
-        row = self._db.execute("select value from meta where name = ?", (name,)).fetchone()
-        if row is None:
-            raise Missing(f"the index has no {name}")
-        return str(row[0])
 
-    def _store(self, facts: Iterable[Fact], first: int, last: int) -> None:
-        """All facts of blocks `first` to `last`, or nothing."""
-        try:
-            self._db.execute("begin immediate")
-            if self.last_block != first - 1:
-                raise Conflict(f"somebody else reads into this index: it is at block {self.last_block}")
-            for part, fact in enumerate(facts):
-                self._insert(part, fact)
-            self._db.execute("update meta set value = ? where name = 'last_block'", (str(last),))
-            self._db.execute("commit")
-        except BaseException as error:
-            if self._db.in_transaction:
-                self._db.execute("rollback")
-            if isinstance(error, sqlite3.Error):
-                raise self._translated(error) from error
-            raise
-
-    def _insert(self, part: int, fact: Fact) -> None:
-        row = (fact.block, fact.log_index, part, fact.kind, fact.account, str(fact.amount), fact.epoch, fact.tx_hash)
-        self._db.execute("insert into facts values(?, ?, ?, ?, ?, ?, ?, ?)", row)
-        before = self._db.execute(
-            "select amount from totals where kind = ? and account = ?", (fact.kind, fact.account)
-        ).fetchone()
-        amount = str(fact.amount + (int(before[0]) if before else 0))
-        self._db.execute("insert or replace into totals values(?, ?, ?)", (fact.kind, fact.account, amount))
-
-    def _translated(self, error: sqlite3.Error) -> Invalid | Conflict:
-        if "locked" in str(error):
-            return Conflict(f"another process writes the index {self._where}")
-        return Invalid(f"the index {self._where} is damaged: delete it, it is built again ({error})")
+def _store(db: Transaction, facts: Sequence[Fact], first: int, last: int) -> None:
+    """All facts of blocks `first` to `last`; or nothing, when another process has read them meanwhile."""
+    if _last_block(db) != first - 1:
+        return
+    added = Counter[tuple[str, str]]()
+    for fact in facts:
+        added[fact.kind, fact.account] += fact.amount
+    before = {
+        (kind, account): n for kind in {kind for kind, _ in added} for account, n in _by_account(db, kind).items()
+    }
+    changed = ((kind, who, str(before.get((kind, Account(who)), 0) + n)) for (kind, who), n in added.items())
+    db.put(_TOTALS, [{"kind": kind, "account": who, "amount": amount} for kind, who, amount in changed])
+    db.add(_FACTS, [_row(part, fact) for part, fact in enumerate(facts)])
+    db.execute(update(_META).where(_META.c.name == "last_block").values(value=str(last)))
 
 
 def _fact(log: Log, kind: Kind, account: str, amount: int, epoch: int | None = None) -> Fact:
     return Fact(kind, account, amount, epoch, log.block_number, log.log_index, log.tx_hash)
+
+
+def _row(part: int, fact: Fact) -> dict[str, object]:
+    return {
+        "block": fact.block,
+        "log_index": fact.log_index,
+        "part": part,
+        "kind": fact.kind,
+        "account": fact.account,
+        "amount": str(fact.amount),
+        "epoch": fact.epoch,
+        "tx_hash": fact.tx_hash,
+    }
+
+
+def _by_account(db: Transaction, kind: str) -> dict[Account, int]:
+    query = select(_TOTALS.c.account, _TOTALS.c.amount).where(_TOTALS.c.kind == kind).order_by(_TOTALS.c.account)
+    return {Account(row.account): int(row.amount) for row in db.execute(query)}
+
+
+def _last_block(db: Transaction) -> int:
+    return int(_meta(db, "last_block"))
+
+
+def _meta(db: Transaction, name: str) -> str:
+    value = db.execute(select(_META.c.value).where(_META.c.name == name)).scalar()
+    if value is None:
+        raise Missing(f"the index has no {name}")
+    return str(value)

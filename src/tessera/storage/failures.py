@@ -1,7 +1,7 @@
 """What a database's failure means to its caller: drivers' errors become ours.
 
     locked, or changed by somebody else      Conflict      read again, then retry
-    damaged, or not a database               Invalid       restore the backup
+    damaged, or not a database               Invalid       restore the backup, or whatever `remedy` says
     disk full, read only, connection lost    Unavailable   ask again later
 
 Invariant: a message names the database, never its password, and holds no row's values.
@@ -45,25 +45,28 @@ _POSTGRES = {  # by SQLSTATE or its class, the longest that fits
     "XX": (Invalid, "it is damaged: restore it from your backup"),
 }
 
+_REFUSALS = ("authentication failed", "no password supplied", "does not exist", "invalid connection option")  # libpq
+# gives no SQLSTATE for a connection that failed; a server that speaks another language is met with `Unavailable`.
+
 
 def is_race(error: Exception) -> bool:
     """Whether two transactions crossed, so that running this one again may succeed."""
     return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in RACES
 
 
-def translated(error: SQLAlchemyError, location: Location) -> TesseraError:
+def translated(error: SQLAlchemyError, location: Location, remedy: str) -> TesseraError:
     """The error of ours that says what to do about `error`."""
     if isinstance(error, PoolTimeout):
         return Unavailable(f"{location.shown} is busy: all of this process's connections are in use")
     original = error.orig if isinstance(error, DBAPIError) else None
     if isinstance(original, sqlite3.Error):
-        return _of_sqlite(original, location)
+        return _of_sqlite(original, location, remedy)
     if original is not None:
         return _of_postgres(original, location)
     return Invalid(f"{location.shown}: {location.hide(str(error))[:300]}")
 
 
-def _of_sqlite(error: sqlite3.Error, location: Location) -> TesseraError:
+def _of_sqlite(error: sqlite3.Error, location: Location, remedy: str) -> TesseraError:
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest tells kinds of one class apart
     if code in _SQLITE_LOCKED:
         return Conflict(f"another process writes {location.shown}")
@@ -71,7 +74,7 @@ def _of_sqlite(error: sqlite3.Error, location: Location) -> TesseraError:
         return Conflict(f"{location.shown}: somebody else wrote this first")
     if code in _SQLITE_TROUBLE:
         return Unavailable(f"{location.shown}: {_SQLITE_TROUBLE[code]} ({error})")
-    return Invalid(f"{location.shown} is damaged ({error}): restore it from your backup, or move it away")
+    return Invalid(f"{location.shown} is damaged ({error}): {remedy}")
 
 
 def _of_postgres(error: BaseException, location: Location) -> TesseraError:
@@ -82,9 +85,9 @@ def _of_postgres(error: BaseException, location: Location) -> TesseraError:
             return cls(f"{location.shown}: {meaning} ({_told(error, location)})")
     if not state:  # the server did not answer, or not as a PostgreSQL server does
         told = _told(error, location)
-        if "password authentication failed" in told or "no password supplied" in told:
-            return Invalid(f"{location.shown}: {_POSTGRES['28'][1]}")
-        return Unavailable(f"{location.shown} cannot be reached: {told}")
+        hopeless = any(sign in told for sign in _REFUSALS)
+        cls = Invalid if hopeless else Unavailable
+        return cls(f"{location.shown} cannot be reached: {told}" + ("; correct the URL" if hopeless else ""))
     return Invalid(f"{location.shown}: {_told(error, location)}")
 
 

@@ -30,12 +30,14 @@ class Layout:
     Args:
         name: one for each component; table names must differ between layouts that share a name-space.
         tables: as they are in the newest version.
+        remedy: what to do about a damaged file.
         migrations: the n-th (from 1) takes version n to n + 1, with statements that both dialects understand, or two.
     """
 
     name: str
     tables: MetaData
     migrations: tuple[Migration, ...] = ()
+    remedy: str = "restore it from your backup, or move it away"
 
     @property
     def version(self) -> int:

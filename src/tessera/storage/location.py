@@ -6,7 +6,7 @@ Invariant: no text made here holds a password. What stands in a URL besides driv
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +15,11 @@ from sqlalchemy.exc import ArgumentError
 
 from tessera.core.errors import Invalid
 
-__all__ = ["DEFAULT_SCHEMA", "Dialect", "Location", "locate"]
+__all__ = ["DEFAULT_SCHEMA", "MEMORY", "Dialect", "Location", "locate"]
 
 Dialect = Literal["sqlite", "postgresql"]
 DEFAULT_SCHEMA = "tessera"
+MEMORY = ":memory:"
 FORMS = "a file, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
 _SCHEMA = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
@@ -28,7 +29,7 @@ class Location:
     """One name-space of one database."""
 
     dialect: Dialect
-    url: URL
+    url: URL = field(repr=False)  # its query may hold secrets, which SQLAlchemy would show
     schema: str  # "" on SQLite, where each name-space is a file
     shown: str  # without secrets
 
@@ -57,7 +58,7 @@ def locate(where: str | Path, schema: str = "") -> Location:
     if url.get_backend_name() in ("postgresql", "postgres"):
         return _server(url, schema or DEFAULT_SCHEMA)
     if url.get_backend_name() == "sqlite":
-        return _file(Path(url.database or ":memory:"), schema)
+        return _file(Path(url.database or MEMORY), schema)
     raise Invalid(f"{url.get_backend_name()[:40]!r} is no database that is known here: expected {FORMS}")
 
 
@@ -71,8 +72,8 @@ def _parse(text: str) -> URL:
 
 
 def _file(file: Path, schema: str) -> Location:
-    if str(file) == ":memory:":
-        return Location("sqlite", URL.create("sqlite+pysqlite", database=":memory:"), "", "the database in memory")
+    if str(file) == MEMORY:
+        return Location("sqlite", URL.create("sqlite+pysqlite", database=MEMORY), "", "the database in memory")
     if schema:
         file = file.with_name(f"{file.stem}.{schema}{file.suffix}")
     return Location("sqlite", URL.create("sqlite+pysqlite", database=str(file)), "", str(file))
