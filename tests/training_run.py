@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,35 @@ from tessera.chain.client import RpcChain
 from tessera.chain.faces import ModelShare
 from tessera.chain.local import LocalChain
 from tessera.chain.rpc import BytesRpc
+from tessera.core import encoding
 from tessera.core.clock import Clock, FakeClock
 from tessera.core.errors import Unavailable
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.p2p.calls import call
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock
-from tessera.training.book import ReceiptBook
+from tessera.p2p.transport import PeerRecord
+from tessera.training.book import ReceiptBook, SeatBook
 from tessera.training.checkpoints import Checkpoints
+from tessera.training.gate import AlwaysOpen, Gate, GateConfig
+from tessera.training.home import Home
 from tessera.training.host import RunHost, WorkerReport
+from tessera.training.invitation import Invitation
+from tessera.training.joining import HostLink
 from tessera.training.keeper import Keeper
 from tessera.training.manifest import Manifest
 from tessera.training.pipeline import Pipeline
 from tessera.training.protocols import CONTROL, EPOCH, JOIN
 from tessera.training.receipts import Receipt
 from tessera.training.roster import Roster, Seat, seat_binding
+from tessera.training.sensors import FakeSensors, Sensors
+from tessera.training.worker import Seated, Worker, WorkerConfig
 from training_world import FakeBatches, FakeTrainer, Told, account_keys, all_receipts, peer_keys
 
 OPERATOR = AccountKey(b"\x31" * 32)
 HOST_KEY = PeerKey(b"\x32" * 32)
 STRANGER = PeerKey(b"\x33" * 32)
+INVITATION_ID = "ab" * 16
 
 
 @dataclass
@@ -166,6 +175,7 @@ class Hosted:
     manifest: Manifest
     ledger: Ledger
     host: RunHost
+    book: SeatBook
     host_transport: MemoryTransport
     peers: list[MemoryTransport]
     keys: list[PeerKey]
@@ -176,6 +186,9 @@ class Hosted:
         """An honest request for a seat, and then `changes`."""
         account = self.accounts[peer]
         honest = {
+            "op": "take",
+            "invitation": INVITATION_ID,
+            "pace": None,
             "run_id": self.manifest.run_id,
             "record": self.peers[peer].record().to_text(),
             "account": account.account,
@@ -205,17 +218,58 @@ async def hosted(manifest: Manifest, folder: Path, ledger: Ledger | None = None)
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(network.start(HOST_KEY))
         peers = [await stack.enter_async_context(network.start(key)) for key in keys]
+        book = seat_book(folder)
+        stack.callback(book.close)
         host = RunHost(
             manifest,
             transport=transport,
             chain=ledger.chain,
             coin=await ledger.coin(),
             operator=OPERATOR,
-            file=folder / "host.sqlite",
+            book=book,
             on_report=lambda stage, report: reports.append((stage, report)),
+            pace=lambda: (0, 0.0),
+            clock=network.clock,
         )
         host.serve()
-        yield Hosted(manifest, ledger, host, transport, peers, keys, accounts, reports)
+        yield Hosted(manifest, ledger, host, book, transport, peers, keys, accounts, reports)
+
+
+def seat_book(folder: Path) -> SeatBook:
+    """The host's, with an invitation for everybody in it."""
+    book = SeatBook(folder / "host.sqlite")
+    if book.invitation(INVITATION_ID) is None:
+        book.save_invitation(INVITATION_ID, 100, 10**10)
+    return book
+
+
+# --- a worker ---------------------------------------------------------------------------------------------------------
+
+
+def invitation_to(manifest: Manifest, host: PeerRecord, **changes: Any) -> Invitation:
+    """To `seat_book`'s host, signed by it, and then `changes`."""
+    fields: dict[str, Any] = {
+        "run_id": manifest.run_id, "chain_id": manifest.chain_id, "peers": (host,), "relays": (),
+        "id": INVITATION_ID, "seats": 100, "expires": 9_999_999_999, **changes,
+    }  # fmt: skip
+    draft = Invitation(**fields)
+    return replace(draft, signature=HOST_KEY.sign("invitation", encoding.encode(draft._body())))
+
+
+def make_worker(
+    home: Home,
+    invitation: Invitation,
+    transport: MemoryTransport,
+    clock: Clock,
+    serve: Callable[[Seated], Awaitable[None]],
+    *,
+    patience_s: float = 60.0,
+    sensors: Sensors | None = None,
+) -> Worker:
+    """A worker whose machine has nothing else to do."""
+    gate = Gate(GateConfig(poll_s=60.0), sensors or FakeSensors(), clock)
+    host = HostLink(transport, invitation, patience_s=patience_s, clock=clock)
+    return Worker(home, host, WorkerConfig(), pace=None, gate=gate, clock=clock, serve=serve)
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------------
@@ -274,6 +328,7 @@ class Node:
                         roster=world.roster,
                         refresh=anyio.lowlevel.checkpoint,
                         watcher=self.told,
+                        gate=AlwaysOpen(),
                         clock=world.clock,
                     )
                     self.up.set()

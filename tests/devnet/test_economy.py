@@ -43,7 +43,7 @@ def test_one_command_trains_sells_and_pays_everybody(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_strangers_fill_the_open_seats_with_the_ticket_alone(tmp_path: Path) -> None:
+def test_two_strangers_fill_the_open_seats_with_the_invitation_alone(tmp_path: Path) -> None:
     result = _with_strangers(tmp_path)
     check_sums(result)
     assert result["requests_paid"] == 6
@@ -161,12 +161,14 @@ def test_a_manifest_is_described_before_it_is_run(tmp_path: Path) -> None:
 def _with_strangers(tmp_path: Path, *more: object) -> dict[str, object]:
     state = tmp_path / "state"
     with started(up(state, "--seats", 2, *more), tmp_path, tmp_path / "up.log") as process:
-        ticket = until(lambda: (state / "ticket").exists() and (state / "ticket").read_text(), "a ticket is written")
+        invitation = until(
+            lambda: (state / "invitation").exists() and (state / "invitation").read_text(), "an invitation is written"
+        )
         joins = []
         for name in ("first", "second"):
             home = tmp_path / name
             home.mkdir()
-            joins.append(started(command("join", ticket, "--state-dir", home / "state"), home, home / "log"))
+            joins.append(started(command("join", invitation, "--state-dir", home / "state"), home, home / "log"))
         with joins[0] as first, joins[1] as second:
             assert process.wait(2 * PATIENCE_S) == 0, (tmp_path / "up.log").read_text()
             assert first.wait(20) == 0

@@ -1,7 +1,7 @@
-"""Whole workers: from a ticket to claimed income, with one of them killed in the middle and started again.
+"""Whole workers: from an invitation to claimed income, with one of them killed in the middle and started again.
 
 Real stages, real chain, in-memory links, virtual time. The killed worker comes back with nothing but its state
-directory and its ticket; the run must end with the parameters, receipts and shares of an undisturbed one.
+directory and its invitation; the run must end with the parameters, receipts and shares of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from tessera.training.checkpoints import Checkpoints
 from tessera.training.epochs import compute_epoch
 from tessera.training.home import Home
 from tessera.training.host import RunHost, WorkerReport
+from tessera.training.invitation import Invitation
 from tessera.training.manifest import DataRecipe, Manifest, Schedule
 from tessera.training.roster import Roster
 from tessera.training.rpc_link import serve_rpc
-from tessera.training.ticket import Ticket
-from tessera.training.worker import Seated, Worker, WorkerConfig
-from training_run import HOST_KEY, OPERATOR, Ledger
+from tessera.training.worker import Seated
+from training_run import HOST_KEY, OPERATOR, Ledger, invitation_to, make_worker, seat_book
 from training_world import account_keys, small_manifest
 
 STAGES, STEPS = 4, 15
@@ -82,8 +82,8 @@ class Life:
         home = self.home
         with self.scope, home.locked():
             async with self.run.network.start(home.peer_key) as transport:
-                ticket = Ticket.parse(self.run.ticket, self.run.clock)
-                await Worker(home, ticket, transport, WorkerConfig(), clock=self.run.clock, serve=self.serve).run()
+                invitation = Invitation.parse(self.run.invitation, self.run.clock)
+                await make_worker(home, invitation, transport, self.run.clock, self.serve).run()
         self.over.set()
 
     async def serve(self, seated: Seated) -> None:
@@ -118,15 +118,15 @@ class WholeRun:
                 chain=self.ledger.chain,
                 coin=self.coin,
                 operator=OPERATOR,
-                file=self.folder / "host.sqlite",
+                book=seat_book(self.folder),
                 on_report=self._on_report,
+                pace=lambda: (0, 0.0),
+                clock=self.clock,
             )
             serve_blobs(transport, BlobStore(self.folder / "blobs"))
             serve_rpc(transport, self.ledger.exchange)
             self.host.serve()
-            expires = int(self.clock.time()) + 10**6
-            record = transport.record()
-            self.ticket = Ticket(self.manifest.run_id, self.manifest.chain_id, (record,), expires).to_text()
+            self.invitation = invitation_to(self.manifest, transport.record()).to_text()
             for number, worker in enumerate(self.workers):
                 tasks.start_soon(worker.live)
                 while len(self.host.seats) <= number:

@@ -1,19 +1,21 @@
-"""What the members of one run must agree on to the byte: its id, receipts, frames, seats, tickets and epochs.
+"""What the members of one run must agree on to the byte: its id, receipts, frames, seats, invitations and epochs.
 
 A change here means that workers of before and after cannot share a run.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from tessera.core import encoding
 from tessera.core.ids import parse_account
 from tessera.core.merkle import share_leaf
 from tessera.p2p.transport import PeerRecord
 from tessera.training.epochs import compute_epoch
 from tessera.training.frames import Frame, Kind
+from tessera.training.invitation import Invitation, RelayAccess
 from tessera.training.receipts import Receipt
 from tessera.training.roster import seat_binding
-from tessera.training.ticket import Ticket
 from training_world import account_keys, all_receipts, peer_keys, small_manifest
 
 Golden = Callable[[str, Any], None]
@@ -26,6 +28,11 @@ def test_a_run_is_as_recorded(golden: Golden) -> None:
     leaves = compute_epoch(MANIFEST, 0, [key.account for key in accounts], [3 * MANIFEST.tokens_per_step] * 4)
     assert leaves is not None
     record = PeerRecord.sign(keys[0], ("memory:x",), 2_000_000_000)
+    shown = Invitation(
+        MANIFEST.run_id, MANIFEST.chain_id, (record,), (RelayAccess("https://relay.example", "secret"),), "ab" * 16, 2,
+        1_900_000_000,
+    )  # fmt: skip
+    shown = replace(shown, signature=keys[0].sign("invitation", encoding.encode(shown._body())))
     golden(
         "specs/vectors/run.json",
         {
@@ -44,7 +51,7 @@ def test_a_run_is_as_recorded(golden: Golden) -> None:
                 "account_secret": accounts[0].secret.hex(),
                 "signature": seat_binding(MANIFEST.run_id, keys[0].id, accounts[0]).hex(),
             },
-            "ticket": Ticket(MANIFEST.run_id, MANIFEST.chain_id, (record,), 1_900_000_000).to_text(),
+            "invitation": shown.to_text(),
             "epoch": {
                 "text": leaves.to_text(),
                 "root": leaves.root.hex(),

@@ -69,7 +69,7 @@ def test_the_roster_is_told_once_all_seats_are_taken(tmp_path: Path) -> None:
                 tasks.start_soon(wait)
                 roster = await seat_all(world)
             assert told[0]["ready"] is True
-            assert Roster.from_value(MANIFEST.run_id, 4, told[0]).same_run(roster)
+            assert Roster.from_value(MANIFEST.run_id, 4, told[0]).follows(roster)
 
     run_virtual(main)
 
@@ -125,17 +125,17 @@ def test_a_peer_that_comes_back_elsewhere_is_found_there(tmp_path: Path) -> None
             assert await world.join(1, record=moved.to_text()) == 1
             after = world.host.roster()
             assert after.seats[1].record.addrs == ("memory:elsewhere",)
-            assert after.same_run(before)
+            assert after.follows(before)
             assert world.host.edition != edition
-            assert not after.same_run(Roster(after.run_id, after.seats, after.coin, after.coin))
+            assert not after.follows(Roster(after.run_id, after.seats, after.coin, after.coin))
 
     run_virtual(main)
 
 
-def test_a_ticket_for_another_run_is_refused(tmp_path: Path) -> None:
+def test_an_invitation_for_another_run_is_refused(tmp_path: Path) -> None:
     async def main() -> None:
         async with hosted(MANIFEST, tmp_path) as world:
-            with pytest.raises(Conflict, match="the ticket is for another run, ask for a new one"):
+            with pytest.raises(Conflict, match="the invitation is for another run, ask for a new one"):
                 await world.join(0, run_id="ab" * 32)
 
     run_virtual(main)
@@ -171,7 +171,7 @@ def test_reports_reach_the_board_with_the_stage_that_sent_them(tmp_path: Path) -
             await world.join(3)
             await world.join(1)
             reply, _ = await world.ask(1, RUN, {"op": "report", "report": REPORT})
-            assert reply == {"phase": "seating", "roster": world.host.edition}
+            assert reply == {"phase": "seating", "roster": world.host.edition, "successor": None}
             ((stage, report),) = world.reports
             assert (stage, report.step, report.losses) == (1, 3, [(0, 4.5)])
 
@@ -240,7 +240,7 @@ def test_a_damaged_host_file_is_named(content: bytes | None, tmp_path: Path) -> 
         if content is None:
             async with hosted(MANIFEST, tmp_path) as world:
                 await world.join(0)
-                world.host._db.execute("update seats set seat = '{}'")
+                world.book.save_seat(0, {})
                 await world.host.close(patience_s=0)
         else:
             (tmp_path / "host.sqlite").write_bytes(content)

@@ -7,15 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.core.clock import FakeClock
 from tessera.core.errors import Invalid, Misbehaviour, Unavailable
 from tessera.core.merkle import fold, share_leaf
-from tessera.p2p.transport import PeerRecord
 from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.epochs import EpochLeaves, compute_epoch
 from tessera.training.receipts import Receipt, verified_tokens
-from tessera.training.ticket import Ticket
 from training_world import CREATOR, DATA_OWNER, account_keys, all_receipts, peer_keys, small_manifest
 
 MANIFEST = small_manifest()
@@ -138,26 +135,3 @@ def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> N
     (tmp_path / ".step-000000010.ckpt.abc123").write_bytes(b"half")
     assert Checkpoints(tmp_path).steps() == [0]
     assert [file.name for file in tmp_path.iterdir()] == ["step-000000000.ckpt"]
-
-
-def ticket(clock: FakeClock) -> Ticket:
-    record = PeerRecord.sign(KEYS[0], ("iroh:127.0.0.1:4000",), expires=int(clock.time()) + 1000)
-    return Ticket(MANIFEST.run_id, 31337, (record,), int(clock.time()) + 500)
-
-
-def test_a_ticket_reads_back_also_when_a_mail_program_broke_its_lines() -> None:
-    clock = FakeClock()
-    text = ticket(clock).to_text()
-    assert Ticket.parse(text, clock) == ticket(clock)
-    assert Ticket.parse("\n ".join(text[i : i + 20] for i in range(0, len(text), 20)), clock) == ticket(clock)
-
-
-def test_a_stale_cut_or_foreign_ticket_is_refused() -> None:
-    clock = FakeClock()
-    text = ticket(clock).to_text()
-    clock.advance(501)
-    with pytest.raises(Invalid, match="expired at"):
-        Ticket.parse(text, clock)
-    for wrong in (text[:-7], text + "AAAA", "tessera1", text.replace("tessera1", "petals1"), "tessera1" + "A" * 20_000):
-        with pytest.raises(Invalid):
-            Ticket.parse(wrong, FakeClock())

@@ -21,7 +21,7 @@ from tessera.devnet.snapshot import Boundary, Peer, Snapshot
 __all__ = ["cells", "frame", "seat_name"]
 
 STAGE_STYLES = ("blue", "green", "yellow", "magenta", "cyan", "red")
-STATUS_STYLES = {"up": ("●", "green"), "down": ("●", "red"), "waiting": ("○", "yellow")}
+STATUS_STYLES = {"up": ("●", "green"), "down": ("●", "red"), "waiting": ("○", "yellow"), "left": ("·", "dim")}
 QUIET = "bright_black"
 EVENTS = 6
 SAMPLE = 7  # lines of the sample

@@ -47,7 +47,7 @@ class _Showing:
         self.closing: dict[str, Any] = {}
         self._config, self._console = config, console
         self._page_feed, self._terminal_feed = SnapshotFeed(), SnapshotFeed()
-        self._ticket_shown = self._terminal_done = False
+        self._invitation_shown = self._terminal_done = False
         self.economy = Economy(config, SystemClock(), self._page, self._changed)
 
     async def in_the_terminal(self) -> None:
@@ -72,7 +72,7 @@ class _Showing:
         self._page_feed.publish(snapshot)
         if not self._terminal_done:
             self._terminal_feed.publish(snapshot)
-            self._show_ticket(economy)
+            self._show_invitation(economy)
         if economy.settled:
             self._end_terminal()
         if economy.phase == "closed":
@@ -83,11 +83,11 @@ class _Showing:
         self._terminal_done = True
         self._terminal_feed.close()
 
-    def _show_ticket(self, economy: Economy) -> None:
+    def _show_invitation(self, economy: Economy) -> None:
         """Once, on a line of its own that a terminal does not break, so that it can be copied."""
-        if self._config.seats and economy.run is not None and not self._ticket_shown:
-            self._ticket_shown = True
-            command = Text(f"tessera join {economy.run.ticket}")
+        if self._config.seats and economy.run is not None and not self._invitation_shown:
+            self._invitation_shown = True
+            command = Text(f"tessera join {economy.run.invitation}")
             self._console.print(command, soft_wrap=True, highlight=False)
 
     def _say_where_to_go(self) -> None:

@@ -17,6 +17,7 @@ from tessera.chain.rpc import HttpRpc
 from tessera.core.clock import SystemClock
 from tessera.core.errors import Conflict, Missing, TesseraError, Unavailable
 from tessera.core.signing import PeerKey
+from tessera.devnet.invitations import last_invitation
 from tessera.devnet.ledger import open_ledger
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.training.book import ReceiptBook
@@ -25,7 +26,6 @@ from tessera.training.home import Home, write_atomic
 from tessera.training.manifest import Manifest
 from tessera.training.roster import Roster, recall_run
 from tessera.training.rpc_link import peer_rpc
-from tessera.training.ticket import Ticket
 
 __all__ = ["OpenRun", "open_run", "remember_urls", "up_urls"]
 
@@ -91,13 +91,10 @@ async def _operators_chain(stack: AsyncExitStack, home: Home) -> RpcChain:
 
 
 async def _members_chain(stack: AsyncExitStack, home: Home) -> RpcChain:
-    try:
-        text = (home.path / "ticket").read_text()
-    except FileNotFoundError as error:
-        raise Missing(f"{home.path} holds no ticket: join a run first") from error
-    ticket = Ticket.parse(text, SystemClock())
-    transport = await stack.enter_async_context(IrohTransport.start(PeerKey.generate(), bind=ticket.listen_on))
-    return RpcChain(peer_rpc(transport, lambda: ticket.peers[0]))
+    invitation = last_invitation(home, SystemClock(), even_expired=True)
+    start = IrohTransport.start(PeerKey.generate(), bind=invitation.listen_on)
+    transport = await stack.enter_async_context(start)
+    return RpcChain(peer_rpc(transport, lambda: invitation.host))
 
 
 def _known_epochs(folder: Path, manifest: Manifest) -> list[EpochLeaves]:

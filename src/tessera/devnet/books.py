@@ -82,6 +82,11 @@ class Books:
         self.figures.income = await income_table(self._chain, self._roster.share)
         self._seen_block = block
 
+    def follow(self, roster: Roster, accounts: Sequence[Account]) -> None:
+        """From now on `roster`'s workers, and these accounts."""
+        self._roster, self._accounts = roster, tuple(dict.fromkeys(accounts))
+        self._seen_block = -1
+
     def close(self) -> None:
         self._index.close()
 
@@ -144,7 +149,8 @@ class Books:
         epoch, root, shares, signatures = abi.decode(["uint256", "bytes32", "uint256", "bytes[]"], data[4:])
         digest = await self._share.digest(epoch, root, shares)
         accounts = {recover_account(digest, signature) for signature in signatures}
-        return tuple(seat.peer for seat in self._roster.seats if seat.account in accounts)
+        seats = (*self._roster.seats, *(past.seat for past in self._roster.past))
+        return tuple(dict.fromkeys(seat.peer for seat in seats if seat.account in accounts))
 
     async def _leaves(self, epoch: int) -> EpochLeaves:
         text = self._book.epoch(epoch)

@@ -15,7 +15,7 @@ import anyio
 import structlog
 
 from tessera.core.clock import Clock
-from tessera.core.errors import TesseraError
+from tessera.core.errors import Conflict, TesseraError
 from tessera.devnet.front import Asgi, Front
 from tessera.devnet.http import bind_ports
 from tessera.devnet.market import open_gateway, sell
@@ -24,6 +24,7 @@ from tessera.devnet.plan import UpConfig
 from tessera.devnet.run import Run
 from tessera.devnet.snapshot import Phase
 from tessera.training.home import Home
+from tessera.training.wishes import read_wish
 
 __all__ = ["Economy"]
 
@@ -56,6 +57,7 @@ class Economy:
         self.note = ""
         self.urls: dict[str, str] = {}
         self.run: Run | None = None
+        self._life = anyio.CancelScope()  # ends when the host is wished to close
         self.settled = False  # the first round of income has been spread and claimed
 
     async def live(self) -> None:
@@ -69,18 +71,34 @@ class Economy:
             ledger, self.urls = await stack.enter_async_context(doors)
             opening = open_run_here(config, home, ledger, self._clock, lambda note: self._enter("starting", note))
             run = self.run = await stack.enter_async_context(opening)
-            await self._seat(run)
-            stack.callback(run.books.close)
-            await self._train(run)
-            await self._serve(run)
-            await self._settle(run)
-            if not config.once:
-                await self._stay_open(run)
+            if read_wish(run.folder) == "close":
+                raise Conflict(f"run {run.manifest.run_id[:16]}… is closed: `tessera run resume` opens it again")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._follow_wishes, run)
+                with self._life:
+                    await self._seat(run)
+                    stack.callback(run.books.close)
+                    await self._train(run)
+                    await self._serve(run)
+                    await self._settle(run)
+                    if not config.once:
+                        await self._stay_open(run)
+                tasks.cancel_scope.cancel()
             self._enter("closed")
             await run.host.close()
 
+    async def _follow_wishes(self, run: Run) -> None:
+        """`tessera run pause`, `resume` and `close`, from any other process."""
+        while True:
+            run.paused = (wish := read_wish(run.folder)) == "pause"
+            if wish == "close":
+                log.info("close_wished")
+                self._life.cancel()
+            await anyio.sleep(POLL_S)
+
     async def _seat(self, run: Run) -> None:
-        note = f"{self.config.seats} seats are open; join with the ticket" if self.config.seats else "own workers come"
+        open_seats = run.manifest.model.stages - self.config.workers(run.manifest.model.stages)
+        note = f"{open_seats} seats are open; join with the invitation" if open_seats else "own workers come"
         self._enter("seating", note)
         run.seat(await run.host.seat_everyone())
 
@@ -88,6 +106,10 @@ class Economy:
         """Wait until every stage is trained and every epoch is on the chain and redeemed."""
         self._enter("training")
         while not (run.board.everyone("trained") and run.board.everyone("settled")):
+            paused = run.paused and not run.board.everyone("trained")
+            if paused != (run.host.phase == "paused"):
+                run.host.phase = "paused" if paused else "training"
+                self._enter("training", "paused; `tessera run resume` goes on" if paused else "")
             await self._look(run)
             await anyio.sleep(POLL_S)
 
@@ -95,7 +117,8 @@ class Economy:
         self._enter("serving", "the first buyer asks")
         run.host.phase = "serving"
         await open_gateway(run, self._front, self._clock)
-        await sell(run, self.urls["page"].rstrip("/"), self.config.requests, partial(self._look, run))
+        if self.config.requests:
+            await sell(run, self.urls["page"].rstrip("/"), self.config.requests, partial(self._look, run))
 
     async def _settle(self, run: Run) -> None:
         """Spread what came in, and wait until everybody has his part; the workers claim their own."""
@@ -136,6 +159,7 @@ class Economy:
     async def _look(self, run: Run) -> bool:
         """Read the books and tell the views. A chain or worker that is away costs fresh figures, nothing else."""
         fresh = True
+        run.follow()
         try:
             await run.books.refresh()
         except TesseraError as error:

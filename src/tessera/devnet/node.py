@@ -10,14 +10,19 @@ import anyio
 import structlog
 
 from tessera.core.clock import Clock, SystemClock
+from tessera.core.errors import Missing
+from tessera.devnet.invitations import keep_invitation, last_invitation
 from tessera.models.decode import StageDecoder
 from tessera.models.device import keep_freed_memory
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.p2p.transport import PeerRecord
 from tessera.serving.shards import ShardConfig, serve_decode
-from tessera.training.home import Home, write_atomic
-from tessera.training.roster import Roster
-from tessera.training.ticket import Ticket
+from tessera.training.gate import Gate, GateConfig
+from tessera.training.home import Home
+from tessera.training.invitation import Invitation
+from tessera.training.joining import HostLink, look
+from tessera.training.roster import Roster, recall_run
+from tessera.training.sensors import MachineSensors
 from tessera.training.worker import Seated, Worker, WorkerConfig
 
 __all__ = ["LiveRoster", "NodeConfig", "run_node"]
@@ -31,24 +36,36 @@ class NodeConfig:
 
     bind: str = ""  # address and UDP port to listen on; "" = loopback when the host is on this machine, else all
     threads: int = 1  # torch threads
+    patience_s: float = 60.0  # how long to look for the host before giving up
+    gate: GateConfig = field(default_factory=GateConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
 
 
-async def run_node(home: Home, ticket_text: str, config: NodeConfig, clock: Clock | None = None) -> None:
-    """Take a seat and work until the host closes the run. The ticket is kept in the state directory.
+async def run_node(home: Home, invitation_text: str, config: NodeConfig, clock: Clock | None = None) -> None:
+    """Take a seat and work until the host closes the run, or somebody has taken the stage over.
 
-    Raises: Invalid, Conflict, Unavailable, Misbehaviour as `Worker` does; Conflict when the directory is in use.
+    Args:
+        invitation_text: kept in the state directory; "" = the one that lies there.
+
+    Raises: Invalid, Refused, Conflict, Unavailable, Misbehaviour as `look` and `Worker` do; Conflict when the directory
+    is in use.
     """
     import torch
 
     torch.set_num_threads(config.threads)
     keep_freed_memory()
     clock = clock or SystemClock()
-    ticket = Ticket.parse(ticket_text, clock)
     with home.locked():
-        write_atomic(home.path / "ticket", ticket.to_text().encode())
-        async with IrohTransport.start(home.peer_key, bind=config.bind or ticket.listen_on) as transport:
-            worker = Worker(home, ticket, transport, config.worker, clock=clock, serve=partial(_serve, ticket))
+        invitation = _read_invitation(home, invitation_text, clock)
+        start = IrohTransport.start(home.peer_key, bind=config.bind or invitation.listen_on, clock=clock)
+        async with start as transport:
+            host = HostLink(transport, invitation, patience_s=config.patience_s, clock=clock)
+            await host.patiently(lambda: look(host))
+            keep_invitation(home, invitation)
+            gate = Gate(config.gate, MachineSensors(home.path, people=config.gate.only_when_idle), clock)
+            worker = Worker(
+                home, host, config.worker, pace=None, gate=gate, clock=clock, serve=partial(_serve, invitation)
+            )
             await worker.run()
 
 
@@ -66,9 +83,21 @@ class LiveRoster:
         return self._current().holder(stage)
 
 
-async def _serve(ticket: Ticket, seated: Seated) -> None:
-    """Decode for the run's gateway, which is whoever gave the ticket; for nobody else, since only it is paid."""
-    gateways = frozenset(peer.id for peer in ticket.peers)
+def _read_invitation(home: Home, text: str, clock: Clock) -> Invitation:
+    """What was given now, or lies here. Whoever has a seat in its run may come with an expired one."""
+    if not text:
+        return last_invitation(home, clock, even_expired=True)
+    invitation = Invitation.parse(text, clock, even_expired=True)
+    try:
+        recall_run(home.run_folder(invitation.run_id))
+        return invitation
+    except Missing:
+        return Invitation.parse(text, clock)
+
+
+async def _serve(invitation: Invitation, seated: Seated) -> None:
+    """Decode for the run's gateway, which is whoever gave the invitation; for nobody else, since only it is paid."""
+    gateways = frozenset(peer.id for peer in invitation.peers)
     model = seated.manifest.model.model
     config = ShardConfig(context=model.context, vocab_size=model.vocab_size)
     roster = LiveRoster(lambda: seated.roster)

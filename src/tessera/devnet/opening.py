@@ -10,11 +10,11 @@ from anyio import to_thread
 
 from tessera.chain.http import rpc_app
 from tessera.core.clock import Clock
-from tessera.core.ids import RunId
 from tessera.devnet.access import JOURNAL, remember_urls
 from tessera.devnet.board import Board
 from tessera.devnet.front import Asgi
 from tessera.devnet.http import listening
+from tessera.devnet.invitations import Door
 from tessera.devnet.ledger import Ledger, ensure_coin, ensure_funded, open_ledger
 from tessera.devnet.people import load_people
 from tessera.devnet.plan import UpConfig, make_manifest
@@ -24,16 +24,14 @@ from tessera.devnet.text import prepare_text
 from tessera.models.config import ModelSpec
 from tessera.p2p.blobs import BlobStore, serve_blobs
 from tessera.p2p.iroh_transport import IrohTransport
-from tessera.p2p.transport import PeerRecord
-from tessera.training.book import ReceiptBook
-from tessera.training.home import Home, write_atomic
+from tessera.training.book import ReceiptBook, SeatBook
+from tessera.training.home import Home
 from tessera.training.host import RunHost
+from tessera.training.invitation import RelayAccess
 from tessera.training.rpc_link import serve_rpc
-from tessera.training.ticket import Ticket
 
 __all__ = ["open_doors", "open_run_here"]
 
-TICKET_S = 7 * 24 * 3600
 EVERY_ADDRESS = "0.0.0.0"
 
 Tell = Callable[[str], None]
@@ -76,22 +74,30 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         board, book = Board(manifest, folder / "board.sqlite"), ReceiptBook(folder / "book.sqlite")
         stack.callback(board.close)
         stack.callback(book.close)
-        transport = await stack.enter_async_context(IrohTransport.start(home.peer_key, bind=_bind(config)))
+        seats = SeatBook(folder / f"host-{ledger.chain_id}.sqlite")
+        stack.callback(seats.close)
+        relays = tuple(RelayAccess(url, token) for url, token in config.relays)
+        start = IrohTransport.start(home.peer_key, bind=_bind(config), clock=clock)
+        transport = await stack.enter_async_context(start)
         host = RunHost(
             manifest,
             transport=transport,
             chain=ledger.chain,
             coin=coin,
             operator=people.operator,
-            file=folder / f"host-{ledger.chain_id}.sqlite",
+            book=seats,
             on_report=board.report,
+            pace=lambda: (board.step, board.tokens_per_s),
+            clock=clock,
         )
         serve_blobs(transport, blobs)
         serve_rpc(transport, ledger.exchange)
         host.serve()
-        ticket = _ticket(manifest.run_id, ledger.chain_id, transport.record(), clock)
-        write_atomic(home.path / "ticket", ticket.encode())
-        workers = WorkerProcesses(ticket, home.path / "workers", config.stages - config.seats)
+        own = config.workers(manifest.model.stages)
+        door = Door(home, seats, manifest.run_id, ledger.chain_id, transport.record(), clock, relays)
+        invitation = door.standing(max(1, manifest.model.stages - own))
+        at_home = door.invite(max(1, own), label="own workers")
+        workers = WorkerProcesses(at_home.to_text(), home.path / "workers", own)
         await stack.enter_async_context(workers.running())
         yield Run(
             manifest=manifest,
@@ -106,16 +112,12 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
             host=host,
             board=board,
             book=book,
-            ticket=ticket,
+            invitation=invitation.to_text(),
         )
 
 
-def _ticket(run_id: RunId, chain_id: int, record: PeerRecord, clock: Clock) -> str:
-    return Ticket(run_id, chain_id, (record,), int(clock.time()) + TICKET_S).to_text()
-
-
 def _bind(config: UpConfig) -> str:
-    """Where peers reach us: the gateway's port, in UDP, so that a ticket outlives a restart."""
+    """Where peers reach us: the gateway's port, in UDP, so that an invitation outlives a restart."""
     if config.bind:
         return config.bind
     return f"{EVERY_ADDRESS if config.seats else '127.0.0.1'}:{config.port}"

@@ -23,6 +23,7 @@ from tessera.devnet.snapshot import (
     thinned,
 )
 from tessera.training.manifest import SHARE_FLOPS, SHARE_WAD
+from tessera.training.roster import Seat
 
 __all__ = ["closing_object", "take_snapshot"]
 
@@ -133,25 +134,29 @@ def _losses(run: Run) -> tuple[LossPoint, ...]:
 
 
 def _peers(run: Run) -> list[Peer]:
+    """Who works, by stage; then who has left, with what they earned."""
+    present = run.host.seats
+    accounts = {seat.account for seat in present}
+    gone = {past.seat.account: past.seat for past in run.host.past if past.seat.account not in accounts}
+    return [_peer(run, seat) for seat in present] + [_peer(run, seat, left=True) for seat in gone.values()]
+
+
+def _peer(run: Run, seat: Seat, *, left: bool = False) -> Peer:
     spec, figures = run.manifest.model, run.figures
-    peers = []
-    for seat in run.host.seats:
-        shares = figures.earned(seat.account)
-        peers.append(
-            Peer(
-                peer=seat.peer,
-                account=seat.account,
-                stage=seat.stage,
-                status=_status(run, seat.stage),
-                verified_tokens=shares * SHARE_FLOPS // SHARE_WAD // spec.flops_per_token(seat.stage),
-                shares=figures.shares.get(seat.account, 0),
-                claimable=figures.claimable.get(seat.account, 0),
-                claimed=figures.income.claimed.get(seat.account, 0),
-                transaction=figures.paid_by.get(seat.account, ""),
-                rtt_ms=report.rtt_ms if (report := run.board.reports.get(seat.stage)) else None,
-            )
-        )
-    return peers
+    report = None if left else run.board.reports.get(seat.stage)
+    return Peer(
+        peer=seat.peer,
+        account=seat.account,
+        stage=None if left else seat.stage,
+        role="former worker" if left else "worker",
+        status="left" if left else _status(run, seat.stage),
+        verified_tokens=figures.earned(seat.account) * SHARE_FLOPS // SHARE_WAD // spec.flops_per_token(seat.stage),
+        shares=figures.shares.get(seat.account, 0),
+        claimable=figures.claimable.get(seat.account, 0),
+        claimed=figures.income.claimed.get(seat.account, 0),
+        transaction=figures.paid_by.get(seat.account, ""),
+        rtt_ms=report.rtt_ms if report else None,
+    )
 
 
 def _status(run: Run, stage: int) -> Status:

@@ -62,6 +62,13 @@ class UpConfig:
         if self.database and "://" not in self.database:  # it may hold a password: not shown
             raise Invalid("a database is a URL such as postgresql://user@host/name or sqlite:////path/to/file")
 
+    def workers(self, stages: int) -> int:
+        """How many of a run's stages this machine works at. Raises `Invalid` when there are not as many."""
+        own = stages - self.seats if self.own_workers is None else self.own_workers
+        if not 0 <= own <= stages:
+            raise Invalid(f"{own} own workers for {stages} stages")
+        return own
+
     def _check_manifest(self) -> None:
         if self.manifest is None:
             return

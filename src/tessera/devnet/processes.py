@@ -30,8 +30,8 @@ STOP_S = 5.0
 class WorkerProcesses:
     """`count` workers under `folder`, one state directory each, their output in a log file beside it."""
 
-    def __init__(self, ticket: str, folder: Path, count: int) -> None:
-        self._ticket, self._folder, self._count = ticket, folder, count
+    def __init__(self, invitation: str, folder: Path, count: int) -> None:
+        self._invitation, self._folder, self._count = invitation, folder, count
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -62,7 +62,7 @@ class WorkerProcesses:
     async def _run_once(self, number: int) -> int:
         state = self._folder / f"worker-{number}"
         self._folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tessera", "join", self._ticket, "--state-dir", str(state)]
+        command = [sys.executable, "-m", "tessera", "join", self._invitation, "--state-dir", str(state)]
         with self._log_file(number).open("ab") as output:
             process = await anyio.open_process(
                 command,

@@ -38,16 +38,33 @@ class Run:
     host: RunHost
     board: Board
     book: ReceiptBook
-    ticket: str
+    invitation: str
     samples: list[tuple[str, str]] = field(default_factory=list)  # prompt, answer
     seated: tuple[Roster, Books] | None = None
+    paused: bool = False  # as its host's owner wishes
 
     def seat(self, roster: Roster) -> None:
         """All seats are taken and the share contract stands."""
         remember_run(self.folder, self.manifest, roster)
-        accounts = [*roster.accounts, *(owner.account for owner in self.manifest.owners)]
-        self.seated = (roster, Books(self.ledger.chain, roster, self.transport, self.book, accounts))
+        books = Books(self.ledger.chain, roster, self.transport, self.book, self._holders(roster))
+        self.seated = (roster, books)
         self.board.note(f"the share contract stands at {roster.share}")
+
+    def follow(self) -> None:
+        """Take note of stages that have been handed over."""
+        roster, books = self._seated()
+        present = self.host.roster()
+        if present != roster:
+            remember_run(self.folder, self.manifest, present)
+            books.follow(present, self._holders(present))
+            self.seated = (present, books)
+            for past in present.past[len(roster.past) :]:
+                self.board.note(f"stage {past.seat.stage} has a new holder from step {past.until_step} on")
+
+    def _holders(self, roster: Roster) -> list[Account]:
+        """Whose shares and income are looked up."""
+        gone = [past.seat.account for past in roster.past]
+        return [*roster.accounts, *gone, *(owner.account for owner in self.manifest.owners)]
 
     @property
     def roster(self) -> Roster:

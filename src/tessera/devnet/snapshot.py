@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 Phase = Literal["starting", "seating", "training", "serving", "closed"]
-Status = Literal["up", "down", "waiting"]
+Status = Literal["up", "down", "waiting", "left"]
 
 NOTE_LIMIT = 300  # characters of a note, an event, a name
 SAMPLE_LIMIT = 4_000  # characters of a sample

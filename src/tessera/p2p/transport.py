@@ -58,7 +58,7 @@ class PeerRecord:
         return cls(key.id, addrs, until, key.sign(DOMAIN, encoding.encode(body)))
 
     def to_text(self) -> str:
-        """Canonical JSON, for tickets and messages."""
+        """Canonical JSON, for invitations and messages."""
         value = {**_body(self.id, self.addrs, self.expires), "signature": self.signature.hex()}
         return encoding.encode(value).decode()
 

@@ -28,7 +28,7 @@ _RECEIPTS = Table(
     _RECEIPT_TABLES,
     Column("step", BigInteger, primary_key=True, autoincrement=False),
     Column("worker", String, primary_key=True),
-    Column("signer", String, nullable=False),
+    Column("signer", String, primary_key=True),
     Column("direction", String, primary_key=True),
     Column("tokens", BigInteger, nullable=False),
     Column("digest", String, nullable=False),
@@ -80,7 +80,8 @@ _SEAT_LAYOUT = Layout("seats", _SEAT_TABLES)
 class ReceiptBook:
     """The receipts that this worker holds, on disk: for his own work, and those that he signed for his neighbours.
 
-    The first receipt for a (step, worker, direction) stays: steps that are trained again pay nothing twice.
+    A signer's first receipt for a (step, worker, direction) stays: steps that are trained again pay nothing twice. Both
+    holders of a stage that has changed hands may have signed for one; the roster says whose counts.
 
     Args:
         where: a file or a database's URL; `schema` is the name-space in it, one for each run and worker.

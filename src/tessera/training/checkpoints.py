@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tessera.core.errors import Invalid, Missing
+from tessera.core.errors import Invalid, Missing, Unavailable
 from tessera.core.hashing import sha256
 from tessera.training.home import write_atomic
 
@@ -30,7 +30,16 @@ class Checkpoints:
         return sorted(int(match[1]) for match in matches if match)
 
     def save(self, step: int, data: bytes) -> None:
-        write_atomic(self._file(step), sha256(data) + data)
+        """Raises `Unavailable` when the disk does not take it; the older ones are there still."""
+        try:
+            write_atomic(self._file(step), sha256(data) + data)
+        except OSError as error:
+            need = f"{len(data) / 1e6:.1f} MB"
+            raise Unavailable(
+                f"cannot write a checkpoint of {need} in {self._folder}: {error.strerror or error}; "
+                "training goes on when there is room",
+                retry_after_s=30.0,
+            ) from error
         for old in [s for s in self.steps() if 0 < s <= step][: -self._keep]:
             self._file(old).unlink(missing_ok=True)
 
@@ -46,6 +55,15 @@ class Checkpoints:
             file.unlink(missing_ok=True)
             raise Invalid(f"the checkpoint {file} was damaged and is dropped; training resumes from an older one")
         return data
+
+    def read(self, step: int, offset: int, size: int) -> bytes:
+        """At most `size` bytes of what `save` was given, from `offset` on; not checked. Raises `Missing`."""
+        try:
+            with self._file(step).open("rb") as file:
+                file.seek(_DIGEST_BYTES + offset)
+                return file.read(size)
+        except FileNotFoundError as error:
+            raise Missing(f"no checkpoint of step {step} in {self._folder}") from error
 
     def drop_after(self, step: int) -> None:
         """Forget later checkpoints: the run goes on from `step`."""

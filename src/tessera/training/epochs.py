@@ -66,17 +66,22 @@ class EpochLeaves:
 
 
 def compute_epoch(
-    manifest: Manifest, epoch: int, accounts: Sequence[Account], tokens: Sequence[int]
+    manifest: Manifest,
+    epoch: int,
+    accounts: Sequence[Account],
+    tokens: Sequence[int],
+    stages: Sequence[int] | None = None,
 ) -> EpochLeaves | None:
     """The leaves of `epoch`, or None when no work was verified.
 
     Args:
-        accounts: who is paid for each stage.
-        tokens: verified tokens of each stage, from `receipts.verified_tokens`.
+        accounts: who is paid.
+        tokens: what each verified, from `receipts.verified_tokens`.
+        stages: which stage each held then; by default one account for each stage, in order.
     """
     shares: dict[Account, int] = {}
     work = 0
-    for stage, (account, count) in enumerate(zip(accounts, tokens, strict=True)):
+    for stage, account, count in zip(stages or range(len(accounts)), accounts, tokens, strict=True):
         earned = count * manifest.model.flops_per_token(stage) * SHARE_WAD // SHARE_FLOPS
         shares[account] = shares.get(account, 0) + earned
         work += earned

@@ -145,11 +145,10 @@ class Keeper:
         """All receipts of the epoch that any worker holds, checked. Waits a little while some are missing."""
         steps = self._manifest.schedule.epoch_range(epoch)
         known: dict[tuple[int, PeerId, str], Receipt] = {}
-        peers = self._roster().peers
-        due = len(steps) * sum(len(expected_receipts(peers, stage)) for stage in range(len(peers)))
+        due = len(steps) * 2 * (self._manifest.model.stages - 1)
         with anyio.move_on_after(GATHER_S):
             while True:
-                for receipt in self._book.of_steps(self._manifest.run_id, steps):
+                for receipt in self._held(steps):
                     known[receipt.step, receipt.worker, receipt.direction] = receipt
                 async with anyio.create_task_group() as tasks:  # together: one that is slow must not hide the others
                     for stage in self._others() if len(known) < due else ():
@@ -182,12 +181,11 @@ class Keeper:
         if not isinstance(rows, list):
             raise Invalid("receipts come as a list")
         receipts = [Receipt.from_row(self._manifest.run_id, row) for row in rows]
-        steps, peers = self._manifest.schedule.epoch_range(epoch), self._roster().peers
+        steps, roster = self._manifest.schedule.epoch_range(epoch), self._roster()
         for receipt in receipts:
-            stage = peers.index(receipt.worker) if receipt.worker in peers else None
-            if stage is None or receipt.step not in steps:
+            if receipt.step not in steps or receipt.worker not in {seat.peer for seat in roster.at(receipt.step)}:
                 raise Misbehaviour("a receipt of another run's worker or another epoch", evidence=receipt.to_row())
-            if (receipt.direction, receipt.signer) not in expected_receipts(peers, stage):
+            if not _counts(receipt, roster):
                 raise Misbehaviour("a receipt whose signer is no neighbour", evidence=receipt.to_row())
             if receipt.tokens != self._manifest.tokens_per_step:  # else a second one for less could take its place
                 raise Misbehaviour(
@@ -199,10 +197,12 @@ class Keeper:
         return receipts
 
     def _compute(self, epoch: int, receipts: list[Receipt]) -> EpochLeaves:
-        roster = self._roster()
-        steps = self._manifest.schedule.epoch_range(epoch)
-        tokens = verified_tokens(receipts, roster.peers, steps, self._manifest.tokens_per_step)
-        leaves = compute_epoch(self._manifest, epoch, roster.accounts, tokens)
+        stages, accounts, tokens = list[int](), list[Account](), list[int]()
+        for steps, seats in self._roster().spans(self._manifest.schedule.epoch_range(epoch)):
+            stages += [seat.stage for seat in seats]
+            accounts += [seat.account for seat in seats]
+            tokens += verified_tokens(receipts, [seat.peer for seat in seats], steps, self._manifest.tokens_per_step)
+        leaves = compute_epoch(self._manifest, epoch, accounts, tokens, stages)
         if leaves is None:
             raise Unavailable(f"no receipt proves any work in epoch {epoch}")
         return leaves
@@ -226,12 +226,14 @@ class Keeper:
         return leaves
 
     async def _redeem(self, leaves: EpochLeaves) -> None:
-        account = self._key.account
-        shares = leaves.shares_of(account)
-        if shares == 0 or await self.share.counted(share_leaf(leaves.epoch, account, shares)):
-            return
-        await self.share.redeem(self._key, leaves.epoch, account, shares, leaves.proof(account))
-        log.info("shares_redeemed", epoch=leaves.epoch, shares=str(shares))
+        """Our leaf, and those of who held our stage before us: they may be gone for good."""
+        mine = self._my_stage()
+        leavers = [past.seat.account for past in self._roster().past if past.seat.stage == mine]
+        for account in dict.fromkeys([self._key.account, *leavers]):
+            shares = leaves.shares_of(account)
+            if shares and not await self.share.counted(share_leaf(leaves.epoch, account, shares)):
+                await self.share.redeem(self._key, leaves.epoch, account, shares, leaves.proof(account))
+                log.info("shares_redeemed", epoch=leaves.epoch, account=account, shares=str(shares))
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
@@ -243,8 +245,7 @@ class Keeper:
             raise Invalid(f"epoch {epoch!r}, expected 0 to {self._manifest.schedule.epochs - 1}")
         if op == "receipts":
             steps = self._manifest.schedule.epoch_range(epoch)
-            rows = [receipt.to_row() for receipt in self._book.of_steps(self._manifest.run_id, steps)]
-            return {}, encoding.encode(rows)
+            return {}, encoding.encode([receipt.to_row() for receipt in self._held(steps)])
         if op == "leaves":
             text = self._book.epoch(epoch)
             if text is None:
@@ -260,7 +261,7 @@ class Keeper:
             raise Conflict(f"epoch {epoch} is not finished here: {self._steps_done()} steps are done")
         if epoch < self._settled:
             raise Conflict(f"epoch {epoch} is settled")
-        own = self._book.of_steps(self._manifest.run_id, self._manifest.schedule.epoch_range(epoch))
+        own = self._held(self._manifest.schedule.epoch_range(epoch))
         receipts = await to_thread.run_sync(self._read_receipts, body, epoch, frozenset(own))
         proposed = {(r.step, r.worker, r.direction) for r in receipts}
         missing = sum((r.step, r.worker, r.direction) not in proposed for r in own)
@@ -273,6 +274,11 @@ class Keeper:
         return self._sign(leaves)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _held(self, steps: range) -> list[Receipt]:
+        """What we hold and what counts: not, for one, of steps that a successor has trained again."""
+        roster = self._roster()
+        return [r for r in self._book.of_steps(self._manifest.run_id, steps) if _counts(r, roster)]
 
     async def _ask(self, stage: int, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         record = self._roster().seats[stage].record
@@ -294,6 +300,14 @@ class Keeper:
     def _others(self) -> list[int]:
         mine = self._my_stage()
         return [stage for stage in range(self._manifest.model.stages) if stage != mine]
+
+
+def _counts(receipt: Receipt, roster: Roster) -> bool:
+    """Whether `receipt` is about who held a stage in its step, and signed by who was his neighbour then."""
+    peers = [seat.peer for seat in roster.at(receipt.step)]
+    if receipt.worker not in peers:
+        return False
+    return (receipt.direction, receipt.signer) in expected_receipts(peers, peers.index(receipt.worker))
 
 
 async def known_leaves(transport: Transport, roster: Roster, share: ModelShare, epoch: int) -> EpochLeaves:

@@ -7,6 +7,9 @@ worker makes training pause, and a restarted one makes it go on from the last co
 Invariants: one attempt at a time touches the trainer, and a newer one takes over only when the older has let go;
 an older number never replaces a newer one; later checkpoints are forgotten only once the run has really gone on from an
 earlier one, that is, when the first step of a session is done.
+
+Each worker has a gate: while it is shut (its owner wants the machine, the run is paused, the disk is full) he holds his
+breath between two steps for a while, then lets the session go; it starts again when all gates are open.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ log = structlog.get_logger()
 CHECKPOINT_EVERY = 10  # steps
 RETRY_S = 1.0
 RETRY_MISBEHAVIOUR_S = 5.0
+HOLD_S = 60.0  # how long a shut gate holds a session up before it ends; a neighbour waits twice as long
 ABORT_S = 2.0  # how long a broken session may take to drop its links
 MAX_NUMBER = 2**53  # of a session; milliseconds since 1970, unless a clock went backwards
 
@@ -60,6 +64,17 @@ class Watcher(Protocol):
     def validated(self, steps: int, loss: float) -> None: ...
 
 
+class Gate(Protocol):
+    """Whether this worker may work now; `tessera.training.gate.Gate`."""
+
+    @property
+    def reason(self) -> str:
+        """Why not; empty while it is open."""
+        ...
+
+    async def wait_open(self) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class _Attempt:
     """One try at a session: where its upstream link will arrive, how to stop it, and what became of it."""
@@ -74,6 +89,7 @@ class _Attempt:
     over: anyio.Event = field(default_factory=anyio.Event)  # nothing of it touches the trainer any more
     failure: TesseraError | None = None
     started: bool = False  # its first step is done
+    stepped: float = 0.0  # when its last step was done, seconds since 1970
 
 
 class Pipeline:
@@ -98,8 +114,10 @@ class Pipeline:
         roster: Callable[[], Roster],
         refresh: Callable[[], Awaitable[None]],
         watcher: Watcher,
+        gate: Gate,
         clock: Clock,
     ) -> None:
+        self._gate, self._frozen = gate, False
         self._manifest, self._stage, self._key, self._transport = manifest, stage, key, transport
         self._trainer, self._batches, self._book, self._checkpoints = trainer, batches, book, checkpoints
         self._roster, self._refresh, self._watcher, self._clock = roster, refresh, watcher, clock
@@ -108,6 +126,8 @@ class Pipeline:
         self._earlier_wire = (0, 0)
         self._session_wire = (0, 0)
         self.sessions = 0
+        self.trouble = "starting"  # why no session runs; empty while one does
+        self.last_step: tuple[float, float] | None = None  # seconds since 1970, and how many it took
         self.steps_done = max(checkpoints.steps(), default=0)
         self.trained = anyio.Event()
         if 0 not in checkpoints.steps():
@@ -130,12 +150,23 @@ class Pipeline:
                 await self._drive()
             await anyio.sleep_forever()
 
+    async def freeze(self) -> None:
+        """Stop, and start nothing until `thaw`: the checkpoints stay as they are."""
+        self._frozen = True
+        if self._attempt is not None:
+            self._attempt.scope.cancel()
+            await self._attempt.over.wait()
+
+    def thaw(self) -> None:
+        self._frozen = False
+
     # --- driving ----------------------------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
         while not self.trained.is_set():
             pause_s = RETRY_S
             try:
+                self._check_free()
                 step, number = await self._next_session()
                 for stage in reversed(range(1, self._manifest.model.stages)):
                     await self._ask(stage, {"op": "start", "session": number, "step": step}, WORK_S)
@@ -145,9 +176,11 @@ class Pipeline:
                     raise attempt.failure
             except TesseraError as error:
                 log.info("pipeline_not_ready", code=error.code, reason=error.message)
+                self.trouble = error.message
                 pause_s = RETRY_MISBEHAVIOUR_S if isinstance(error, Misbehaviour) else RETRY_S
             if not self.trained.is_set():
                 await anyio.sleep(pause_s)
+                await self._gate.wait_open()
                 await self._refresh()
 
     async def _next_session(self) -> tuple[int, int]:
@@ -209,6 +242,7 @@ class Pipeline:
 
         The attempt before it is stopped, whatever it was doing. Raises what kept this one from becoming ready.
         """
+        self._check_free()
         if number <= self._last_number:
             raise Conflict(f"session {number} is not newer than {self._last_number}")
         before, attempt = self._attempt, _Attempt(number, step)
@@ -218,6 +252,12 @@ class Pipeline:
         if attempt.failure is not None:
             raise attempt.failure
         return attempt
+
+    def _check_free(self) -> None:
+        if self._frozen:
+            raise Unavailable(f"stage {self._stage} is being handed over", retry_after_s=RETRY_S)
+        if self._gate.reason:
+            raise Unavailable(f"stage {self._stage} pauses: {self._gate.reason}", retry_after_s=RETRY_S)
 
     async def _run_attempt(self, attempt: _Attempt, before: _Attempt | None) -> None:
         try:
@@ -234,6 +274,7 @@ class Pipeline:
         except TesseraError as error:
             attempt.failure = error
             log.warning("session_broken", stage=self._stage, code=error.code, reason=error.message)
+            self.trouble = error.message
         finally:
             with anyio.move_on_after(ABORT_S, shield=True):
                 for stream in (attempt.up, attempt.down):
@@ -281,6 +322,7 @@ class Pipeline:
                 raise Late("the stage above never opened its link")
         log.info("session_started", stage=self._stage, step=attempt.step)
         self.sessions += 1
+        self.trouble, attempt.stepped = "", self._clock.time()
         peers = self._roster().peers
         session = Session(
             manifest=self._manifest,
@@ -308,10 +350,21 @@ class Pipeline:
             await to_thread.run_sync(self._checkpoints.drop_after, attempt.step)
             attempt.started = True
         self.steps_done = max(self.steps_done, done)
+        now = self._clock.time()
+        self.last_step, attempt.stepped = (now, max(0.0, now - attempt.stepped)), now
         self._session_wire = (wire.get("bytes", 0), wire.get("tokens", 0))
         if done % CHECKPOINT_EVERY == 0 or done == self._manifest.schedule.steps:
             await to_thread.run_sync(lambda: self._checkpoints.save(done, self._trainer.save()))
         self._watcher.step_done(done, loss)
+        if self._gate.reason:
+            await self._hold()
+
+    async def _hold(self) -> None:
+        log.info("paused", stage=self._stage, reason=self._gate.reason)
+        with anyio.move_on_after(HOLD_S):
+            await self._gate.wait_open()
+        self._check_free()
+        log.info("goes_on", stage=self._stage)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The run's chain over the peer link: a worker needs no other address than its ticket's.
+"""The run's chain over the peer link: a worker needs no other address than its invitation's.
 
 The host forwards JSON-RPC text to its chain, and only methods that a stranger may use: reading, and sending what the
 caller signed himself. Unlocked accounts and a node's own switches stay out of reach.

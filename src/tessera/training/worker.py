@@ -1,7 +1,9 @@
-"""A worker: takes a seat with nothing but a ticket, fetches what the manifest names, trains, settles, and reports.
+"""A worker: takes a seat with nothing but an invitation, fetches what the manifest names, trains, settles, and reports.
 
 It trusts nobody: the manifest must hash to the run id, blobs to their ids, every seat must be signed by its account,
 and the share contract must be ours, for this run, with these workers.
+
+It follows what its owner wishes (`wishes`): pause, or leave. Who leaves works until somebody has taken his stage over.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal
 
 import anyio
 import structlog
@@ -18,37 +20,40 @@ from anyio import to_thread
 from tessera.chain.client import RpcChain
 from tessera.chain.faces import ModelShare
 from tessera.core.clock import Clock
-from tessera.core.errors import Late, Misbehaviour, Missing, TesseraError, Unavailable
+from tessera.core.errors import Misbehaviour, Missing, TesseraError
 from tessera.core.ids import BlobId
 from tessera.models.dataset import Dataset
 from tessera.models.device import pick_device
 from tessera.models.trainer import StageTrainer
 from tessera.p2p.blobs import BlobStore, fetch, serve_blobs
-from tessera.p2p.calls import call
 from tessera.p2p.transport import PeerRecord, Transport
 from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
-from tessera.training.contract import check_share
+from tessera.training.contract import check_handovers, check_share
 from tessera.training.data import NamedBatches
+from tessera.training.gate import Gate
+from tessera.training.handover import Handover, take_over
 from tessera.training.home import Home
+from tessera.training.joining import HostLink, Pace, take_seat
 from tessera.training.keeper import Keeper
-from tessera.training.manifest import MANIFEST_LIMIT, Manifest, load_manifest
+from tessera.training.manifest import Manifest
 from tessera.training.pipeline import Pipeline
-from tessera.training.protocols import CALL_S, JOIN, RUN, SMALL
-from tessera.training.roster import Roster, recall_run, remember_run, seat_binding
+from tessera.training.protocols import RUN
+from tessera.training.roster import ROSTER_LIMIT, Roster, Seat, recall_run, remember_run
 from tessera.training.rpc_link import peer_rpc
-from tessera.training.ticket import Ticket
+from tessera.training.status import WorkerStatus, save_status
+from tessera.training.wishes import make_wish, read_wish
 
 __all__ = ["Seated", "Worker", "WorkerConfig"]
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
-
 REPORT_S = 0.5
+STATUS_S = 2.0
 REPORT_POINTS = 200  # losses in one report
 FETCH_S = 300.0
-ROSTER_LIMIT = 1 << 20  # bytes
+TAKE_OVER_S = 1800.0  # how long a successor waits for the holder of his stage
+GOODBYE_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,6 @@ class WorkerConfig:
     """What one worker may choose alone."""
 
     device: str = "auto"  # cpu, cuda, mps, or auto
-    patience_s: float = 60.0  # how long to look for the host before giving up
     claim_above: int = 1  # units of the coin that are worth a transaction
 
 
@@ -91,105 +95,135 @@ class _Progress:
         self.validations = [*self.validations[-REPORT_POINTS + 1 :], (steps, loss)]
 
 
+@dataclass
+class _Parts:
+    """A seated worker at work."""
+
+    seated: Seated
+    folder: Path
+    pipeline: Pipeline
+    keeper: Keeper
+    handover: Handover
+    book: ReceiptBook
+    successor: Seat | None = None  # who takes our stage
+
+
 class Worker:
-    """One worker process's part in one run. `run` returns when the host closes the run.
+    """One worker process's part in one run. `run` returns when the host closes the run, or our stage is another's.
 
     Args:
+        pace: what this machine can do, if it was measured.
+        gate: when this worker may work.
         serve: called once the stage is trained, for as long as the run is open; offers the stage for inference.
     """
 
     def __init__(
         self,
         home: Home,
-        ticket: Ticket,
-        transport: Transport,
+        host: HostLink,
         config: WorkerConfig,
         *,
+        pace: Pace | None,
+        gate: Gate,
         clock: Clock,
         serve: Callable[[Seated], Awaitable[None]],
     ) -> None:
-        self._home, self._ticket, self._transport, self._config = home, ticket, transport, config
-        self._clock, self._serve = clock, serve
+        self._home, self._host, self._transport, self._config = home, host, host.transport, config
+        self._pace, self._gate, self._clock, self._serve = pace, gate, clock, serve
         self._progress = _Progress()
         self._closed = anyio.Event()
         self._settled = False
+        self._claimable = 0
 
     async def run(self) -> None:
-        seated, pipeline, keeper, book = await self._sit_down()
-        keeper.serve()
+        parts = await self._sit_down()
+        parts.keeper.serve()
+        parts.handover.serve()
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._report, seated, pipeline)
-                tasks.start_soon(pipeline.run)
-                tasks.start_soon(self._settle, keeper)
-                tasks.start_soon(self._serve_when_trained, seated, pipeline)
+                tasks.start_soon(self._gate.watch)
+                tasks.start_soon(self._report, parts)
+                tasks.start_soon(self._show, parts)
+                tasks.start_soon(parts.pipeline.run)
+                tasks.start_soon(parts.handover.watch)
+                tasks.start_soon(self._settle, parts.keeper)
+                tasks.start_soon(self._serve_when_trained, parts)
+                tasks.start_soon(self._leave_when_handed_over, parts)
                 await self._closed.wait()
                 tasks.cancel_scope.cancel()
         finally:
-            book.close()
+            parts.book.close()
 
     # --- taking the seat --------------------------------------------------------------------------------------------
 
-    async def _sit_down(self) -> tuple[Seated, Pipeline, Keeper, ReceiptBook]:
-        manifest, stage = await self._patiently(self._join)
+    async def _sit_down(self) -> _Parts:
+        manifest, stage, successor = await self._host.patiently(self._take_seat)
         folder = self._home.run_folder(manifest.run_id)
-        log.info("seated", run_id=manifest.run_id, stage=stage)
+        log.info("seated", run_id=manifest.run_id, stage=stage, successor=successor)
         roster = await self._wait_for_roster(manifest)
         _check_remembered(folder, roster)
-        chain = RpcChain(peer_rpc(self._transport, lambda: self._ticket.peers[0]))
-        await self._check_chain(manifest, roster, chain)
-        remember_run(folder, manifest, roster)
+        chain = RpcChain(peer_rpc(self._transport, lambda: self._host.invitation.host))
+        await self._host.patiently(lambda: self._check_chain(manifest, roster, chain))
         blobs = BlobStore(self._home.blobs)
         serve_blobs(self._transport, blobs)
-        dataset = await self._fetch_data(manifest, roster, blobs)
+        dataset = await self._host.patiently(lambda: self._fetch_data(manifest, roster, blobs))
         trainer = await to_thread.run_sync(self._build_trainer, manifest, stage)
+        checkpoints = Checkpoints(folder / "checkpoints")
+        if successor:
+            roster = await self._take_over(manifest, stage, checkpoints, chain)
+        remember_run(folder, manifest, roster)
         seated = Seated(manifest, stage, roster, self._transport, chain, trainer, blobs)
-        book = ReceiptBook(folder / "book.sqlite")
+        return self._set_to_work(seated, folder, checkpoints, NamedBatches(manifest, dataset))
+
+    def _set_to_work(self, seated: Seated, folder: Path, checkpoints: Checkpoints, batches: NamedBatches) -> _Parts:
+        manifest, book = seated.manifest, ReceiptBook(folder / "book.sqlite")
         pipeline = Pipeline(
             manifest,
-            stage=stage,
+            stage=seated.stage,
             key=self._home.peer_key,
             transport=self._transport,
-            trainer=trainer,
-            batches=NamedBatches(manifest, dataset),
+            trainer=seated.trainer,
+            batches=batches,
             book=book,
-            checkpoints=Checkpoints(folder / "checkpoints"),
+            checkpoints=checkpoints,
             roster=lambda: seated.roster,
-            refresh=lambda: self._refresh(seated),
+            refresh=lambda: self._refresh(seated, folder),
             watcher=self._progress,
+            gate=self._gate,
             clock=self._clock,
         )
         keeper = Keeper(
             manifest,
             transport=self._transport,
-            chain=chain,
+            chain=seated.chain,
             account_key=self._home.account_key,
             book=book,
             roster=lambda: seated.roster,
             steps_done=lambda: pipeline.steps_done,
         )
-        return seated, pipeline, keeper, book
+        handover = Handover(
+            manifest,
+            transport=self._transport,
+            chain=seated.chain,
+            account_key=self._home.account_key,
+            book=book,
+            checkpoints=checkpoints,
+            training=pipeline,
+            roster=lambda: seated.roster,
+            successor=lambda: parts.successor,
+        )
+        parts = _Parts(seated, folder, pipeline, keeper, handover, book)
+        return parts
 
-    async def _join(self) -> tuple[Manifest, int]:
-        run_id, key = self._ticket.run_id, self._home.peer_key
-        request = {
-            "run_id": run_id,
-            "record": self._transport.record().to_text(),
-            "account": self._home.account_key.account,
-            "binding": seat_binding(run_id, key.id, self._home.account_key).hex(),
-        }
-        reply, body = await self._call_host(JOIN, request, reply_limit=MANIFEST_LIMIT + SMALL)
-        manifest, stage = load_manifest(body, run_id), reply.get("stage")
-        if type(stage) is not int or not 0 <= stage < manifest.model.stages:
-            raise Misbehaviour(f"the host offers stage {stage!r} of {manifest.model.stages}")
-        if manifest.chain_id != self._ticket.chain_id:
-            raise Misbehaviour(f"the manifest is for chain {manifest.chain_id}, the ticket for {self._ticket.chain_id}")
-        return manifest, stage
+    async def _take_seat(self) -> tuple[Manifest, int, bool]:
+        return await take_seat(self._host, self._home, self._pace)
 
     async def _wait_for_roster(self, manifest: Manifest) -> Roster:
         told = -1
         while True:
-            reply, _ = await self._patiently(lambda: self._call_host(RUN, {"op": "roster"}, reply_limit=ROSTER_LIMIT))
+            reply, _ = await self._host.patiently(
+                lambda: self._host.call(RUN, {"op": "roster"}, reply_limit=ROSTER_LIMIT)
+            )
             if reply.get("ready") is True:
                 return Roster.from_value(manifest.run_id, manifest.model.stages, reply)
             taken = reply.get("taken")
@@ -202,12 +236,26 @@ class Worker:
         found = await chain.chain_id()
         if found != manifest.chain_id:
             raise Misbehaviour(f"the host's chain has id {found}, the manifest says {manifest.chain_id}")
-        await check_share(chain, roster.share, roster.coin, manifest.run_id, roster.accounts)
-        if roster.accounts.count(self._home.account_key.account) != 1:
-            raise Misbehaviour("the roster does not name our account once")
+        await check_share(chain, roster)
+
+    async def _take_over(self, manifest: Manifest, stage: int, checkpoints: Checkpoints, chain: RpcChain) -> Roster:
+        """Have the stage's holder hand it over; the roster that names us."""
+
+        async def leaver() -> PeerRecord:
+            return (await self._wait_for_roster(manifest)).holder(stage)
+
+        roster = await self._wait_for_roster(manifest)
+        if roster.holder(stage).id != self._transport.id:
+            log.info("taking_over", stage=stage, from_peer=roster.holder(stage).id)
+            await take_over(self._transport, leaver, checkpoints, patience_s=TAKE_OVER_S)
+        while (roster := await self._wait_for_roster(manifest)).holder(stage).id != self._transport.id:
+            await anyio.sleep(REPORT_S)
+        await check_share(chain, roster)
+        return roster
 
     async def _fetch_data(self, manifest: Manifest, roster: Roster, blobs: BlobStore) -> Dataset:
-        peers = [*self._ticket.peers, *(r for r in roster.records if r.id != self._home.peer_key.id)]
+        others = (record for record in roster.records if record.id != self._transport.id)
+        peers = list({record.id: record for record in (*self._host.invitation.peers, *others)}.values())
         for blob in (manifest.tokenizer, manifest.dataset):
             await self._fetch(peers, blob, blobs)
         return await to_thread.run_sync(lambda: Dataset.from_bytes(blobs.path(manifest.dataset).read_bytes()))
@@ -224,10 +272,10 @@ class Worker:
 
     # --- while the run is open --------------------------------------------------------------------------------------
 
-    async def _serve_when_trained(self, seated: Seated, pipeline: Pipeline) -> None:
-        await _event_set(lambda: pipeline.trained)
-        log.info("trained", stage=seated.stage, steps=pipeline.steps_done)
-        await self._serve(seated)
+    async def _serve_when_trained(self, parts: _Parts) -> None:
+        await _event_set(lambda: parts.pipeline.trained)
+        log.info("trained", stage=parts.seated.stage, steps=parts.pipeline.steps_done)
+        await self._serve(parts.seated)
 
     async def _settle(self, keeper: Keeper) -> None:
         """Epochs first; then claim income whenever enough of it waits."""
@@ -240,37 +288,41 @@ class Worker:
     async def _claim(self, share: ModelShare) -> None:
         account = self._home.account_key.account
         try:
-            waiting = await share.claimable(account)
-            if waiting >= self._config.claim_above:
+            self._claimable = await share.claimable(account)
+            if self._claimable >= self._config.claim_above:
                 await share.claim(self._home.account_key, account)
-                log.info("income_claimed", units=str(waiting))
+                log.info("income_claimed", units=str(self._claimable))
         except TesseraError as error:  # the chain is away: the income waits in the contract
             log.warning("claim_failed", code=error.code, reason=error.message)
 
-    async def _report(self, seated: Seated, pipeline: Pipeline) -> None:
+    async def _report(self, parts: _Parts) -> None:
         """Tell the host how it goes, until it closes the run. A host that is away misses nothing that is paid for.
 
-        Its answers also say when a peer has come back at another address.
+        Its answers also say when the run pauses, when a peer has come back at another address, and who follows us.
         """
         edition: object = None
         rtt_ms: float | None = None
         while True:
-            progress, wire = self._progress, pipeline.wire
+            progress, pipeline = self._progress, parts.pipeline
             losses, validations = progress.losses, progress.validations  # replaced, never changed, by what comes in
+            wish = read_wish(parts.folder)
+            _pause(self._gate, "owner", wish == "pause")
             report = {
                 "step": max(progress.step, pipeline.steps_done),
                 "losses": losses,
                 "validations": validations,
-                "wire_bytes": wire[0],
-                "wire_tokens": wire[1],
+                "wire_bytes": pipeline.wire[0],
+                "wire_tokens": pipeline.wire[1],
                 "sessions": pipeline.sessions,
                 "trained": pipeline.trained.is_set(),
                 "settled": self._settled,
                 "rtt_ms": rtt_ms,
+                "leaving": wish == "leave",
+                "pauses": self._gate.reason[:100],
             }
             try:
                 asked = anyio.current_time()
-                reply, _ = await self._call_host(RUN, {"op": "report", "report": report})
+                reply, _ = await self._host.call(RUN, {"op": "report", "report": report})
                 rtt_ms = (anyio.current_time() - asked) * 1000
                 progress.losses = [point for point in progress.losses if point not in losses]
                 progress.validations = [point for point in progress.validations if point not in validations]
@@ -278,49 +330,89 @@ class Worker:
                     log.info("run_closed")
                     self._closed.set()
                     return
+                _pause(self._gate, "run", reply.get("phase") == "paused")
+                self._meet_successor(parts, reply.get("successor"), wish == "leave")
                 if reply.get("roster") != edition:
                     edition = reply.get("roster")
-                    await self._refresh(seated)
+                    await self._refresh(parts.seated, parts.folder)
             except TesseraError as error:
                 log.debug("host_away", code=error.code, reason=error.message)
                 await anyio.sleep(REPORT_S)
             await anyio.sleep(REPORT_S)
 
-    async def _refresh(self, seated: Seated) -> None:
-        """Newer addresses from the host. The seats themselves never change."""
+    def _meet_successor(self, parts: _Parts, value: object, leaving: bool) -> None:
+        """Note who is to follow us, if we want to leave; the host alone cannot make us go."""
+        if value is None or not leaving:
+            parts.successor = None
+            return
+        seat = Seat.from_value(value)
+        seat.check(parts.seated.manifest.run_id)
+        if seat.stage != parts.seated.stage:
+            raise Misbehaviour(f"the host names a successor for stage {seat.stage}, ours is {parts.seated.stage}")
+        if parts.successor != seat:
+            log.info("successor_found", successor=seat.peer, account=seat.account)
+        parts.successor = seat
+
+    async def _leave_when_handed_over(self, parts: _Parts) -> None:
+        await parts.handover.complete.wait()
+        make_wish(parts.folder, "work")  # done: joining again is a new beginning
+        for _ in range(GOODBYE_TRIES):  # the host reads the chain; without it, the successor's question has it read
+            try:
+                await self._host.call(RUN, {"op": "handed_over"})
+                break
+            except TesseraError as error:
+                log.debug("goodbye_unheard", code=error.code, reason=error.message)
+                await anyio.sleep(REPORT_S)
+        log.info("left", stage=parts.seated.stage)
+        self._closed.set()
+
+    async def _refresh(self, seated: Seated, folder: Path) -> None:
+        """Newer addresses, and successors of those who left, from the host; what it says of the latter must be on the
+        chain.
+        """
         try:
-            reply, _ = await self._call_host(RUN, {"op": "roster"}, reply_limit=ROSTER_LIMIT)
+            reply, _ = await self._host.call(RUN, {"op": "roster"}, reply_limit=ROSTER_LIMIT)
             roster = Roster.from_value(seated.manifest.run_id, seated.manifest.model.stages, reply)
+            if not roster.follows(seated.roster):
+                log.error("roster_changed", reason="the host names other workers or another contract; ignored")
+                return
+            if len(roster.past) > len(seated.roster.past):
+                await check_handovers(ModelShare(seated.chain, roster.share), roster, len(seated.roster.past))
+                remember_run(folder, seated.manifest, roster)
+                log.info("stage_has_new_holder", stages=[past.seat.stage for past in roster.past])
         except TesseraError as error:
             log.debug("roster_not_refreshed", code=error.code, reason=error.message)
             return
-        if not roster.same_run(seated.roster):
-            log.error("roster_changed", reason="the host names other workers or another contract than before; ignored")
-            return
         seated.roster = roster
 
-    # --- the host ---------------------------------------------------------------------------------------------------
-
-    async def _call_host(
-        self, protocol: str, request: dict[str, Any], *, reply_limit: int = SMALL
-    ) -> tuple[dict[str, Any], bytes]:
-        host = self._ticket.peers[0]
-        return await call(self._transport, host, protocol, request, timeout_s=CALL_S, reply_limit=reply_limit)
-
-    async def _patiently(self, action: Callable[[], Awaitable[T]]) -> T:
-        """Try again while the host is away, up to `patience_s`."""
-        deadline = self._clock.time() + self._config.patience_s
+    async def _show(self, parts: _Parts) -> None:
+        """Keep the status file fresh, for `tessera status`."""
         while True:
+            pipeline, seated = parts.pipeline, parts.seated
+            status = WorkerStatus(
+                run_id=seated.manifest.run_id,
+                name=seated.manifest.name,
+                stage=seated.stage,
+                stages=seated.manifest.model.stages,
+                account=self._home.account_key.account,
+                time=self._clock.time(),
+                step=pipeline.steps_done,
+                steps=seated.manifest.schedule.steps,
+                tokens_per_step=seated.manifest.tokens_per_step,
+                last_step=pipeline.last_step,
+                trouble=pipeline.trouble,
+                pauses=self._gate.reason,
+                leaving=read_wish(parts.folder) == "leave",
+                successor="" if parts.successor is None else parts.successor.peer,
+                trained=pipeline.trained.is_set(),
+                settled=self._settled,
+                claimable=self._claimable,
+            )
             try:
-                return await action()
-            except (Unavailable, Late) as error:
-                if self._clock.time() > deadline:
-                    addresses = ", ".join(self._ticket.peers[0].addrs)
-                    raise Unavailable(
-                        f"nobody answers for run {self._ticket.run_id[:16]}… at {addresses}: "
-                        "is it still running? Ask for a new ticket"
-                    ) from error
-                await anyio.sleep(1.0)
+                await to_thread.run_sync(save_status, parts.folder, status)
+            except OSError as error:
+                log.warning("status_not_written", reason=str(error))
+            await anyio.sleep(STATUS_S)
 
 
 def _check_remembered(folder: Path, roster: Roster) -> None:
@@ -329,12 +421,19 @@ def _check_remembered(folder: Path, roster: Roster) -> None:
         _, before = recall_run(folder)
     except Missing:
         return
-    if not roster.same_run(before):
+    if not roster.follows(before):
         raise Misbehaviour(
             f"the host now names contract {roster.share} and {len(roster.seats)} workers; "
             f"when this run was joined, they were {before.share} and others: do not follow it",
             evidence={"before": before.to_value(), "now": roster.to_value()},
         )
+
+
+def _pause(gate: Gate, who: Literal["owner", "run"], wanted: bool) -> None:
+    if wanted:
+        gate.pause(who)
+    else:
+        gate.go_on(who)
 
 
 async def _event_set(current: Callable[[], anyio.Event]) -> None:

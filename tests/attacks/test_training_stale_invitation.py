@@ -1,4 +1,4 @@
-"""Tickets that are old, cut, altered, or for another run; and hosts that answer with something else than promised."""
+"""Invitations that are old, cut, altered, copied, taken back or foreign; and hosts that answer something else."""
 
 from __future__ import annotations
 
@@ -12,51 +12,132 @@ from typing import Any
 import pytest
 
 from tessera.core.clock import FakeClock
-from tessera.core.errors import Conflict, Invalid, Misbehaviour, Unavailable
+from tessera.core.errors import Conflict, Invalid, Misbehaviour, Refused, Unavailable
 from tessera.core.ids import PeerId
 from tessera.p2p.calls import serve_calls
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock, run_virtual
 from tessera.p2p.transport import PeerRecord
 from tessera.training.home import Home
+from tessera.training.invitation import Invitation, RelayAccess
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import JOIN, RUN, SMALL
 from tessera.training.roster import Seat, seat_binding
 from tessera.training.rpc_link import serve_rpc
-from tessera.training.ticket import Ticket
-from tessera.training.worker import Seated, Worker, WorkerConfig
-from training_run import HOST_KEY, Ledger
+from tessera.training.worker import Seated, Worker
+from training_run import HOST_KEY, Ledger, hosted, invitation_to, make_worker
 from training_world import account_keys, peer_keys, small_manifest
 
 MANIFEST = small_manifest()
 
 
-def ticket(clock: FakeClock | VirtualClock, record: PeerRecord | None = None, **changes: Any) -> Ticket:
+def invitation(clock: FakeClock | VirtualClock, record: PeerRecord | None = None, **changes: Any) -> Invitation:
     record = record or PeerRecord.sign(HOST_KEY, ("memory:nowhere",), clock.time() + 10**6)
-    honest = Ticket(MANIFEST.run_id, MANIFEST.chain_id, (record,), int(clock.time()) + 1000)
-    return replace(honest, **changes)
+    return invitation_to(MANIFEST, record, **{"expires": int(clock.time()) + 1000, **changes})
 
 
-def test_an_expired_ticket_says_when_it_expired_and_what_to_do() -> None:
-    clock = FakeClock(1_800_000_000)
-    text = ticket(clock).to_text()
-    clock.advance(1001)
-    with pytest.raises(Invalid, match=r"the ticket expired at 2027-01-15 08:16 UTC: ask whoever runs"):
-        Ticket.parse(text, clock)
-
-
-def test_no_cut_or_changed_ticket_names_another_peer() -> None:
-    """A record in it is signed, so whatever is read back leads to the same host or to nobody."""
+def test_it_reads_back_also_when_a_mail_program_broke_its_lines() -> None:
     clock = FakeClock()
-    text, rng = ticket(clock).to_text(), random.Random(0)
+    shown = invitation(clock, relays=(RelayAccess("http://relay.example:3340", "secret"),))
+    text = shown.to_text()
+    assert Invitation.parse(text, clock) == shown
+    assert Invitation.parse("\n ".join(text[i : i + 20] for i in range(0, len(text), 20)), clock) == shown
+
+
+def test_an_expired_one_says_when_what_the_clock_says_and_what_to_do() -> None:
+    clock = FakeClock(1_800_000_000)
+    text = invitation(clock).to_text()
+    clock.advance(1001)
+    with pytest.raises(Invalid, match=r"expired at 2027-01-15 08:16 UTC, and this machine's clock says .* ask whoever"):
+        Invitation.parse(text, clock)
+    assert Invitation.parse(text, clock, even_expired=True).run_id == MANIFEST.run_id
+
+
+def test_nothing_in_it_can_be_changed_on_its_way() -> None:
+    """It is signed by the host: whatever is read back is what the host wrote."""
+    clock = FakeClock()
+    text, rng = invitation(clock).to_text(), random.Random(0)
     for _ in range(300):
         place = rng.randrange(len(text))
         changed = text[:place] + rng.choice("ABCabc019-_") + text[place + 1 :]
         for wrong in (changed, text[:place], text[:place] + text[place + 1 :]):
             try:
-                read = Ticket.parse(wrong, clock)
+                read = Invitation.parse(wrong, clock)
             except Invalid:
                 continue
-            assert read.peers == ticket(clock).peers
+            assert read == invitation(clock)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seats": 10},
+        {"expires": 9_999_999_998},
+        {"chain_id": 1},
+        {"relays": (RelayAccess("http://evil.example", ""),)},
+        {"id": "cd" * 16},
+    ],
+)
+def test_what_somebody_bent_on_the_way_is_refused(changes: dict[str, Any]) -> None:
+    honest = invitation(FakeClock())
+    bent = replace(honest, **changes)
+    with pytest.raises(Invalid, match="damaged"):
+        Invitation.parse(bent.to_text(), FakeClock())
+
+
+@pytest.mark.parametrize("text", ["tessera1", "petals1abc", "tessera1" + "A" * 20_000, "", "tessera1" + "e30"])
+def test_what_is_no_invitation_is_refused(text: str) -> None:
+    with pytest.raises(Invalid):
+        Invitation.parse(text, FakeClock())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seats": 0}, {"seats": 10**6}, {"expires": -1}, {"chain_id": 0}, {"id": "x"}, {"peers": ()}]
+)
+def test_values_out_of_range_are_refused_even_when_signed(changes: dict[str, Any]) -> None:
+    with pytest.raises((Invalid, IndexError)):
+        Invitation.parse(invitation(FakeClock(), **changes).to_text(), FakeClock())
+
+
+# --- the host's side --------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_revoked_expired_or_used_up_one_opens_no_seat(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with hosted(MANIFEST, tmp_path) as world:
+            book = world.book
+            book.save_invitation("11" * 16, 1, 10**10)
+            book.save_invitation("22" * 16, 1, 5)
+            book.save_invitation("33" * 16, 4, 10**10)
+            book.revoke_invitation("33" * 16)
+            with pytest.raises(Refused, match="gave no such invitation"):
+                await world.join(0, invitation="ff" * 16)
+            with pytest.raises(Refused, match="has expired"):
+                await world.join(0, invitation="22" * 16)
+            with pytest.raises(Refused, match="was taken back"):
+                await world.join(0, invitation="33" * 16)
+            assert world.host.seats == []
+            assert await world.join(0, invitation="11" * 16) == 0
+            with pytest.raises(Refused, match="somebody copied it"):
+                await world.join(1, invitation="11" * 16)
+            for shown in ("11" * 16, "33" * 16, "ff" * 16):  # a seat stays its peer's
+                assert await world.join(0, invitation=shown) == 0
+            book.revoke_invitation("11" * 16)
+            assert await world.join(0, invitation="11" * 16) == 0
+
+    run_virtual(main)
+
+
+def test_looking_takes_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with hosted(MANIFEST, tmp_path) as world:
+            world.book.save_invitation("11" * 16, 1, 10**10)
+            for peer in (0, 1):
+                reply, body = await world.ask(peer, JOIN, world.request(peer, op="look", invitation="11" * 16))
+                assert (reply["stage"], reply["returning"], body) == (0, False, MANIFEST.canonical)
+            assert world.host.seats == []
+            assert world.book.invitation("11" * 16).users == ()
+
+    run_virtual(main)
 
 
 # --- joining ----------------------------------------------------------------------------------------------------------
@@ -69,7 +150,7 @@ Handler = Callable[[PeerId, dict[str, Any], bytes], Answer]
 async def joining(
     folder: Path, join: Handler, run: Handler = lambda peer, request, body: ({}, b""), **changes: Any
 ) -> AsyncIterator[tuple[Worker, MemoryTransport]]:
-    """A worker with a ticket to a host that answers as the test says, and that host's transport."""
+    """A worker with an invitation to a host that answers as the test says, and that host's transport."""
     clock = VirtualClock()
     network = MemoryNetwork(random.Random(0), clock=clock)
     home = Home(folder / "worker")
@@ -84,8 +165,8 @@ async def joining(
         async def serve(seated: Seated) -> None:
             pytest.fail("it trained")
 
-        shown = ticket(clock, host.record(), **changes)
-        yield Worker(home, shown, transport, WorkerConfig(patience_s=20), clock=clock, serve=serve), host
+        shown = invitation(clock, host.record(), **changes)
+        yield make_worker(home, shown, transport, clock, serve, patience_s=20), host
 
 
 def fails_with(folder: Path, expected: type[Exception], match: str, *args: Any, **changes: Any) -> None:
@@ -98,12 +179,12 @@ def fails_with(folder: Path, expected: type[Exception], match: str, *args: Any, 
 
 
 def seat_of(manifest: Manifest, stage: Any = 0) -> Handler:
-    return lambda peer, request, body: ({"stage": stage}, manifest.canonical)
+    return lambda peer, request, body: ({"stage": stage, "successor": False}, manifest.canonical)
 
 
 def test_the_host_of_another_run_refuses_and_the_worker_says_so(tmp_path: Path) -> None:
     def refuse(peer: PeerId, request: dict[str, Any], body: bytes) -> Answer:
-        raise Conflict("the ticket is for another run, ask for a new one")
+        raise Conflict("the invitation is for another run, ask for a new one")
 
     fails_with(tmp_path, Conflict, "for another run", refuse)
 
@@ -112,13 +193,13 @@ def test_a_host_cannot_show_another_manifest_for_the_run_id(tmp_path: Path) -> N
     fails_with(tmp_path, Misbehaviour, "the manifest hashes to", seat_of(small_manifest(steps=7)))
 
 
-def test_a_manifest_for_another_chain_than_the_tickets_is_refused(tmp_path: Path) -> None:
-    fails_with(tmp_path, Misbehaviour, "for chain 31337, the ticket for 1", seat_of(MANIFEST), chain_id=1)
+def test_a_manifest_for_another_chain_than_the_invitations_is_refused(tmp_path: Path) -> None:
+    fails_with(tmp_path, Misbehaviour, "for chain 31337, the invitation for 1", seat_of(MANIFEST), chain_id=1)
 
 
 @pytest.mark.parametrize("stage", [4, -1, "0", None, 0.5])
 def test_a_seat_that_does_not_exist_is_refused(stage: object, tmp_path: Path) -> None:
-    fails_with(tmp_path, Misbehaviour, "the host offers stage", seat_of(MANIFEST, stage))
+    fails_with(tmp_path, Misbehaviour, "the host gives seat", seat_of(MANIFEST, stage))
 
 
 def test_a_host_that_is_gone_is_looked_for_and_then_named(tmp_path: Path) -> None:
@@ -127,12 +208,11 @@ def test_a_host_that_is_gone_is_looked_for_and_then_named(tmp_path: Path) -> Non
         network = MemoryNetwork(random.Random(0), clock=clock)
         home, started = Home(tmp_path / "worker"), clock.time()
         async with network.start(home.peer_key) as transport:
-            config = WorkerConfig(patience_s=20)
 
             async def serve(seated: Seated) -> None:
                 pytest.fail("it trained")
 
-            worker = Worker(home, ticket(clock), transport, config, clock=clock, serve=serve)
+            worker = make_worker(home, invitation(clock), transport, clock, serve, patience_s=20)
             with pytest.raises(Unavailable, match=r"nobody answers for run .* at memory:nowhere: is it still running"):
                 await worker.run()
         assert 20 <= clock.time() - started < 40
@@ -173,7 +253,7 @@ def test_a_contract_that_is_not_this_runs_is_not_worked_for(tmp_path: Path) -> N
                 record = PeerRecord.sign(home.peer_key, ("memory:x",), 2e9)
                 own = Seat(0, record, mine.account, seat_binding(MANIFEST.run_id, peer, mine))
                 rows = [seat.to_value() for seat in (own, *seats)]
-                return {"ready": True, "seats": rows, "share": share, "coin": coin}, b""
+                return {"ready": True, "seats": rows, "share": share, "coin": coin, "past": []}, b""
 
             async with joining(tmp_path, seat_of(MANIFEST), roster) as (worker, host):
                 serve_rpc(host, ledger.exchange)

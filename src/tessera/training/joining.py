@@ -1,0 +1,180 @@
+"""Joining a run: first look, then take a seat. All that the host says is checked against the run id.
+
+look   what is there to do, and with whom       nothing is taken, nothing is promised
+take   give me a seat                           a free one, or that of a worker who wants to leave
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tessera.core.clock import Clock
+from tessera.core.errors import Invalid, Late, Misbehaviour, Unavailable
+from tessera.core.ids import RunId
+from tessera.p2p.calls import call
+from tessera.p2p.transport import Transport
+from tessera.training.gate import check_clock
+from tessera.training.home import Home
+from tessera.training.invitation import Invitation
+from tessera.training.manifest import MANIFEST_LIMIT, Manifest, load_manifest
+from tessera.training.protocols import CALL_S, JOIN, SMALL
+from tessera.training.roster import seat_binding
+
+__all__ = ["HostLink", "Member", "Offer", "Pace", "look", "machine_name", "parse_pace", "take_seat"]
+
+T = TypeVar("T")
+
+CLOCK_LIMIT_S = 300.0  # more than that apart, and receipts, records and invitations expire at the wrong time
+RETRY_S = 1.0
+
+
+class Pace(BaseModel):
+    """How fast a worker is, as he measured it himself; shown and used to forecast, never paid for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seconds_per_token: float = Field(gt=0, le=1e6, allow_inf_nan=False)  # forward and backward, alone on his machine
+    machine: str = Field(pattern=r"^[0-9a-f]{16}$")  # equal for workers that share their cores
+    cores: int = Field(ge=1, le=65_536)
+
+
+class Member(BaseModel):
+    """A seat that is taken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: int = Field(ge=0, lt=1024)
+    pace: Pace | None = None
+
+
+class _Reply(BaseModel):
+    """What the host answers to a look."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: int = Field(ge=0, lt=1024)
+    successor: bool
+    returning: bool
+    phase: str = Field(max_length=16)
+    step: int = Field(ge=0, lt=2**53)
+    tokens_per_s: float = Field(ge=0, allow_inf_nan=False)
+    now: int = Field(ge=0, lt=2**53)  # the host's clock, seconds since 1970
+    members: tuple[Member, ...] = Field(max_length=1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a joiner would do."""
+
+    manifest: Manifest
+    stage: int
+    successor: bool  # of a worker who leaves
+    returning: bool  # the seat is ours already
+    phase: str
+    step: int
+    tokens_per_s: float  # of the run now; 0 while it does not train
+    members: tuple[Member, ...]
+
+
+class HostLink:
+    """Calls to the run's host, who may be away for a while.
+
+    Args:
+        patience_s: how long to look for it before giving up.
+    """
+
+    def __init__(self, transport: Transport, invitation: Invitation, *, patience_s: float, clock: Clock) -> None:
+        self.transport, self.invitation, self.clock = transport, invitation, clock
+        self._patience_s = patience_s
+
+    async def call(
+        self, protocol: str, request: dict[str, Any], *, reply_limit: int = SMALL
+    ) -> tuple[dict[str, Any], bytes]:
+        """One try."""
+        host = self.invitation.host
+        return await call(self.transport, host, protocol, request, timeout_s=CALL_S, reply_limit=reply_limit)
+
+    async def patiently(self, action: Callable[[], Awaitable[T]]) -> T:
+        """Try again while the host is away. Raises `Unavailable`, with what to do, when it stays away."""
+        deadline = anyio.current_time() + self._patience_s
+        while True:
+            try:
+                return await action()
+            except (Unavailable, Late) as error:
+                if anyio.current_time() > deadline:
+                    addresses = ", ".join(self.invitation.host.addrs)
+                    raise Unavailable(
+                        f"nobody answers for run {self.invitation.run_id[:16]}… at {addresses}: is it still running, "
+                        f"and is a relay needed? Ask for a new invitation ({error.message})"
+                    ) from error
+                await anyio.sleep(RETRY_S)
+
+
+async def look(host: HostLink) -> Offer:
+    """What there is to do. Raises what the host says (no seat is free, the invitation is used up or taken back),
+    Misbehaviour for a manifest that is not the run's, Invalid when the clocks differ by minutes.
+    """
+    reply, manifest = await _ask(host, {"op": "look"})
+    try:
+        offer = _Reply.model_validate(reply)
+    except ValidationError as error:
+        raise Misbehaviour(f"the host's offer cannot be read: {error.errors()[0]['msg']}") from error
+    if offer.stage >= manifest.model.stages:
+        raise Misbehaviour(f"the host offers stage {offer.stage} of {manifest.model.stages}")
+    check_clock(offer.now, host.clock.time(), CLOCK_LIMIT_S)
+    return Offer(
+        manifest, offer.stage, offer.successor, offer.returning, offer.phase, offer.step, offer.tokens_per_s,
+        offer.members,
+    )  # fmt: skip
+
+
+async def take_seat(host: HostLink, home: Home, pace: Pace | None) -> tuple[Manifest, int, bool]:
+    """A seat: manifest, stage, and whether it has to be taken over from a worker who leaves."""
+    run_id, key = host.invitation.run_id, home.peer_key
+    request = {
+        "op": "take",
+        "record": host.transport.record().to_text(),
+        "account": home.account_key.account,
+        "binding": seat_binding(run_id, key.id, home.account_key).hex(),
+        "pace": None if pace is None else pace.model_dump(),
+    }
+    reply, manifest = await _ask(host, request)
+    stage, successor = reply.get("stage"), reply.get("successor")
+    if type(stage) is not int or not 0 <= stage < manifest.model.stages or type(successor) is not bool:
+        raise Misbehaviour(f"the host gives seat {str(reply)[:60]} of {manifest.model.stages}")
+    return manifest, stage, successor
+
+
+def machine_name(run_id: RunId) -> str:
+    """The same for all workers of a run on this machine, and meaningless elsewhere. 16 hex digits."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        boot = os.uname().nodename if hasattr(os, "uname") else "unknown"
+    return hashlib.sha256(f"{run_id} {boot}".encode()).hexdigest()[:16]
+
+
+async def _ask(host: HostLink, request: dict[str, Any]) -> tuple[dict[str, Any], Manifest]:
+    invitation = host.invitation
+    question = {**request, "run_id": invitation.run_id, "invitation": invitation.id}
+    reply, body = await host.call(JOIN, question, reply_limit=MANIFEST_LIMIT + 16 * SMALL)
+    manifest = load_manifest(body, invitation.run_id)
+    if manifest.chain_id != invitation.chain_id:
+        raise Misbehaviour(f"the manifest is for chain {manifest.chain_id}, the invitation for {invitation.chain_id}")
+    return reply, manifest
+
+
+def parse_pace(value: object) -> Pace | None:
+    """From a joiner. Raises `Invalid`."""
+    try:
+        return None if value is None else Pace.model_validate(value)
+    except ValidationError as error:
+        raise Invalid(f"a pace cannot be read: {error.errors()[0]['msg']}") from error
