@@ -41,10 +41,9 @@ class StageSpeed:
     memory_bytes: int  # at the peak of real training, by `estimate_memory`
     threads: int
 
-    @property
-    def seconds_per_token(self) -> float:
-        """Forward and backward together."""
-        return 1 / self.tok_per_s_forward + 1 / self.tok_per_s_backward
+    def seconds_per_token(self, tokens_per_step: int) -> float:
+        """Forward, backward, and the token's part of the optimiser's step, which is a sixth of a small model's work."""
+        return 1 / self.tok_per_s_forward + 1 / self.tok_per_s_backward + self.step_s / tokens_per_step
 
     def pace(self, *, machine: str = "", cores: int = 1) -> StagePace:
         """As the forecast takes it."""
