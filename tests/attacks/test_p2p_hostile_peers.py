@@ -23,8 +23,9 @@ from tessera.p2p.framing import HEADER_BYTES, READ_AHEAD, FramedStream, frame_he
 from tessera.p2p.iroh_transport import ALPN, LINKS_PER_PEER, IrohTransport
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, run_virtual
 from tessera.p2p.memory_wire import MemoryChannel
-from tessera.p2p.switchboard import HELLO_S, VERSION, hello
+from tessera.p2p.switchboard import HELLO_S, hello
 from tessera.p2p.transport import PeerRecord, Stream, Transport
+from tessera.p2p.versions import PRODUCT, UNNAMED, VERSION
 
 pytestmark = pytest.mark.anyio
 
@@ -36,7 +37,8 @@ def frame(content: bytes, *, last: bool = False) -> bytes:
 
 
 def hello_of(**changes: Any) -> bytes:
-    return encoding.encode({"bulk": False, "confirm": True, "protocol": "answer/1", "version": VERSION, **changes})
+    facts = {"bulk": False, "confirm": True, "product": PRODUCT, "protocol": "answer/1", "version": VERSION}
+    return encoding.encode({**facts, **changes})
 
 
 def message(head: bytes, body: bytes = b"") -> bytes:
@@ -113,12 +115,17 @@ def call_error(reply: bytes) -> dict[str, Any]:
 
 async def test_another_version_is_refused_naming_both() -> None:
     async with siege() as (victim, honest, connection):
-        for future in (hello_of(version=VERSION + 1), encoding.encode({"version": VERSION + 7, "shape": ["new"]})):
+        for future, spoken in (
+            (hello_of(version=VERSION + 1, product="tessera 9.1"), f"{VERSION + 1} (tessera 9.1)"),
+            (encoding.encode({"version": VERSION + 7, "shape": ["new"]}), f"{VERSION + 7} ({UNNAMED})"),
+            (encoding.encode({"version": 1}), f"1 ({UNNAMED})"),
+            (hello_of(version=VERSION + 1, product="\x1b[31m" * 9), f"{VERSION + 1} ({UNNAMED})"),
+            (hello_of(version=VERSION + 1, product=["x"]), f"{VERSION + 1} ({UNNAMED})"),
+        ):
             error = refusal(await reply_to(connection, frame(future)))
             assert error["code"] == "refused"
-            assert error["fields"]["ours"] == VERSION
-            assert error["fields"]["theirs"] in (VERSION + 1, VERSION + 7)
-            assert f"version {VERSION}," in error["message"]
+            assert error["fields"]["rule"] == "version"
+            assert f"they speak {spoken}, we speak {VERSION} ({PRODUCT})" in error["message"]
         await still_serves(victim, honest)
 
 
@@ -140,6 +147,10 @@ async def test_another_version_is_refused_naming_both() -> None:
         frame(hello_of(protocol=7)),
         frame(hello_of(bulk=1)),
         frame(hello_of(more=1)),
+        frame(hello_of(product="")),
+        frame(hello_of(product=None)),
+        frame(hello_of(product="tessera\n0.1")),
+        frame(hello_of(product="x" * 41)),
         frame(hello_of(version=True)),
         frame(b"[" * 400),
         frame(b"\xff" * 300),

@@ -11,18 +11,23 @@ import anyio
 import pytest
 
 from p2p_world import LIMIT, WORLDS, echo, key, serve_all
+from tessera.core import encoding
 from tessera.core.errors import (
     Conflict,
     Invalid,
     Late,
     Misbehaviour,
     Missing,
+    Refused,
     TesseraError,
     Unavailable,
 )
 from tessera.core.ids import PeerId
+from tessera.p2p import iroh_link, memory
 from tessera.p2p.calls import call, serve_calls
+from tessera.p2p.switchboard import hello
 from tessera.p2p.transport import PeerRecord, Stream, Transport
+from tessera.p2p.versions import PRODUCT, VERSION
 
 Contract = Callable[[Any], Awaitable[None]]
 
@@ -69,7 +74,7 @@ async def test_messages_come_back_whole_and_every_byte_is_counted(world: Any) ->
             assert await stream.recv(LIMIT) == message
         each_way = 3 * 4 + 1 + 500 + 70_000
         assert (stream.sent_bytes, stream.received_bytes) == (before[0] + each_way, before[1] + each_way)
-        assert before[0] == 4 + len('{"bulk":false,"confirm":true,"protocol":"echo/1","version":1}')
+        assert before[0] == 4 + len(hello("echo/1", bulk=False, confirm=True))
 
 
 @on_every_adapter
@@ -334,6 +339,44 @@ async def test_an_unknown_protocol_is_missing_however_one_asks(world: Any) -> No
             await stream.recv(100)
         with pytest.raises(Invalid):
             await caller.open(server.record(), "Not A Name", timeout_s=5)
+
+
+@on_every_adapter
+async def test_another_version_of_a_protocol_is_refused_naming_both_and_who_must_upgrade(world: Any) -> None:
+    async with pair(world) as (caller, server):
+        server.serve("tessera/blob/3", echo)
+        for asked, advice in (("tessera/blob/4", "they must upgrade"), ("tessera/blob/2", "upgrade our side")):
+            with pytest.raises(Refused) as caught:
+                await caller.open(server.record(), asked, timeout_s=5)
+            assert caught.value.message == (
+                f"they speak tessera/blob/3 ({PRODUCT}), we speak {asked} ({PRODUCT}): {advice}"
+            )
+            assert caught.value.rule == "version"
+            assert caught.value.fields["peer"] == server.id
+            with pytest.raises(Refused, match=f"we speak {asked}"):
+                await call(caller, server.record(), asked, {}, timeout_s=5, reply_limit=100)
+        for other in ("tessera/blob/x", "tessera/blob", "blob/3", "tessera/blob/3/1"):
+            with pytest.raises(Missing, match=f"\\({PRODUCT}\\) does not serve"):
+                await caller.open(server.record(), other, timeout_s=5)
+
+
+@on_every_adapter
+async def test_another_version_of_the_link_is_refused_in_the_words_of_whoever_asks(world: Any) -> None:
+    async with pair(world) as (caller, server):
+        with pytest.MonkeyPatch.context() as patch:  # one process speaks both: only the hello is from another time
+            for module in (memory, iroh_link):
+                patch.setattr(module, "hello", lambda *args, **kinds: _hello_of_tomorrow())
+            with pytest.raises(Refused) as caught:
+                await caller.open(server.record(), "echo/1", timeout_s=5)
+        assert caught.value.message == (
+            f"they speak {VERSION} ({PRODUCT}), we speak {VERSION + 1} (tessera 9.1): they must upgrade"
+        )
+        assert caught.value.fields["theirs"] == VERSION
+        await ask(caller, server.record())
+
+
+def _hello_of_tomorrow() -> bytes:
+    return encoding.encode({"product": "tessera 9.1", "version": VERSION + 1, "what": ["else"]})
 
 
 @on_every_adapter

@@ -18,7 +18,9 @@ import anyio
 from tessera.core import encoding
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, TesseraError, Unavailable, from_dict
 from tessera.core.ids import PeerId
+from tessera.p2p.pacer import Pacer
 from tessera.p2p.transport import MAX_MESSAGE
+from tessera.p2p.versions import seen_from_here
 
 __all__ = ["HEADER_BYTES", "READ_AHEAD", "Channel", "FramedStream", "frame_header"]
 
@@ -71,11 +73,15 @@ class FramedStream:
 
     Args:
         consented: False on the opener's side, where the peer's answer to the hello comes before its first message.
+        pacer: the node's; None: nothing is paced.
+        bulk: gives way to other streams of this node.
     """
 
-    def __init__(self, channel: Channel, peer: PeerId, *, consented: bool) -> None:
+    def __init__(
+        self, channel: Channel, peer: PeerId, *, consented: bool, pacer: Pacer | None = None, bulk: bool = False
+    ) -> None:
         self._channel, self._peer = channel, peer
-        self._consented = consented
+        self._consented, self._pacer, self._bulk = consented, pacer, bulk
         self._refusal: TesseraError | None = None
         self._buffer = bytearray()
         self._corked = b""  # goes out with the next message: one packet instead of two
@@ -101,6 +107,11 @@ class FramedStream:
     def cork(self, message: bytes) -> None:
         """Hold a short message back until the next one, or until we wait for the peer's consent."""
         self._corked += frame_header(len(message), last=False) + message
+
+    async def give_way(self) -> None:
+        """From now on this is bulk: other streams go first. Never raises."""
+        self._bulk = True
+        await self._channel.give_way()
 
     async def send(self, data: bytes | bytearray | memoryview, *, last: bool = False) -> None:
         """See `Stream.send`. Sends from several tasks wait for each other, so that messages stay whole."""
@@ -131,11 +142,14 @@ class FramedStream:
             raise
 
     async def _write(self, view: memoryview, last: bool) -> None:
-        first = b"".join((self._corked, frame_header(view.nbytes, last=last), view[:PIECE]))
+        done = self._piece_bytes()
+        first = b"".join((self._corked, frame_header(view.nbytes, last=last), view[:done]))
         self._corked = b""
         await self._write_piece(first)
-        for start in range(PIECE, view.nbytes, PIECE):
-            await self._write_piece(bytes(view[start : start + PIECE]))
+        while done < view.nbytes:
+            size = self._piece_bytes()
+            await self._write_piece(bytes(view[done : done + size]))
+            done += size
         if last:
             await self._channel.finish()
 
@@ -145,8 +159,15 @@ class FramedStream:
             if corked and not self._send_broken:
                 await self._write_piece(corked)
 
+    def _piece_bytes(self) -> int:
+        return PIECE if self._pacer is None else self._pacer.piece_bytes(PIECE, bulk=self._bulk)
+
     async def _write_piece(self, piece: bytes) -> None:
-        await self._channel.write(piece)
+        if self._pacer is None:
+            await self._channel.write(piece)
+        else:
+            async with self._pacer.sending(len(piece), bulk=self._bulk):
+                await self._channel.write(piece)
         self._sent += len(piece)
 
     async def _raise_refusal(self) -> None:
@@ -180,7 +201,7 @@ class FramedStream:
                 return
             answer = self._parse(await self._next(CONSENT_LIMIT))
             if answer.keys() == {"error"}:
-                self._refusal = from_dict(answer["error"])
+                self._refusal = seen_from_here(from_dict(answer["error"]))
                 self._refusal.fields["peer"] = self._peer
                 raise self._refusal
             if answer:

@@ -22,6 +22,7 @@ import tessera.p2p.iroh_fast  # noqa: F401 - must come before anything is sent
 from tessera.core.errors import Unavailable
 from tessera.core.ids import PeerId, parse_peer_id
 from tessera.p2p.framing import PIECE, READ_AHEAD, FramedStream
+from tessera.p2p.pacer import Pacer
 from tessera.p2p.switchboard import hello
 
 __all__ = ["IrohChannel", "IrohLink", "iroh_reason"]
@@ -155,10 +156,18 @@ class IrohLink:
 
     Args:
         addrs, expires: of the record that was dialled; None for a link that the peer opened.
+        pacer: the node's; it hears what the peer acknowledged.
     """
 
-    def __init__(self, connection: Any, *, addrs: tuple[str, ...] | None = None, expires: int = 0) -> None:
-        self._connection = connection
+    def __init__(
+        self,
+        connection: Any,
+        *,
+        addrs: tuple[str, ...] | None = None,
+        expires: int = 0,
+        pacer: Pacer | None = None,
+    ) -> None:
+        self._connection, self._pacer = connection, pacer
         self.peer = parse_peer_id(str(connection.remote_id()))
         self.addrs, self.expires = addrs, expires
         self.alive = True
@@ -173,14 +182,15 @@ class IrohLink:
         except iroh.IrohError as error:
             raise Unavailable(f"the link to {self.peer[:16]}… is gone: {iroh_reason(error)}", peer=self.peer) from error
         channel = IrohChannel(bi, self.peer, self._finished.append, self._reads)
+        stream = FramedStream(channel, self.peer, consented=False, pacer=self._pacer)
         if bulk:
-            await channel.give_way()
-        stream = FramedStream(channel, self.peer, consented=False)
+            await stream.give_way()
         stream.cork(greeting)
         return stream
 
     async def run(self, on_stream: Callable[[IrohChannel, PeerId], None]) -> str:
         """Returns why the link ended."""
+        end_meter = self._pacer.add_meter(self._acknowledged) if self._pacer is not None else None
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._beat)
@@ -189,6 +199,8 @@ class IrohLink:
             return reason
         finally:
             self.close("over")
+            if end_meter is not None:
+                end_meter()
             for task in list(self._reads):
                 task.cancel()
 
@@ -205,6 +217,13 @@ class IrohLink:
         if self.alive:
             self.alive = False
             self._connection.close(0, reason.encode()[:100])
+
+    def _acknowledged(self) -> int:
+        """What we sent and the peer received, our engine's headers included. QUIC sends what acknowledgements make room
+        for, so this runs ahead of them by one congestion window at most.
+        """
+        stats = self._connection.stats()
+        return int(stats.udp_tx_bytes) - int(stats.lost_bytes)
 
     async def _accept(self, on_stream: Callable[[IrohChannel, PeerId], None]) -> str:
         while True:

@@ -24,6 +24,7 @@ from tessera.core.signing import PeerKey
 from tessera.p2p.background import Background, background
 from tessera.p2p.framing import FramedStream
 from tessera.p2p.iroh_link import IrohChannel, IrohLink, iroh_reason
+from tessera.p2p.pacer import Pacer
 from tessera.p2p.presence import PresenceBoard
 from tessera.p2p.switchboard import Switchboard
 from tessera.p2p.transport import MAX_ADDRS, RECORD_TTL_S, Handler, PeerRecord, Presence, Stream
@@ -55,9 +56,11 @@ class _Dial:
 class IrohTransport:
     """Made by `async with IrohTransport.start(key) as transport`."""
 
-    def __init__(self, key: PeerKey, endpoint: iroh.Endpoint, tasks: Background, clock: Clock) -> None:
+    def __init__(
+        self, key: PeerKey, endpoint: iroh.Endpoint, tasks: Background, clock: Clock, pacer: Pacer | None = None
+    ) -> None:
         self._key, self._endpoint, self._tasks, self._clock = key, endpoint, tasks, clock
-        self._switchboard = Switchboard()
+        self._switchboard, self._pacer = Switchboard(pacer), pacer
         self._presence = PresenceBoard()
         self._links: dict[PeerId, list[IrohLink]] = {}
         self._dials: dict[PeerId, _Dial] = {}
@@ -67,16 +70,19 @@ class IrohTransport:
     @classmethod
     @asynccontextmanager
     async def start(
-        cls, key: PeerKey, *, bind: str = "127.0.0.1:0", clock: Clock | None = None
+        cls, key: PeerKey, *, bind: str = "127.0.0.1:0", clock: Clock | None = None, pacer: Pacer | None = None
     ) -> AsyncIterator[IrohTransport]:
         """Listen on `bind`, an IP address and a UDP port (0: any free one), until the body ends.
+
+        Args:
+            pacer: the node's, shared by its transports; None: nothing is paced.
 
         Raises: Invalid for an address that cannot be bound, Unavailable when something else holds the port.
         """
         endpoint = await _bind(key, bind)
         try:
             async with background() as tasks:
-                transport = cls(key, endpoint, tasks, clock or SystemClock())
+                transport = cls(key, endpoint, tasks, clock or SystemClock(), pacer)
                 tasks.start_soon(transport._welcome_all)
                 try:
                     yield transport
@@ -184,7 +190,7 @@ class IrohTransport:
             address = iroh.EndpointAddr(iroh.EndpointId.from_string(peer.id), None, _sockets(peer))
             with anyio.fail_after(DIAL_S):
                 connection = await self._endpoint.connect(address, ALPN)
-            dial.link = IrohLink(connection, addrs=peer.addrs, expires=peer.expires)
+            dial.link = IrohLink(connection, addrs=peer.addrs, expires=peer.expires, pacer=self._pacer)
             self._adopt(dial.link)
         except TimeoutError:
             dial.error = self._no_answer(peer, f"nothing within {DIAL_S:g} s")
@@ -218,7 +224,7 @@ class IrohTransport:
         try:
             with anyio.fail_after(HANDSHAKE_S):
                 connection = await (await incoming.accept()).connect()
-            self._adopt(IrohLink(connection))
+            self._adopt(IrohLink(connection, pacer=self._pacer))
         except (iroh.IrohError, TimeoutError, TesseraError) as error:
             log.debug("handshake_failed", reason=iroh_reason(error))
         finally:

@@ -21,6 +21,7 @@ from tessera.p2p.background import Background, background
 from tessera.p2p.framing import FramedStream
 from tessera.p2p.memory_link import MemoryLink
 from tessera.p2p.memory_wire import MemoryChannel, Wire
+from tessera.p2p.pacer import Pacer
 from tessera.p2p.presence import PresenceBoard
 from tessera.p2p.switchboard import Switchboard, hello
 from tessera.p2p.transport import RECORD_TTL_S, Handler, PeerRecord, Presence, Stream
@@ -61,15 +62,18 @@ class MemoryNetwork:
         self._ports = 0
 
     @asynccontextmanager
-    async def start(self, key: PeerKey) -> AsyncIterator[MemoryTransport]:
-        """A transport at a new address, until the body ends."""
+    async def start(self, key: PeerKey, *, pacer: Pacer | None = None) -> AsyncIterator[MemoryTransport]:
+        """A transport at a new address, until the body ends. With `pacer`, what it sends keeps to that."""
         async with background() as tasks:
             self._ports += 1
-            transport = MemoryTransport(self, key, f"node:{self._ports}", tasks)
+            transport = MemoryTransport(self, key, f"node:{self._ports}", tasks, pacer)
             self._listeners[transport.address] = transport
+            end_meter = pacer.add_meter(lambda: self.delivered(key.id)) if pacer is not None else None
             try:
                 yield transport
             finally:
+                if end_meter is not None:
+                    end_meter()
                 with anyio.CancelScope(shield=True):
                     await transport.close()
 
@@ -130,6 +134,10 @@ class MemoryNetwork:
                 return transport
         return None
 
+    def delivered(self, peer: PeerId) -> int:
+        """Bytes of `peer`'s that others have read."""
+        return sum(wire.delivered_bytes for (writer, _), wire in self._wires.items() if writer == peer)
+
     def reachable(self, a: PeerId, b: PeerId) -> bool:
         return not (self.wire(a, b).cut or self.wire(b, a).cut)
 
@@ -145,10 +153,12 @@ class MemoryNetwork:
 class MemoryTransport:
     """Made by `async with network.start(key) as transport`."""
 
-    def __init__(self, network: MemoryNetwork, key: PeerKey, address: str, tasks: Background) -> None:
+    def __init__(
+        self, network: MemoryNetwork, key: PeerKey, address: str, tasks: Background, pacer: Pacer | None = None
+    ) -> None:
         self.address = address
-        self._network, self._key, self._tasks = network, key, tasks
-        self._switchboard = Switchboard()
+        self._network, self._key, self._tasks, self._pacer = network, key, tasks, pacer
+        self._switchboard = Switchboard(pacer)
         self._presence = PresenceBoard()
         self._links: dict[PeerId, MemoryLink] = {}
         self._dialling: dict[PeerId, anyio.Event] = {}
@@ -178,7 +188,8 @@ class MemoryTransport:
         try:
             with anyio.fail_after(timeout_s):
                 link = await self._link_to(peer)
-                stream = FramedStream(await link.channel(self), peer.id, consented=False)
+                channel = await link.channel(self)
+                stream = FramedStream(channel, peer.id, consented=False, pacer=self._pacer, bulk=bulk)
                 stream.cork(greeting)
                 if confirm:
                     await stream.consent()

@@ -36,6 +36,7 @@ class Wire:
     read_bytes_per_s: float | None = None  # how fast the receiving application reads each stream
     cut: bool = False  # nothing arrives; what was sent arrives when it is mended
     carried_bytes: int = 0
+    delivered_bytes: int = 0  # taken out by the reader
     pipes: set[Pipe] = field(default_factory=set)
     _free_at: float = 0.0
 
@@ -101,6 +102,7 @@ class Pipe:
             self._check(self._reader_error)
         _, packet = self._queue.popleft()
         self._queued -= len(packet)
+        self._wire.delivered_bytes += len(packet)
         self._settle()
         self.wake()
         return packet

@@ -2,11 +2,12 @@
 
 The opener's first message is canonical JSON,
 
-    {"bulk": false, "confirm": true, "protocol": "tessera/blob/1", "version": 1}
+    {"bulk": false, "confirm": true, "product": "tessera 0.1.0", "protocol": "tessera/blob/1", "version": 2}
 
 and the first answer is `{}` or `{"error": …}`; with `confirm` it comes at once, else together with what the handler
-says first. Whoever sends no hello within `HELLO_S` is cut off. A protocol has places: `max_streams` for
-each peer, so that a flood hurts only whoever sends it, and `TOTAL` times that for all.
+says first. Another version, of the link or of a protocol, is refused naming both. Whoever sends no hello within
+`HELLO_S` is cut off. A protocol has places: `max_streams` for each peer, so that a flood hurts only whoever sends it,
+and `TOTAL` times that for all.
 
 Handlers belong to the transport, not to the link: a peer cannot cancel half-done work by leaving.
 """
@@ -24,22 +25,24 @@ import anyio
 import structlog
 
 from tessera.core import encoding
-from tessera.core.errors import Invalid, Misbehaviour, Missing, Refused, TesseraError, Unavailable
+from tessera.core.errors import Invalid, Misbehaviour, Missing, TesseraError, Unavailable
 from tessera.core.ids import PeerId
 from tessera.p2p.framing import Channel, FramedStream
+from tessera.p2p.pacer import Pacer
 from tessera.p2p.transport import Handler
+from tessera.p2p.versions import PRODUCT, UNNAMED, VERSION, Speech, mismatch, parse_product
 
 __all__ = ["VERSION", "Switchboard", "hello"]
 
 log = structlog.get_logger()
 
-VERSION = 1
 HELLO_LIMIT = 512  # bytes
 HELLO_S = 5.0
 QUEUE_S = 5.0  # how long a stream waits for a free place
 END_S = 5.0  # how long a peer may take the last bytes of a stream
 TOTAL = 16
 _PROTOCOL = re.compile(r"[a-z0-9][a-z0-9./_-]{0,63}")
+_FIELDS = {"bulk", "confirm", "product", "protocol", "version"}
 
 
 @dataclass(slots=True)
@@ -79,10 +82,15 @@ class _Service:
 
 
 class Switchboard:
-    """The protocols that this node serves."""
+    """The protocols that this node serves.
 
-    def __init__(self) -> None:
+    Args:
+        pacer: the node's, for what its handlers send.
+    """
+
+    def __init__(self, pacer: Pacer | None = None) -> None:
         self._services: dict[str, _Service] = {}
+        self._pacer = pacer
 
     def serve(self, protocol: str, handler: Handler, *, max_streams: int) -> None:
         _check_protocol(protocol)
@@ -93,11 +101,11 @@ class Switchboard:
 
     async def answer(self, channel: Channel, peer: PeerId) -> None:
         """The life of one stream that `peer` opened. Never raises but for cancellation."""
-        stream = FramedStream(channel, peer, consented=True)
+        stream = FramedStream(channel, peer, consented=True, pacer=self._pacer)
         try:
             service, greeting = await self._greet(stream)
             if greeting.bulk:
-                await channel.give_way()
+                await stream.give_way()
             async with service.place(peer):
                 await _consent(stream, at_once=greeting.confirm)
                 await self._handle(service, stream)
@@ -117,10 +125,16 @@ class Switchboard:
             greeting = _parse_hello(encoding.decode(data, HELLO_LIMIT))
         except Invalid as error:
             raise Misbehaviour(str(error), evidence={"peer": stream.peer, "hello": data[:64].hex()}) from error
+        return self._service(greeting), greeting
+
+    def _service(self, greeting: _Hello) -> _Service:
         service = self._services.get(greeting.protocol)
-        if service is None:
-            raise Missing(f"this peer does not serve {greeting.protocol}")
-        return service, greeting
+        if service is not None:
+            return service
+        kin = sorted(name for name in self._services if _same_but_version(name, greeting.protocol))
+        if kin:
+            raise mismatch(Speech(", ".join(kin), PRODUCT), Speech(greeting.protocol, greeting.product))
+        raise Missing(f"this peer ({PRODUCT}) does not serve {greeting.protocol}")
 
     async def _handle(self, service: _Service, stream: FramedStream) -> None:
         try:
@@ -141,13 +155,16 @@ class Switchboard:
 @dataclass(frozen=True, slots=True)
 class _Hello:
     protocol: str
+    product: str
     bulk: bool
     confirm: bool
 
 
 def hello(protocol: str, *, bulk: bool, confirm: bool) -> bytes:
+    """The first message of a stream. Raises `Invalid` for what is no name of a protocol."""
     _check_protocol(protocol)
-    return encoding.encode({"bulk": bulk, "confirm": confirm, "protocol": protocol, "version": VERSION})
+    facts = {"bulk": bulk, "confirm": confirm, "product": PRODUCT, "protocol": protocol, "version": VERSION}
+    return encoding.encode(facts)
 
 
 def _parse_hello(value: Any) -> _Hello:
@@ -155,24 +172,28 @@ def _parse_hello(value: Any) -> _Hello:
     version = value.get("version") if isinstance(value, dict) else None
     if type(version) is not int:
         raise Invalid("a hello is an object with a version")
+    product = parse_product(value.get("product"))
     if version != VERSION:
-        raise Refused(
-            f"this peer speaks version {VERSION}, the hello version {version}: upgrade the older side",
-            rule="version",
-            ours=VERSION,
-            theirs=version,
-        )
-    if value.keys() != {"bulk", "confirm", "protocol", "version"}:
-        raise Invalid("a hello has the fields bulk, confirm, protocol, version")
+        raise mismatch(Speech(VERSION, PRODUCT), Speech(version, product))
+    if value.keys() != _FIELDS:
+        raise Invalid(f"a hello has the fields {', '.join(sorted(_FIELDS))}")
     if type(value["bulk"]) is not bool or type(value["confirm"]) is not bool:
         raise Invalid("a hello's bulk and confirm are true or false")
+    if product == UNNAMED:
+        raise Invalid("a hello's product is a name and a version of up to 40 visible characters, like tessera 0.1.0")
     _check_protocol(value["protocol"])
-    return _Hello(value["protocol"], value["bulk"], value["confirm"])
+    return _Hello(value["protocol"], product, value["bulk"], value["confirm"])
 
 
 def _check_protocol(protocol: object) -> None:
     if not isinstance(protocol, str) or _PROTOCOL.fullmatch(protocol) is None:
         raise Invalid(f"a protocol is a lower-case name like tessera/blob/1, not {str(protocol)[:80]!r}")
+
+
+def _same_but_version(one: str, other: str) -> bool:
+    """`tessera/blob/1` and `tessera/blob/2`."""
+    (name, _, version), (other_name, _, other_version) = one.rpartition("/"), other.rpartition("/")
+    return name == other_name and version.isdigit() and other_version.isdigit()
 
 
 async def _consent(stream: FramedStream, *, at_once: bool) -> None:
