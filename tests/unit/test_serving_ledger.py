@@ -1,61 +1,123 @@
-"""The memory of payments in flight, owed and in doubt."""
+"""The memory of payments in flight, owed and in doubt: of one gateway, of its successor, and of several at once."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Conflict, Invalid, Unavailable
-from tessera.serving.ledger import MAX_REMEMBERED, REMEMBER_S, PaymentLedger, PaymentName
+from tessera.serving.ledger import LEASE_S, MAX_REMEMBERED, REMEMBER_S, PaymentLedger, PaymentName
 from tessera.serving.offers import Offer
 
+pytestmark = pytest.mark.anyio
 NAME = PaymentName("0xa", "0x1")
+MakeLedger = Callable[..., PaymentLedger]
 
 
-def make_ledger(**settings: int) -> tuple[PaymentLedger, FakeClock]:
-    clock = FakeClock()
-    return PaymentLedger(clock, max_held_per_payer=settings.get("max_held_per_payer", 2)), clock
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
 
 
-def test_a_payment_is_held_once_at_a_time() -> None:
-    ledger, _ = make_ledger()
-    ledger.hold(NAME)
+@pytest.fixture
+def make_ledger(database_url: str, clock: FakeClock) -> Iterator[MakeLedger]:
+    """Gateways of one database."""
+    opened: list[PaymentLedger] = []
+
+    def make(asset: str = "coin") -> PaymentLedger:
+        opened.append(PaymentLedger(clock, max_held_per_payer=2, asset=asset, where=database_url))
+        return opened[-1]
+
+    yield make
+    for ledger in opened:
+        ledger.close()
+
+
+async def settle(ledger: PaymentLedger, name: PaymentName, request: bytes, outcome: str = "owed") -> None:
+    lease = await ledger.hold(name)
+    await ledger.intend(lease, request)
+    await ledger.release(lease, outcome, request)  # type: ignore[arg-type]
+
+
+async def test_a_payment_is_held_once_at_a_time_by_all_gateways_together(make_ledger: MakeLedger) -> None:
+    first, second = make_ledger(), make_ledger()
+    lease = await first.hold(NAME)
+    for ledger in (first, second):
+        with pytest.raises(Conflict):
+            await ledger.hold(NAME)
+    assert (first.held, second.held) == (1, 0)
+    await first.release(lease, "keep")
+    await second.hold(NAME)
+    assert (first.held, second.held) == (0, 1)
+
+
+async def test_one_payer_holds_a_few_payments_and_others_are_not_hindered(make_ledger: MakeLedger) -> None:
+    first, second = make_ledger(), make_ledger()
+    lease = await first.hold(PaymentName("0xa", "0x1"))
+    await second.hold(PaymentName("0xa", "0x2"))
+    for ledger in (first, second):
+        with pytest.raises(Unavailable, match="nothing was charged"):
+            await ledger.hold(PaymentName("0xa", "0x3"))
+    await second.hold(PaymentName("0xb", "0x3"))
+    await first.release(lease, "keep")
+    await second.hold(PaymentName("0xa", "0x3"))
+
+
+async def test_the_same_nonce_of_another_coin_is_another_payment(make_ledger: MakeLedger) -> None:
+    await settle(make_ledger("gold"), NAME, b"request")
+    silver = make_ledger("silver")
+    assert await silver.recall(NAME, b"request") is None
+    await silver.hold(NAME)
+
+
+async def test_a_killed_gateways_leases_end_by_themselves_and_what_it_began_stays_in_doubt(
+    make_ledger: MakeLedger, clock: FakeClock
+) -> None:
+    killed = make_ledger()
+    lease = await killed.hold(NAME)
+    assert await killed.intend(lease, b"request")
+    other = make_ledger()
+    clock.advance(LEASE_S - 1)
     with pytest.raises(Conflict):
-        ledger.hold(NAME)
-    ledger.release(NAME)
-    ledger.hold(NAME)
-    assert ledger.held == 1
+        await other.hold(NAME)
+    clock.advance(1)
+    taken = await other.hold(NAME)
+    assert await other.recall(NAME, b"request") == "doubtful"
+    with pytest.raises(Conflict, match="too long"):  # it was only asleep
+        await killed.intend(lease, b"request")
+    await killed.release(lease, "forget")
+    assert await other.recall(NAME, b"request") == "doubtful"
+    assert not await other.intend(taken, b"request")
 
 
-def test_one_payer_holds_a_few_payments_and_others_are_not_hindered() -> None:
-    ledger, _ = make_ledger()
-    ledger.hold(PaymentName("0xa", "0x1"))
-    ledger.hold(PaymentName("0xa", "0x2"))
-    with pytest.raises(Unavailable):
-        ledger.hold(PaymentName("0xa", "0x3"))
-    ledger.hold(PaymentName("0xb", "0x3"))
-    ledger.release(PaymentName("0xa", "0x1"))
-    ledger.hold(PaymentName("0xa", "0x3"))
-
-
-def test_what_is_owed_is_recalled_for_the_same_request_until_forgotten_or_old() -> None:
-    ledger, clock = make_ledger()
-    ledger.remember(NAME, "owed", b"request")
-    assert ledger.recall(NAME, b"request") == "owed"
-    assert ledger.recall(NAME, b"another") is None
+async def test_what_is_owed_is_recalled_for_the_same_request_by_every_gateway_until_forgotten_or_old(
+    make_ledger: MakeLedger, clock: FakeClock
+) -> None:
+    await settle(make_ledger(), NAME, b"request")
+    ledger = make_ledger()
+    assert await ledger.recall(NAME, b"request") == "owed"
+    assert await ledger.recall(NAME, b"another") is None
     clock.advance(REMEMBER_S + 1)
-    assert ledger.recall(NAME, b"request") is None
-    ledger.remember(NAME, "doubtful", b"request")
-    ledger.forget(NAME)
-    assert ledger.recall(NAME, b"request") is None
+    assert await ledger.recall(NAME, b"request") is None
+    await settle(ledger, NAME, b"request", "keep")
+    assert await ledger.recall(NAME, b"request") == "doubtful"
+    await settle(ledger, NAME, b"request", "forget")
+    assert await ledger.recall(NAME, b"request") is None
 
 
-def test_memories_are_bounded_and_the_oldest_goes_first() -> None:
-    ledger, _ = make_ledger()
-    for index in range(MAX_REMEMBERED + 1):
-        ledger.remember(PaymentName("0xa", str(index)), "owed", b"r")
-    assert ledger.recall(PaymentName("0xa", "0"), b"r") is None
-    assert ledger.recall(PaymentName("0xa", "1"), b"r") == "owed"
+async def test_memories_are_bounded_and_the_oldest_goes_first(
+    make_ledger: MakeLedger, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert MAX_REMEMBERED >= 1_000
+    monkeypatch.setattr("tessera.serving.ledger.MAX_REMEMBERED", 8)
+    ledger = make_ledger()
+    for index in range(9):
+        await settle(ledger, PaymentName("0xa", str(index)), b"r")
+        clock.advance(1)
+    assert await ledger.recall(PaymentName("0xa", "0"), b"r") is None
+    assert await ledger.recall(PaymentName("0xa", "1"), b"r") == "owed"
 
 
 @pytest.mark.parametrize("units", [0, -1, 1.5, True])

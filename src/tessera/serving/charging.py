@@ -3,7 +3,7 @@
 What a buyer can rely on: not served, not charged. A payment is checked and held before any work; it is settled when the
 answer is complete (streams: when the first token exists) and before a byte of it leaves; a request that fails earlier
 costs nothing and its authorization stays good. A stream that breaks on our side after settlement is owed: the same
-authorization with the same request is served again without another settlement.
+authorization with the same request is served again without another settlement, by any gateway that shares the ledger.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Hold(Protocol):
         """Settled but not served: the same payment may come again with the same request."""
         ...
 
-    def release(self) -> None:
-        """The request is over. Safe to call in any state and twice."""
+    async def release(self) -> None:
+        """The request is over. Safe to call in any state and twice; does not fail, and is not cancelled."""
         ...
 
 
@@ -90,7 +90,7 @@ class FakeHold:
     def owe(self) -> None:
         self.payments.owed[self.coin] = self.digest
 
-    def release(self) -> None:
+    async def release(self) -> None:
         if self.open:
             self.open = False
             self.payments.held.discard(self.coin)

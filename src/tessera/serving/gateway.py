@@ -235,7 +235,7 @@ class _Gateway:
             return None
         url = (self._config.public_url.rstrip("/") or str(request.base_url).rstrip("/")) + request.url.path
         hold = await payments.hold(header, PaidRequest(url, sha256(request.url.path.encode(), b"\0", body)))
-        held.callback(hold.release)
+        held.push_async_callback(hold.release)
         return hold
 
     @contextmanager

@@ -1,30 +1,35 @@
 """x402 `exact` payments on an EVM chain, verified and settled by the gateway itself.
 
 Invariants: one authorization pays for one request, however often and at once it is sent; nothing is served before its
-transfer is on the chain; what was settled without an answer is served later for the same request without paying again
-(`charging` says what a buyer can rely on). Amounts are integers of the asset's smallest unit.
+transfer is on the chain; what was settled without an answer is served later for the same request without paying again,
+also when the gateway was killed in between (`charging` says what a buyer can rely on). Amounts are integers of the
+asset's smallest unit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import anyio
 import anyio.to_thread
 import structlog
 from eth_abi.abi import decode as abi_decode
 from eth_abi.abi import encode as abi_encode
 
+from tessera.core import encoding
 from tessera.core.clock import Clock, SystemClock
-from tessera.core.errors import Conflict, Invalid, Late, Unavailable
-from tessera.core.hashing import keccak
+from tessera.core.errors import Conflict, Invalid, TesseraError
+from tessera.core.hashing import keccak, sha256
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 from tessera.serving.charging import PaidRequest
 from tessera.serving.facilitator import Facilitator, PaymentChain, load_x402
-from tessera.serving.ledger import PaymentLedger
+from tessera.serving.ledger import Lease, PaymentLedger
 from tessera.serving.offers import Offer, Payment, encode_header, parse_payment
+from tessera.storage.location import MEMORY
 
 __all__ = ["PaymentConfig", "Settlement", "X402Payments"]
 
@@ -66,6 +71,8 @@ class X402Payments:
 
     Args:
         key: sends the settlements and pays their gas; it never holds the buyers' money.
+        database: where payments in flight and owed ones are kept: a file, or the URL that several gateways share.
+        schema: the name-space there.
         on_settled: told of each settlement, for pages and tables.
     """
 
@@ -76,12 +83,13 @@ class X402Payments:
         key: AccountKey,
         chain_id: int,
         *,
+        database: str | Path = MEMORY,
+        schema: str = "",
         clock: Clock | None = None,
         on_settled: Callable[[Settlement], None] | None = None,
     ) -> None:
         self._chain = chain
         self._clock = clock or SystemClock()
-        self._ledger = PaymentLedger(self._clock, max_held_per_payer=config.max_held_per_payer)
         self._facilitator = Facilitator(chain, key, chain_id)
         self._on_settled = on_settled
         self.offer = Offer(
@@ -94,6 +102,13 @@ class X402Payments:
             timeout_s=config.timeout_s,
             description=config.description,
         )
+        self._ledger = PaymentLedger(
+            self._clock,
+            max_held_per_payer=config.max_held_per_payer,
+            asset=f"{self.offer.network}/{self.offer.asset}",
+            where=database,
+            schema=schema,
+        )
 
     @classmethod
     async def open(
@@ -102,6 +117,8 @@ class X402Payments:
         chain: PaymentChain,
         key: AccountKey,
         *,
+        database: str | Path = MEMORY,
+        schema: str = "",
         clock: Clock | None = None,
         on_settled: Callable[[Settlement], None] | None = None,
     ) -> X402Payments:
@@ -109,7 +126,14 @@ class X402Payments:
         if not await chain.code(parse_account(config.asset)):
             raise Invalid(f"the asset {config.asset} is no contract on this chain")
         await anyio.to_thread.run_sync(load_x402)
-        return cls(config, chain, key, await chain.chain_id(), clock=clock, on_settled=on_settled)
+        chain_id = await chain.chain_id()
+
+        def make() -> X402Payments:
+            return cls(
+                config, chain, key, chain_id, database=database, schema=schema, clock=clock, on_settled=on_settled
+            )
+
+        return await anyio.to_thread.run_sync(make)
 
     @property
     def held(self) -> int:
@@ -127,30 +151,38 @@ class X402Payments:
         if reason := self.offer.mismatch(payment.accepted):
             raise self.offer.refuse(request.url, reason)
         try:
-            self._ledger.hold(payment.name)
+            lease = await self._ledger.hold(payment.name)
         except Conflict as error:
             raise self.offer.refuse(request.url, NONCE_USED) from error
-        hold = X402Hold(self, payment, request)
+        hold = X402Hold(self, payment, request, lease)
         try:
             await hold.verify()
         except BaseException:
-            hold.release()
+            await hold.release()
             raise
         return hold
+
+    def close(self) -> None:
+        """Let go of the database. Payments in flight stay leased until their leases end."""
+        self._ledger.close()
 
 
 class X402Hold:
     """One authorization, set aside for one request."""
 
-    def __init__(self, owner: X402Payments, payment: Payment, request: PaidRequest) -> None:
+    def __init__(self, owner: X402Payments, payment: Payment, request: PaidRequest, lease: Lease) -> None:
         from x402.schemas import PaymentPayload, PaymentRequirements
 
+        terms = owner.offer.requirements()
         self._owner = owner
-        self._requirements = PaymentRequirements.model_validate(owner.offer.requirements())
+        self._requirements = PaymentRequirements.model_validate(terms)
         self._payload = PaymentPayload(payload=payment.payload, accepted=self._requirements)
-        self._name = payment.name
+        self._name, self._lease = payment.name, lease
         self._request = request
+        # What was paid under other terms, at another gateway or before a new price, buys nothing under these.
+        self._digest = sha256(encoding.encode(terms), request.digest)
         self._state: Literal["held", "paid", "released"] = "held"
+        self._outcome: Literal["owed", "forget", "keep"] = "keep"
 
     async def verify(self) -> None:
         """Raises: PaymentRequired with the reason; Unavailable or Late when the chain cannot be asked."""
@@ -164,39 +196,43 @@ class X402Hold:
 
     async def settle(self) -> dict[str, str]:
         """See `Hold.settle`. An owed payment is not settled again."""
-        ledger = self._owner._ledger
         if self._state == "paid":
-            ledger.forget(self._name)
+            self._outcome = "forget"
             return {}
         try:
-            result = await self._owner._facilitator.settle(self._payload, self._requirements)
-        except (Unavailable, Late):
-            ledger.remember(self._name, "doubtful", self._request.digest)
-            raise
+            fresh = await self._owner._ledger.intend(self._lease, self._digest)
+        except Conflict as error:
+            raise self._refuse(NONCE_USED) from error
+        # From here on the payment is in doubt, whatever happens to this process, until its release says otherwise.
+        result = await self._owner._facilitator.settle(self._payload, self._requirements)
         header = {"PAYMENT-RESPONSE": encode_header(result.model_dump(by_alias=True, exclude_none=True))}
         if not result.success:
             reason = result.error_reason or "settlement_failed"
-            if reason == "settlement_pending":
-                ledger.remember(self._name, "doubtful", self._request.digest)
+            if fresh and reason != "settlement_pending":
+                self._outcome = "forget"  # it did not move, and no earlier try is in doubt
             raise self._refuse(reason, header)
-        self._state = "paid"
-        ledger.forget(self._name)
+        self._state, self._outcome = "paid", "forget"
         self._announce(result.transaction)
         return header
 
     def owe(self) -> None:
-        """See `Hold.owe`."""
-        self._owner._ledger.remember(self._name, "owed", self._request.digest)
+        """See `Hold.owe`. Written down by `release`; until then, and if that never comes, it is in doubt."""
+        self._outcome = "owed"
 
-    def release(self) -> None:
+    async def release(self) -> None:
         """See `Hold.release`."""
-        if self._state != "released":
-            self._state = "released"
-            self._owner._ledger.release(self._name)
+        if self._state == "released":
+            return
+        self._state = "released"
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._owner._ledger.release(self._lease, self._outcome, self._digest)
+        except TesseraError as error:  # the answer stands, and the lease ends by itself
+            log.warning("payment_not_released", payer=self._name.payer, outcome=self._outcome, reason=error.message)
 
     async def _owed(self) -> bool:
         """Whether this payment was settled for this very request, which got no answer."""
-        memory = self._owner._ledger.recall(self._name, self._request.digest)
+        memory = await self._owner._ledger.recall(self._name, self._digest)
         if memory == "doubtful":
             return await self._used() and await self._arrived()
         return memory == "owed"
