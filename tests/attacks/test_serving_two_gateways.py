@@ -1,0 +1,118 @@
+"""One payment shown to two gateways that share a ledger: it pays once, works once, and outlives a killed gateway."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import pytest
+
+from serving_stack import MODEL, PAYEE, PRICE, Stack, completion, open_stack
+from tessera.core.clock import FakeClock
+from tessera.core.errors import PaymentRequired, Unavailable
+from tessera.core.signing import AccountKey
+from tessera.serving.charging import PaidRequest
+from tessera.serving.engine import FakeEngine
+from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.ledger import LEASE_S
+from tessera.serving.payments import PaymentConfig, X402Payments
+from tessera.serving.text import CharTokenizer
+
+pytestmark = pytest.mark.anyio
+OPERATOR = AccountKey(b"\x07" * 32)
+REQUEST = PaidRequest("http://gateway/v1/completions", bytes(32))
+
+
+async def another(stack: Stack, url: str, *, price: int = PRICE, clock: FakeClock | None = None) -> Stack:
+    """A gateway on `stack`'s chain, with its ledger at `url`."""
+    config = PaymentConfig(stack.coin.address, await stack.coin.name(), await stack.coin.version(), price, PAYEE)
+    payments = await X402Payments.open(config, stack.chain, OPERATOR, database=url, clock=clock)
+    engine = FakeEngine(lambda prompt, sampling: list(b"hello world"), delay_s=0.002)
+    app = create_app(GatewayConfig(model=MODEL, max_concurrent=64), engine, CharTokenizer(), payments)
+    return replace(stack, payments=payments, app=app, engine=engine)
+
+
+async def test_replays_at_two_gateways_at_once_pay_once_and_are_served_once(database_url: str) -> None:
+    stack = await open_stack()
+    gateways = [await another(stack, database_url) for _ in range(2)]
+    payment = gateways[0].sign(await stack.buyer())
+    statuses: list[int] = []
+
+    async def replay(gateway: Stack) -> None:
+        statuses.append((await gateway.post(completion(max_tokens=5), payment)).status_code)
+
+    async with anyio.create_task_group() as group:
+        for turn in range(12):
+            group.start_soon(replay, gateways[turn % 2])
+    assert sorted(statuses) == [200] + [402] * 11
+    assert (await stack.income(), sum(gateway.engine.started for gateway in gateways)) == (PRICE, 1)
+    assert [gateway.payments.held for gateway in gateways] == [0, 0]
+    for gateway in gateways:
+        gateway.payments.close()
+
+
+async def test_what_a_killed_gateway_had_settled_another_one_serves(database_url: str) -> None:
+    stack, clock = await open_stack(), FakeClock()
+    killed = await another(stack, database_url, clock=clock)
+    payment = killed.sign(await stack.buyer())
+    hold = await killed.payments.hold(payment, REQUEST)
+    await hold.settle()  # and here it is killed: no answer, no release
+    killed.payments.close()
+    heir = await another(stack, database_url, clock=clock)
+    with pytest.raises(PaymentRequired, match="has been used"):
+        await heir.payments.hold(payment, REQUEST)
+    clock.advance(LEASE_S)
+    with pytest.raises(PaymentRequired, match="has been used"):
+        await heir.payments.hold(payment, replace(REQUEST, digest=b"\1" * 32))
+    for _ in range(2):
+        again = await heir.payments.hold(payment, REQUEST)
+        assert await again.settle() == {}
+        again.owe()
+        await again.release()
+    served = await heir.payments.hold(payment, REQUEST)
+    assert await served.settle() == {}
+    await served.release()
+    with pytest.raises(PaymentRequired, match="has been used"):
+        await heir.payments.hold(payment, REQUEST)
+    assert await stack.income() == PRICE
+    heir.payments.close()
+
+
+async def test_what_is_owed_for_an_old_price_buys_nothing_at_a_new_one(database_url: str) -> None:
+    stack = await open_stack()
+    cheap = await another(stack, database_url)
+    cheap.engine.fail_after, cheap.engine.error = 2, Unavailable("stage 1 is gone")
+    key = await stack.buyer()
+    payment, asked = cheap.sign(key), completion(stream=True)
+    assert "stage 1 is gone" in (await cheap.post(asked, payment)).text
+    dear = await another(stack, database_url, price=5 * PRICE)
+    raised: dict[str, Any] = {"accepted": {"amount": str(5 * PRICE)}}
+    for header in (payment, _as_if(payment, raised)):
+        assert (await dear.post(asked, header)).status_code == 402
+    cheap.engine.fail_after = None
+    assert (await cheap.post(asked, payment)).text.endswith("data: [DONE]\n\n")
+    assert (await stack.income(), dear.engine.started) == (PRICE, 0)
+    for gateway in (cheap, dear):
+        gateway.payments.close()
+
+
+async def test_a_ledger_that_cannot_be_written_charges_nobody(database_url: str) -> None:
+    stack = await open_stack()
+    gateway = await another(stack, database_url)
+    payment = gateway.sign(await stack.buyer())
+    hold = await gateway.payments.hold(payment, REQUEST)
+    gateway.payments.close()
+    with pytest.raises(Unavailable):
+        await hold.settle()
+    await hold.release()  # it is told in the log alone: the lease ends by itself
+    assert await stack.income() == 0
+
+
+def _as_if(payment: str, changes: dict[str, Any]) -> str:
+    """`payment` with terms that its signature does not cover."""
+    value = json.loads(base64.b64decode(payment))
+    value["accepted"] |= changes["accepted"]
+    return base64.b64encode(json.dumps(value).encode()).decode()
