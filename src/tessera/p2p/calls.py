@@ -21,7 +21,7 @@ from tessera.core.errors import Invalid, Late, Misbehaviour, TesseraError, Unava
 from tessera.core.ids import PeerId
 from tessera.p2p.transport import PeerRecord, Stream, Transport
 
-__all__ = ["CallHandler", "call", "serve_calls"]
+__all__ = ["ERROR_LIMIT", "CallHandler", "call", "error_head", "serve_calls"]
 
 log = structlog.get_logger()
 
@@ -86,10 +86,10 @@ def serve_calls(
             head = encoding.encode({"reply": reply})
         except TesseraError as error:
             log.debug("call_refused", protocol=protocol, peer_id=stream.peer, code=error.code, reason=error.message)
-            head, reply_body = _error_head(error), b""
+            head, reply_body = error_head(error), b""
         except Exception:
             log.exception("call_handler_broke", protocol=protocol, peer_id=stream.peer)
-            head, reply_body = _error_head(TesseraError("the peer failed to answer: its log says why")), b""
+            head, reply_body = error_head(TesseraError("the peer failed to answer: its log says why")), b""
         await _within(REPLY_S, stream.send(_join(head, reply_body), last=True), "take the reply", stream.peer)
 
     transport.serve(protocol, serve_one, max_streams=max_streams)
@@ -156,7 +156,7 @@ def _misbehaves(peer: PeerId, what: str, data: bytes) -> Misbehaviour:
     return Misbehaviour(f"{peer[:16]}…: {what}", evidence={"peer": peer, "fault": what, "head": data[:64].hex()})
 
 
-def _error_head(error: TesseraError) -> bytes:
+def error_head(error: TesseraError) -> bytes:
     """An error for the wire; one whose fields cannot travel goes without them."""
     try:
         head = encoding.encode({"error": error.to_dict()})
