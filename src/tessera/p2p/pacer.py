@@ -31,7 +31,8 @@ BULK_PIECE = 64 * 1024  # bytes
 SMALLEST_PIECE = 4 * 1024
 PIECE_S = 0.01  # a piece takes the uplink no longer than this, where it is slower than 6.5 MB/s
 MIN_UPLINK = 1_000  # bytes per second
-EPSILON = 1e-6  # bytes: what rounding may leave
+EPSILON = 1e-3  # bytes: what rounding may leave
+SHORTEST_S = 1e-6  # a sleep that moves the clock, whatever the clock shows
 
 
 class Pacer:
@@ -155,7 +156,7 @@ class _Bucket:
             if missing <= EPSILON:
                 await anyio.lowlevel.checkpoint()
                 return
-            await anyio.sleep(missing / rate)
+            await anyio.sleep(max(missing / rate, SHORTEST_S))
 
     def take(self, size: int) -> None:
         rate = self._rate()
