@@ -84,6 +84,13 @@ def test_a_broken_constraint_is_a_conflict_and_undoes_the_rest(database: Databas
         assert stock(database) == {}
 
 
+@pytest.mark.parametrize("wrong", [{"name": "a", "count": 2**63}, {"name": "\ud800", "count": 1}])
+def test_a_value_that_no_column_holds_is_invalid(database: Database, wrong: dict[str, object]) -> None:
+    with pytest.raises(Invalid, match=r"cannot hold a value|out of range|surrogates"):
+        database.apply(lambda db: db.put(STOCK, [wrong]))
+    assert stock(database) == {}
+
+
 def test_counters_that_several_threads_count_up_lose_nothing(database: Database) -> None:
     database.apply(lambda db: db.put(STOCK, [{"name": "a", "count": 0}]))
 

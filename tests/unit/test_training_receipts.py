@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.core.errors import Invalid, Misbehaviour, Unavailable
+from tessera.core.errors import Invalid, Misbehaviour
 from tessera.core.merkle import fold, share_leaf
-from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.epochs import EpochLeaves, compute_epoch
 from tessera.training.receipts import Receipt, verified_tokens
@@ -69,27 +68,6 @@ def test_no_row_from_a_peer_breaks_the_parser(row: object) -> None:
 def test_a_receipt_travels_as_a_row() -> None:
     receipt = all_receipts(MANIFEST, KEYS, STEPS)[5]
     assert Receipt.from_row(MANIFEST.run_id, receipt.to_row()) == receipt
-
-
-def test_the_book_keeps_the_first_receipt_and_survives_reopening(tmp_path: Path) -> None:
-    receipts = all_receipts(MANIFEST, KEYS, STEPS)
-    book = ReceiptBook(tmp_path / "book.sqlite")
-    book.add(receipts)
-    book.add([replace(receipts[0], digest=b"\1" * 32)])
-    book.close()
-    again = ReceiptBook(tmp_path / "book.sqlite")
-    assert sorted(map(str, again.of_steps(MANIFEST.run_id, STEPS))) == sorted(map(str, receipts))
-    assert again.of_steps(MANIFEST.run_id, range(1, 2))
-    assert not again.of_steps(MANIFEST.run_id, range(9, 12))
-    again.close()
-    with pytest.raises(Unavailable, match="this worker is leaving"):
-        again.epoch(0)
-
-
-def test_a_damaged_book_is_named(tmp_path: Path) -> None:
-    (tmp_path / "book.sqlite").write_bytes(b"not a database" * 100)
-    with pytest.raises(Invalid, match=r"book\.sqlite is damaged"):
-        ReceiptBook(tmp_path / "book.sqlite")
 
 
 def test_an_epoch_pays_the_workers_their_basis_points_and_the_owners_theirs() -> None:

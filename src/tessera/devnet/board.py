@@ -5,11 +5,15 @@ Reports are kept on disk, so that a restart shows the whole curve. Nothing on th
 
 from __future__ import annotations
 
-import sqlite3
+import math
 import time
 from collections import deque
 from pathlib import Path
 
+from sqlalchemy import BigInteger, Column, Float, MetaData, String, Table, select
+
+from tessera.storage.database import Transaction, open_database
+from tessera.storage.layout import Layout
 from tessera.training.host import WorkerReport
 from tessera.training.manifest import Manifest
 
@@ -18,19 +22,35 @@ __all__ = ["Board"]
 RATE_WINDOW_S = 10.0
 EVENTS = 100
 
+_TABLES = MetaData()
+_POINTS = Table(
+    "board_points",
+    _TABLES,
+    Column("kind", String, primary_key=True),
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    Column("value", Float(53), nullable=False),  # nats per token
+    sqlite_with_rowid=False,
+)
+_WIRE = Table(
+    "board_wire",
+    _TABLES,
+    Column("stage", BigInteger, primary_key=True, autoincrement=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+)
+_LAYOUT = Layout("board", _TABLES, remedy="delete it, only the curve's beginning is lost")
+
 
 class Board:
-    """The run's figures, updated by `report`. Losses in nats per token."""
+    """The run's figures, updated by `report`. Losses in nats per token.
 
-    def __init__(self, manifest: Manifest, file: Path) -> None:
+    Args:
+        where: a file or a database's URL; `schema` is the name-space in it, one for each run.
+    """
+
+    def __init__(self, manifest: Manifest, where: str | Path, *, schema: str = "") -> None:
         self._manifest = manifest
-        self._db = sqlite3.connect(file, isolation_level=None)
-        self._db.execute("pragma journal_mode=wal")
-        self._db.execute("pragma synchronous=normal")
-        self._db.executescript(
-            """create table if not exists points(kind text, step integer, value real, primary key(kind, step));
-               create table if not exists wire(stage integer primary key, bytes integer, tokens integer);"""
-        )
+        self._db = open_database(where, _LAYOUT, schema=schema)
         self.reports: dict[int, WorkerReport] = {}
         self.heard: dict[int, float] = {}  # stage -> monotonic time of the last report
         self.events: deque[tuple[float, str]] = deque(maxlen=EVENTS)
@@ -40,11 +60,7 @@ class Board:
         before = self.reports.get(stage)
         self.reports[stage] = report
         self.heard[stage] = time.monotonic()
-        self._save("train", report.losses)
-        self._save("validation", report.validations)
-        if report.wire_tokens > 0:
-            row = (stage, report.wire_bytes, report.wire_tokens)
-            self._db.execute("insert or replace into wire values(?, ?, ?)", row)
+        self._save(stage, report)
         if stage == 0:
             self._pace.append((time.monotonic(), report.step))
             while self._pace and self._pace[-1][0] - self._pace[0][0] > RATE_WINDOW_S:
@@ -70,11 +86,14 @@ class Board:
 
     def points(self, kind: str) -> list[tuple[int, float]]:
         """`train` or `validation` losses by step."""
-        return list(self._db.execute("select step, value from points where kind = ? order by step", (kind,)))
+        query = select(_POINTS.c.step, _POINTS.c.value).where(_POINTS.c.kind == kind).order_by(_POINTS.c.step)
+        with self._db.read() as db:
+            return [(row.step, row.value) for row in db.execute(query)]
 
     def wire(self) -> dict[int, tuple[int, int]]:
         """Bytes and tokens, both directions together, by the stage above each boundary."""
-        return {stage: (count, tokens) for stage, count, tokens in self._db.execute("select * from wire")}
+        with self._db.read() as db:
+            return {row.stage: (row.bytes, row.tokens) for row in db.execute(select(_WIRE).order_by(_WIRE.c.stage))}
 
     @property
     def wire_bytes_per_token(self) -> float:
@@ -91,7 +110,19 @@ class Board:
     def close(self) -> None:
         self._db.close()
 
-    def _save(self, kind: str, points: list[tuple[int, float]]) -> None:
-        if points:
-            rows = [(kind, step, value) for step, value in points]
-            self._db.executemany("insert or replace into points values(?, ?, ?)", rows)
+    def _save(self, stage: int, report: WorkerReport) -> None:
+        curves = {"train": report.losses, "validation": report.validations}
+        points = [
+            {"kind": kind, "step": step, "value": value}
+            for kind, curve in curves.items()
+            for step, value in dict(curve).items()
+            if math.isfinite(value)
+        ]
+        wire = {"stage": stage, "bytes": report.wire_bytes, "tokens": report.wire_tokens}
+
+        def work(db: Transaction) -> None:
+            db.put(_POINTS, points)
+            db.put(_WIRE, [wire] if report.wire_tokens > 0 else [])
+
+        if points or report.wire_tokens > 0:
+            self._db.apply(work)

@@ -25,20 +25,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import anyio.to_thread
-import structlog
 from sqlalchemy import Connection, Engine, Executable, Result, Table
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from tessera.core.errors import Conflict, TesseraError, Unavailable
+from tessera.core.errors import Invalid, Unavailable
 from tessera.storage.engine import claim_schema, make_engine
 from tessera.storage.failures import is_race, translated
 from tessera.storage.layout import Layout, prepare
 from tessera.storage.location import MEMORY, Dialect, Location, locate
 
 __all__ = ["Database", "Durability", "Transaction", "open_database"]
-
-log = structlog.get_logger()
 
 T = TypeVar("T")
 Durability = Literal["normal", "full"]
@@ -139,20 +136,14 @@ class Database:
 
         Raises: Conflict when a lock is not free in time, or somebody else changed what was read; Unavailable; Invalid.
         """
-        try:
-            with self._begun(self._engine) as transaction:
-                yield transaction
-        except SQLAlchemyError as error:
-            raise self._translated(error) from error
+        with self._translating(), self._begun(self._engine) as transaction:
+            yield transaction
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """One consistent view, which no writer disturbs and which disturbs none. Do not write in it."""
-        try:
-            with self._begun(self._views) as transaction:
-                yield transaction
-        except SQLAlchemyError as error:
-            raise self._translated(error) from error
+        with self._translating(), self._begun(self._views) as transaction:
+            yield transaction
 
     def apply(self, work: Callable[[Transaction], T]) -> T:
         """Run `work` in a transaction, again when it crossed another's: it must do nothing but talk to the database.
@@ -160,16 +151,15 @@ class Database:
         Raises: what `transaction` raises; Conflict after 12 tries (about 0.7 s).
         """
         pause_s = PAUSE_S
-        for left in reversed(range(TRIES)):
+        for _ in range(TRIES - 1):
             try:
-                with self._begun(self._engine) as transaction:
+                with self._translating(races=False), self._begun(self._engine) as transaction:
                     return work(transaction)
-            except SQLAlchemyError as error:
-                if not left or not is_race(error):
-                    raise self._translated(error) from error
-            time.sleep(random.uniform(0.5, 1.0) * pause_s)  # so that the two do not cross again
-            pause_s = min(2 * pause_s, MAX_PAUSE_S)
-        raise Conflict(f"{self.shown}: others keep changing the same rows")
+            except DBAPIError:
+                time.sleep(random.uniform(0.5, 1.0) * pause_s)  # so that the two do not cross again
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
+        with self.transaction() as transaction:
+            return work(transaction)
 
     async def apply_async(self, work: Callable[[Transaction], T]) -> T:
         """As `apply`, in a thread, so that neither a far server nor a slow disk holds up the event loop.
@@ -186,16 +176,22 @@ class Database:
         self._engine.dispose()
 
     def _open(self) -> None:
-        try:
-            with self._begun(self._making) as transaction:
-                if self.dialect == "postgresql":
-                    claim_schema(transaction.connection, self._location.schema)
-                prepare(transaction.connection, self._layout, self.shown)
-        except SQLAlchemyError as error:
-            raise self._translated(error) from error
+        with self._translating(), self._begun(self._making) as transaction:
+            if self.dialect == "postgresql":
+                claim_schema(transaction.connection, self._location.schema)
+            prepare(transaction.connection, self._layout, self.shown)
 
-    def _translated(self, error: SQLAlchemyError) -> TesseraError:
-        return translated(error, self._location, self._layout.remedy)
+    @contextmanager
+    def _translating(self, races: bool = True) -> Iterator[None]:
+        """Errors become ours; without `races`, those pass that a second try may cure."""
+        try:
+            yield
+        except SQLAlchemyError as error:
+            if not races and is_race(error):
+                raise
+            raise translated(error, self._location, self._layout.remedy) from error
+        except (OverflowError, UnicodeEncodeError) as error:  # SQLite's driver raises them as they are
+            raise Invalid(f"{self.shown} cannot hold a value: {error}") from error
 
     @contextmanager
     def _begun(self, engine: Engine) -> Iterator[Transaction]:

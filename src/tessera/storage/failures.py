@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tessera.core.errors import Conflict, Invalid, TesseraError, Unavailable
@@ -31,6 +31,7 @@ _SQLITE_TROUBLE = {
     sqlite3.SQLITE_NOMEM: "memory is short",
 }
 _POSTGRES = {  # by SQLSTATE or its class, the longest that fits
+    "22": (Invalid, "it cannot hold a value"),
     "08": (Unavailable, "the connection is lost"),
     "23": (Conflict, "somebody else wrote this first"),
     "25006": (Unavailable, "it can only be read now"),
@@ -62,7 +63,7 @@ def translated(error: SQLAlchemyError, location: Location, remedy: str) -> Tesse
     if isinstance(original, sqlite3.Error):
         return _of_sqlite(original, location, remedy)
     if original is not None:
-        return _of_postgres(original, location)
+        return _of_postgres(original, location, error)
     return Invalid(f"{location.shown}: {location.hide(str(error))[:300]}")
 
 
@@ -77,13 +78,13 @@ def _of_sqlite(error: sqlite3.Error, location: Location, remedy: str) -> Tessera
     return Invalid(f"{location.shown} is damaged ({error}): {remedy}")
 
 
-def _of_postgres(error: BaseException, location: Location) -> TesseraError:
+def _of_postgres(error: BaseException, location: Location, wrapped: SQLAlchemyError) -> TesseraError:
     state = str(getattr(error, "sqlstate", None) or "")
     for code in (state, state[:2]):
         if code in _POSTGRES:
             cls, meaning = _POSTGRES[code]
             return cls(f"{location.shown}: {meaning} ({_told(error, location)})")
-    if not state:  # the server did not answer, or not as a PostgreSQL server does
+    if not state and isinstance(wrapped, OperationalError | InterfaceError):  # the server did not answer as one does
         told = _told(error, location)
         hopeless = any(sign in told for sign in _REFUSALS)
         cls = Invalid if hopeless else Unavailable
