@@ -155,7 +155,8 @@ class IrohLink:
     """An established connection. `run` keeps it alive and hands on what the peer opens, until it is over.
 
     Args:
-        addrs, expires: of the record that was dialled; None for a link that the peer opened.
+        dialled: by us, else by the peer.
+        sockets, expires: the direct addresses of the record that was dialled, and when it ends.
         pacer: the node's; it hears what the peer acknowledged.
     """
 
@@ -163,13 +164,14 @@ class IrohLink:
         self,
         connection: Any,
         *,
-        addrs: tuple[str, ...] | None = None,
+        dialled: bool = False,
+        sockets: tuple[str, ...] = (),
         expires: int = 0,
         pacer: Pacer | None = None,
     ) -> None:
         self._connection, self._pacer = connection, pacer
         self.peer = parse_peer_id(str(connection.remote_id()))
-        self.addrs, self.expires = addrs, expires
+        self.dialled, self.sockets, self.expires = dialled, sockets, expires
         self.alive = True
         self._finished: deque[Any] = deque(maxlen=REMEMBERED)
         self._reads: set[asyncio.Task[bytes]] = set()
