@@ -41,9 +41,13 @@ def test_the_run_id_survives_any_layout_of_the_json() -> None:
         ({"price_units": 0}, "price_units"),
         ({"price_units": "10"}, "price_units"),
         ({"model__stages": 1}, "only a neighbour can sign receipts"),
-        ({"data__dataset": "../../etc/passwd"}, "data.dataset"),
+        ({"data__sets__0__index": "../../etc/passwd"}, "data.sets.0.index"),
+        ({"data__sets__0__weight": 0}, "data.sets.0.weight"),
+        ({"data__sets": []}, "data.sets"),
+        ({"data__active": 0}, "data.active"),
+        ({"data__sets__0__account": str(CREATOR)}, f"allocation.data lacks {CREATOR}, who owns a data set"),
         ({"name": "<script>"}, "name"),
-        ({"version": 2}, "version"),
+        ({"version": 1}, "version"),
         ({"schedule__epoch_steps": 10**6, "schedule__steps": 10**6}, "at most 50000: lower epoch_steps"),
         ({"schedule__length": 9}, "windows of 9 tokens exceed the context of 8"),
     ],
@@ -122,7 +126,7 @@ def test_a_damaged_or_foreign_state_directory_is_named(tmp_path: Path) -> None:
         Home(tmp_path / "b")
     Home(tmp_path / "c")
     (tmp_path / "c" / "version").write_text("99")
-    with pytest.raises(Invalid, match="version '99', this Tessera reads version '1'"):
+    with pytest.raises(Invalid, match="has layout 99, of a newer Tessera; this one knows layouts up to 1"):
         Home(tmp_path / "c")
     (tmp_path / "d").write_text("a file")
     with pytest.raises(Invalid, match="cannot use"):

@@ -1,0 +1,50 @@
+"""Files that a crash leaves whole: each is written beside itself, flushed, and renamed."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["drop_leftovers", "write_atomic"]
+
+LEFTOVER_S = 60.0  # a file being written is renamed within milliseconds; older ones belong to a process that is gone
+_TEMPORARY = re.compile(r"\.[\w.-]+\.[a-z0-9_]{8}")  # what `write_atomic` names them
+
+
+def write_atomic(file: Path, data: bytes, *, mode: int = 0o644, replace: bool = True) -> None:
+    """Write beside `file`, flush to the disk, rename. A crash leaves the old content or the new, never a part.
+
+    With `replace=False` a file that exists by then stays as it is.
+    """
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "wb") as temporary:
+            temporary.write(data)
+            temporary.flush()
+            os.fsync(temporary.fileno())
+        os.chmod(name, mode)
+        if replace:
+            os.replace(name, file)
+            return
+        with suppress(FileExistsError):
+            os.link(name, file)
+        os.unlink(name)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def drop_leftovers(folder: Path, now: float | None = None) -> list[Path]:
+    """Remove what a killed `write_atomic` left in `folder`, not below it. Returns what is gone. Raises `OSError`."""
+    before = (time.time() if now is None else now) - LEFTOVER_S
+    gone = []
+    for file in folder.glob(".*"):
+        with suppress(FileNotFoundError):
+            if _TEMPORARY.fullmatch(file.name) and file.is_file() and file.stat().st_mtime < before:
+                file.unlink()
+                gone.append(file)
+    return gone
