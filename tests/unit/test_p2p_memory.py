@@ -85,6 +85,24 @@ def test_delay_and_rate_set_how_long_a_transfer_takes() -> None:
     assert run_virtual(main) == pytest.approx(0.05 + 2 * 0.1, rel=0.02)  # there and back again
 
 
+def test_all_that_a_peer_sends_shares_its_uplink() -> None:
+    async def main() -> float:
+        net = network(delay_s=0.01)
+        async with net.start(key(1)) as busy, net.start(key(2)) as b, net.start(key(3)) as c:
+            serve_all(b)
+            serve_all(c)
+            for server in (b, c):
+                await ask(busy, server.record())
+            net.uplink(busy.id, 1e6)
+            started = anyio.current_time()
+            async with anyio.create_task_group() as tasks:
+                for server in (b, c):
+                    tasks.start_soon(ask, busy, server.record(), bytes(500_000))
+            return anyio.current_time() - started
+
+    assert run_virtual(main) == pytest.approx(1.02, rel=0.01)  # 1 MB out at 1 MB/s; the way back is free
+
+
 def test_loss_costs_time_and_no_bytes() -> None:
     async def transfer(loss: float) -> float:
         net = network(delay_s=0.01, loss=loss)

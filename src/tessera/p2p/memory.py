@@ -20,7 +20,7 @@ from tessera.core.signing import PeerKey
 from tessera.p2p.background import Background, background
 from tessera.p2p.framing import FramedStream
 from tessera.p2p.memory_link import MemoryLink
-from tessera.p2p.memory_wire import MemoryChannel, Wire
+from tessera.p2p.memory_wire import MemoryChannel, Uplink, Wire
 from tessera.p2p.pacer import Pacer
 from tessera.p2p.presence import PresenceBoard
 from tessera.p2p.switchboard import Switchboard, hello
@@ -57,6 +57,7 @@ class MemoryNetwork:
         self._rng = rng
         self._defaults = (delay_s, rate_bytes_per_s, loss)
         self._wires: dict[tuple[PeerId, PeerId], Wire] = {}
+        self._uplinks: dict[PeerId, Uplink] = {}
         self._slow: dict[PeerId, float | None] = {}
         self._listeners: dict[str, MemoryTransport] = {}
         self._ports = 0
@@ -85,6 +86,10 @@ class MemoryNetwork:
         """Other figures for the wires between two peers, from now on."""
         for wire in (self.wire(a, b), self.wire(b, a)):
             wire.delay_s, wire.rate_bytes_per_s, wire.loss = delay_s, rate_bytes_per_s, loss
+
+    def uplink(self, peer: PeerId, rate_bytes_per_s: float | None) -> None:
+        """From now on all that `peer` sends, to whomever, shares this rate; None is unlimited."""
+        self._uplinks.setdefault(peer, Uplink()).rate_bytes_per_s = rate_bytes_per_s
 
     def partition(self, a: PeerId, b: PeerId) -> None:
         """Nothing arrives between them, until `heal`. After 3 s they take each other for gone."""
@@ -122,7 +127,8 @@ class MemoryNetwork:
         wire = self._wires.get((a, b))
         if wire is None:
             delay_s, rate, loss = self._defaults
-            wire = Wire(self._rng, delay_s, rate, loss, read_bytes_per_s=self._slow.get(b))
+            uplink = self._uplinks.setdefault(a, Uplink())
+            wire = Wire(self._rng, uplink, delay_s, rate, loss, read_bytes_per_s=self._slow.get(b))
             self._wires[a, b] = wire
         return wire
 

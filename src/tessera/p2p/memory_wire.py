@@ -1,8 +1,8 @@
 """The wires and pipes of `MemoryNetwork`: bytes that take time, in order, with faults.
 
-A wire is one direction between two peers; its rate is shared by all its streams. A pipe is one direction of one
-stream: what was written waits there until it has arrived and is read, `WINDOW` bytes at most, so that a slow reader
-slows the writer.
+A wire is one direction between two peers; its rate is shared by all its streams, and that of the uplink by all wires
+from one peer. A pipe is one direction of one stream: what was written waits there until it has arrived and is read,
+`WINDOW` bytes at most, so that a slow reader slows the writer.
 """
 
 from __future__ import annotations
@@ -18,10 +18,25 @@ import anyio.lowlevel
 from tessera.core.errors import Unavailable
 from tessera.p2p.framing import READ_AHEAD
 
-__all__ = ["MemoryChannel", "Pipe", "Wire"]
+__all__ = ["MemoryChannel", "Pipe", "Uplink", "Wire"]
 
 WINDOW = 1 << 20  # bytes of one pipe under way
 RESEND_S = 0.2  # a lost packet is late by this, or by three delays
+
+
+@dataclass(eq=False, slots=True)
+class Uplink:
+    """What all wires from one peer share. Packets leave in the order in which they were written."""
+
+    rate_bytes_per_s: float | None = None
+    _free_at: float = 0.0
+
+    def departure(self, size: int, now: float) -> float:
+        """When the last of `size` bytes, written `now`, has left."""
+        if self.rate_bytes_per_s is None:
+            return now
+        self._free_at = max(now, self._free_at) + size / self.rate_bytes_per_s
+        return self._free_at
 
 
 @dataclass(eq=False, slots=True)
@@ -29,6 +44,7 @@ class Wire:
     """One direction between two peers. Change the fields while it runs."""
 
     rng: random.Random
+    uplink: Uplink = field(default_factory=Uplink)
     delay_s: float = 0.0
     rate_bytes_per_s: float | None = None
     loss: float = 0.0  # chance that a packet of up to 16 KiB arrives late
@@ -43,7 +59,7 @@ class Wire:
     def arrival(self, size: int) -> float:
         """When `size` bytes that are sent now have arrived."""
         self.carried_bytes += size
-        start = max(anyio.current_time(), self._free_at)
+        start = max(self.uplink.departure(size, anyio.current_time()), self._free_at)
         self._free_at = start + (size / self.rate_bytes_per_s if self.rate_bytes_per_s else 0.0)
         late = max(RESEND_S, 3 * self.delay_s) if self.loss and self.rng.random() < self.loss else 0.0
         return self._free_at + self.delay_s + late
