@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from tessera.core.errors import Invalid
-from tessera.models.device import fast_compute, keep_freed_memory, native_bfloat16, pick_device
+from tessera.models.device import (
+    choose_recompute,
+    fast_compute,
+    free_device_bytes,
+    keep_freed_memory,
+    native_bfloat16,
+    pick_device,
+)
+from tessera.models.memory import estimate_memory
+from tessera.models.presets import default_spec
 
 
 def test_auto_is_the_gpu_where_there_is_one() -> None:
@@ -28,3 +37,29 @@ def test_a_new_run_computes_in_what_the_machine_is_fast_at() -> None:
 def test_freed_memory_is_kept_where_glibc_is() -> None:
     glibc = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
     assert keep_freed_memory() == glibc
+
+
+def test_free_memory_is_a_number_of_bytes() -> None:
+    assert 0 < free_device_bytes("cpu") < 2**60
+
+
+def test_a_memory_limit_makes_a_stage_recompute_and_then_refuses_it() -> None:
+    spec = default_spec(4)
+    shape = {"sequences": 2, "length": 256, "microbatches": 8}
+    plain, small = (estimate_memory(spec, 1, **shape, recompute=flag).together for flag in (False, True))
+
+    def choose(limit_bytes: int) -> bool:
+        return choose_recompute(spec, 1, **shape, device="cpu", limit_bytes=limit_bytes)
+
+    assert choose(0) is False
+    assert choose(plain) is False
+    assert choose(plain - 1) is True
+    assert choose(small) is True
+    with pytest.raises(Invalid, match=r"needs \d+ MiB of RAM, \d+ MiB are free"):
+        choose(small - 1)
+    with pytest.raises(Invalid, match="memory limit"):
+        choose(-1)
+
+
+def test_tf32_stays_off() -> None:
+    assert torch.get_float32_matmul_precision() == "highest"

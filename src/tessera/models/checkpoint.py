@@ -6,6 +6,7 @@ tensor is handed out, so a load either succeeds whole or changes nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tessera.core.errors import Invalid
-from tessera.core.hashing import sha256
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
 
@@ -27,7 +27,8 @@ def write_checkpoint(tensors: dict[str, Tensor], facts: dict[str, str]) -> bytes
     """The bytes of a safetensors file. Equal state gives equal bytes."""
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     bare = safetensors.torch.save(plain)
-    digest = sha256(bare[8 + int.from_bytes(bare[:8], "little") :]).hex()
+    digest = hashlib.sha256(memoryview(bare)[8 + int.from_bytes(bare[:8], "little") :]).hexdigest()
+    del bare  # as large as the whole state, and the next line makes two more
     # safetensors writes metadata in no fixed order, so it gets one entry.
     note = json.dumps({"format": _FORMAT, "digest": digest, **facts}, sort_keys=True)
     return safetensors.torch.save(plain, metadata={"tessera": note})
@@ -66,7 +67,7 @@ def _note(data: bytes) -> dict[str, str]:
         raise Invalid(f"not a stage's checkpoint: {error!r}") from error
     if not isinstance(note, dict) or not all(isinstance(v, str) for v in note.values()):
         raise Invalid("not a stage's checkpoint: its note is no map of texts")
-    if note.get("digest") != sha256(data[8 + size :]).hex():
+    if note.get("digest") != hashlib.sha256(memoryview(data)[8 + size :]).hexdigest():
         raise Invalid("the checkpoint is corrupt: its digest differs")
     return note
 

@@ -1,4 +1,11 @@
-"""Which device computes, what it does fast, and how its memory is kept."""
+"""Which device computes, what it does fast, and how its memory is kept.
+
+Precision is the spec's alone. `ModelConfig.compute` says which operands a matrix product takes (float32 or bfloat16;
+sums, norms, softmax, optimiser and messages are float32 in both), and every neighbour and auditor computes that. So no
+device autocasts, and none chooses for itself: `fast_compute` only advises whoever writes a new manifest. A device
+without bfloat16 units joins such a run all the same, with torch's emulation: right, and slow, as its probe will say.
+TF32, which would give a CUDA device other products than its neighbours', stays off; that is torch's default.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +16,17 @@ from typing import Literal
 import torch
 
 from tessera.core.errors import Invalid
+from tessera.models.config import ModelSpec
+from tessera.models.memory import estimate_memory, fit_memory, free_ram_bytes
 
-__all__ = ["fast_compute", "keep_freed_memory", "native_bfloat16", "pick_device"]
+__all__ = [
+    "choose_recompute",
+    "fast_compute",
+    "free_device_bytes",
+    "keep_freed_memory",
+    "native_bfloat16",
+    "pick_device",
+]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
@@ -30,6 +46,51 @@ def pick_device(name: str) -> str:
     if device.type not in ("cpu", "cuda", "mps"):
         raise Invalid(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
     return name
+
+
+def free_device_bytes(device: str) -> int:
+    """What a stage may still take there: free memory of a GPU; of RAM where the processor computes."""
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(kind)
+        return int(free) + torch.cuda.memory_reserved(kind) - torch.cuda.memory_allocated(kind)
+    if kind.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return free_ram_bytes()
+
+
+def choose_recompute(
+    spec: ModelSpec,
+    stage: int,
+    *,
+    sequences: int,
+    length: int,
+    microbatches: int,
+    device: str,
+    limit_bytes: int = 0,
+    ranks: int = 1,
+    shard: bool = False,
+) -> bool:
+    """Whether the stage must recompute its forwards to fit. Ask before it is built, and again before joining.
+
+    Args:
+        limit_bytes: most that the owner lends of the device's memory, on top of what is taken now; 0 = what is free.
+        ranks, shard: see `estimate_memory`.
+
+    Raises: Invalid, naming what is needed and what is there, when it does not fit either way.
+    """
+    needs = {
+        recompute: estimate_memory(
+            spec, stage, sequences=sequences, length=length, microbatches=microbatches, recompute=recompute,
+            ranks=ranks, shard=shard,
+        )
+        for recompute in (False, True)
+    }  # fmt: skip
+    if limit_bytes < 0:
+        raise Invalid(f"a memory limit is a number of bytes ≥ 0, not {limit_bytes}")
+    kind, free, ram = torch.device(device).type, free_device_bytes(device), free_ram_bytes()
+    lent = min(free, limit_bytes or free)
+    return fit_memory(needs, kind, device_free=lent, ram_free=min(ram, lent) if kind == "cpu" else ram)
 
 
 def native_bfloat16() -> bool:

@@ -17,28 +17,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.core.errors import Conflict, Invalid, Missing
 from tessera.models.checkpoint import read_checkpoint, write_checkpoint
 from tessera.models.config import ModelSpec
-from tessera.models.optim import StageOptimizer
+from tessera.models.engine import Alone, Engine, LocalEngine
 from tessera.models.stage import Stage
 from tessera.models.wire import Wire
 
 __all__ = ["MAX_IN_FLIGHT", "StageTrainer", "check_ids", "receive"]
 
-MAX_IN_FLIGHT = 256  # microbatches; each holds its graph
+MAX_IN_FLIGHT = 256  # microbatches; each holds its graph, or its codes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A microbatch between its forward and its backward."""
+    """A microbatch between its forward and its backward, as far as the trainer knows it."""
 
     shape: tuple[int, int]
-    entered: Tensor | None  # the message received, a leaf that collects its gradient; None on stage 0
-    left: Tensor | None  # the message sent, before rounding; None on the last stage, which is done with it
+    codes: tuple[Tensor, bytes | None] | None  # ids and what was received, when the backward has to recompute
 
 
 class StageTrainer:
@@ -47,16 +45,28 @@ class StageTrainer:
     Args:
         steps: of the whole run; rates decay to zero at its end.
         device: a torch device, see `pick_device`.
+        recompute: keep the codes of microbatches in flight instead of their graphs, and run their forward once more in
+            the backward: the same bytes, a third more work, a fraction of the memory.
+        engine: computes instead of this process alone, `device` is its own then; see `tessera.models.parallel`.
 
     Raises: Invalid: no such stage, or no steps.
     """
 
-    def __init__(self, spec: ModelSpec, stage: int, *, steps: int, device: str = "cpu") -> None:
-        self.spec = spec
-        self.stage = Stage(spec, stage).to(device)
-        self.device = torch.device(device)
+    def __init__(
+        self,
+        spec: ModelSpec,
+        stage: int,
+        *,
+        steps: int,
+        device: str = "cpu",
+        recompute: bool = False,
+        engine: Engine | None = None,
+    ) -> None:
+        self.spec, self.recompute = spec, recompute
+        self._engine: Engine = engine or LocalEngine(Alone(Stage(spec, stage).to(device), steps))
+        self.stage = self._engine.stage
+        self.device = self.stage.device
         self.step = 0  # the step that is open: finished ones count 0 ... step - 1
-        self._optimizer = StageOptimizer(self.stage, steps)
         self._wire = Wire(spec)
         self._open: dict[int, _InFlight] = {}
         self._seen: set[int] = set()
@@ -79,18 +89,14 @@ class StageTrainer:
             raise Conflict(f"microbatch {index} of step {step} went through this stage already")
         if len(self._open) >= MAX_IN_FLIGHT:
             raise Conflict(f"{MAX_IN_FLIGHT} microbatches are in flight: send gradients first")
-        tokens = self._tokens(ids)
-        entered = self._receive(payload, tokens.size(0), tokens.size(1) - 1)
+        tokens = check_ids(ids, self.spec)
         shape = (tokens.size(0), tokens.size(1) - 1)
-        if entered is not None:
-            entered.requires_grad_()
-        out = self.stage(tokens[:, :-1], entered)
-        if self.stage.last:
-            self._learn(out, tokens)
-            self._keep(index, _InFlight(shape, entered, None))
-            return None
-        data = self._wire.pack(out)
-        self._keep(index, _InFlight(shape, entered, out))
+        message = receive(self.stage, self._wire, payload, *shape)
+        keep = self.stage.last or not self.recompute
+        out = self._engine.forward(index, tokens, message, keep=keep)
+        data = self._leave(index, out, tokens)
+        self._open[index] = _InFlight(shape, None if keep else (tokens, payload))
+        self._seen.add(index)
         return data
 
     def backward(self, step: int, index: int, payload: bytes | None) -> bytes | None:
@@ -108,17 +114,16 @@ class StageTrainer:
         item = self._open.get(index)
         if item is None:
             raise Missing(f"microbatch {index} of step {step} is not in flight on stage {self.stage.index}")
-        if item.left is not None:
-            torch.autograd.backward(item.left, self._gradient(payload, item.shape))
-        elif payload is not None:
-            raise Invalid("the last stage computes its gradient itself: no payload expected")
+        again = None
+        if item.codes is not None:
+            tokens, received = item.codes
+            again = tokens, receive(self.stage, self._wire, received, *item.shape)
+        gradient = self._engine.backward(index, self._gradient(payload, item.shape), again)
         del self._open[index]
-        if item.entered is None:
+        if gradient is None:
             return None
-        if item.entered.grad is None:
-            raise RuntimeError("the backward pass left no gradient for the received message")
         boundary = self.stage.index - 1
-        return self._wire.pack(item.entered.grad, ("gradient", self.spec.seed, step, index, boundary))
+        return self._wire.pack(gradient, ("gradient", self.spec.seed, step, index, boundary))
 
     def finish_step(self, step: int, tokens: int) -> float | None:
         """Moves the parameters by the mean gradient over `tokens`, all microbatches together.
@@ -135,53 +140,52 @@ class StageTrainer:
         if self.stage.last and tokens != self._loss_tokens:
             raise Conflict(f"step {step} is said to have {tokens} tokens, but {self._loss_tokens} came")
         loss = self._loss_sum / tokens if self.stage.last else None
-        self._optimizer.step(step, tokens)
+        self._engine.finish(step, tokens)
         self.step += 1
         self._forget()
         return loss
 
     def reset_step(self) -> None:
         """Drops everything of the open step: it can start again from its first microbatch."""
-        self._optimizer.clear()
+        self._engine.clear()
         self._forget()
 
-    @torch.no_grad()
     def evaluate(self, ids: Any, payload: bytes | None) -> bytes | tuple[float, int]:
         """As `forward`, but learns nothing: the message, or (sum of losses in nats, tokens) on the last stage."""
-        tokens = self._tokens(ids)
-        out = self.stage(tokens[:, :-1], self._receive(payload, tokens.size(0), tokens.size(1) - 1))
-        if not self.stage.last:
-            return self._wire.pack(out)
-        return float(_loss_sum(out, tokens)), tokens[:, 1:].numel()
+        tokens = check_ids(ids, self.spec)
+        message = receive(self.stage, self._wire, payload, tokens.size(0), tokens.size(1) - 1)
+        out = self._engine.evaluate(tokens, message)
+        return self._wire.pack(out) if isinstance(out, Tensor) else (out, tokens[:, 1:].numel())
 
     def payload_limit(self, batch: int, length: int) -> int:
         """Bytes of a message of `batch` × `length` tokens, in either direction: exactly that many are accepted."""
         return self._wire.size(batch, length)
 
+    def whole_stage(self) -> Stage:
+        """The stage with all its parameters on one device, for decoding. Live, unless several devices share them."""
+        return self._engine.whole_stage()
+
+    def close(self) -> None:
+        """Drops the open step and lets other devices go. Training is over then."""
+        self._engine.close()
+        self._forget()
+
     def save(self) -> bytes:
         """Parameters, optimiser and step, as a safetensors file. In-flight microbatches are not part of it."""
-        return write_checkpoint(self._state(), {**self._facts(), "step": str(self.step)})
+        return write_checkpoint(self._engine.state(), {**self._facts(), "step": str(self.step)})
 
     def load(self, data: bytes) -> None:
-        """Takes over what `save` wrote. Drops the open step.
+        """Takes over what `save` wrote, on however many devices. Drops the open step.
 
         Raises: Invalid: corrupt, or of another model, stage or seed; nothing has changed then.
         """
-        expected = self._state()
-        tensors, facts = read_checkpoint(data, expected, self._facts())
+        tensors, facts = read_checkpoint(data, self._engine.layout(), self._facts())
         step = facts.get("step", "")
         if not (step.isascii() and step.isdecimal() and len(step) < 10):
             raise Invalid(f"the checkpoint's step is {step[:40]!r}, expected a number")
-        with torch.no_grad():
-            for name, parameter in self.stage.named_parameters():
-                parameter.copy_(tensors[f"params.{name}"])
-        self._optimizer.load_state_dict(tensors)
-        self.step = int(step)
         self.reset_step()
-
-    def _state(self) -> dict[str, Tensor]:
-        params = {f"params.{name}": p.detach() for name, p in self.stage.named_parameters()}
-        return params | self._optimizer.state_dict()
+        self._engine.load(tensors)
+        self.step = int(step)
 
     def _facts(self) -> dict[str, str]:
         return {"spec": self.spec.digest(), "stage": str(self.stage.index)}
@@ -190,29 +194,26 @@ class StageTrainer:
         if step != self.step:
             raise Conflict(f"step {step} is not open on stage {self.stage.index}: step {self.step} is")
 
-    def _tokens(self, ids: Any) -> Tensor:
-        return check_ids(ids, self.spec).to(self.device)
-
-    def _receive(self, payload: bytes | None, batch: int, length: int) -> Tensor | None:
-        return receive(self.stage, self._wire, payload, batch, length)
-
-    def _gradient(self, payload: bytes | None, shape: tuple[int, int]) -> Tensor:
+    def _gradient(self, payload: bytes | None, shape: tuple[int, int]) -> Tensor | None:
+        if self.stage.last:
+            if payload is not None:
+                raise Invalid("the last stage computes its gradient itself: no payload expected")
+            return None
         if payload is None:
             raise Invalid(f"stage {self.stage.index} needs the gradient from stage {self.stage.index + 1}")
-        return self._wire.unpack(payload, *shape).to(self.device)
+        return self._wire.unpack(payload, *shape)
 
-    def _learn(self, logits: Tensor, tokens: Tensor) -> None:
-        loss = _loss_sum(logits, tokens)
-        value = float(loss.detach())
-        if not abs(value) < float("inf"):
-            raise Invalid("the loss is not finite: the training diverged, lower its rates")
-        torch.autograd.backward(loss)
-        self._loss_sum += value
-        self._loss_tokens += tokens[:, 1:].numel()
-
-    def _keep(self, index: int, item: _InFlight) -> None:
-        self._open[index] = item
-        self._seen.add(index)
+    def _leave(self, index: int, out: Tensor | float, tokens: Tensor) -> bytes | None:
+        """What goes to the next stage, or the loss into the sum. A message that cannot be packed is not kept."""
+        if isinstance(out, float):
+            self._loss_sum += out
+            self._loss_tokens += tokens[:, 1:].numel()
+            return None
+        try:
+            return self._wire.pack(out)
+        except Invalid:
+            self._engine.drop(index)
+            raise
 
     def _forget(self) -> None:
         self._open.clear()
@@ -246,7 +247,3 @@ def check_ids(ids: Any, spec: ModelSpec) -> Tensor:
     if low < 0 or high >= spec.model.vocab_size:
         raise Invalid(f"token ids from {low} to {high}: expected 0 to {spec.model.vocab_size - 1}")
     return tokens
-
-
-def _loss_sum(logits: Tensor, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")

@@ -1,0 +1,234 @@
+"""Computing with one stage: tensors in, tensors out, no bytes and no names of peers.
+
+A trainer checks what comes from outside and keeps the order of calls; an engine only computes. `Placement` says where
+the stage's parameters lie: on one device (`Alone`), or on several (`tessera.models.parallel`).
+
+Invariants: a microbatch that was not kept leaves nothing behind; gradients are sums over tokens until `finish`.
+
+Legend: B sequences, T tokens, W message width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessera.core.errors import Invalid
+from tessera.models.optim import StageOptimizer
+from tessera.models.stage import Stage
+
+__all__ = ["Alone", "Engine", "LocalEngine", "Placement"]
+
+Inputs = tuple[Tensor, Tensor | None]  # token ids [B, T+1], and the message [B, T, W] that entered
+
+
+class Engine(Protocol):
+    """What a trainer asks for. Arguments are checked already; results lie anywhere."""
+
+    stage: Stage
+
+    def forward(self, index: int, tokens: Tensor, message: Tensor | None, *, keep: bool) -> Tensor | float:
+        """The message that leaves, or the sum of losses on the last stage, whose gradient is computed at once.
+
+        Args:
+            keep: the graph, for `backward`; without it, `backward` gets the inputs again.
+        """
+        ...
+
+    def backward(self, index: int, gradient: Tensor | None, again: Inputs | None) -> Tensor | None:
+        """The gradient of the message that entered; None on stage 0."""
+        ...
+
+    def drop(self, index: int) -> None: ...
+    def finish(self, step: int, tokens: int) -> None: ...
+    def clear(self) -> None: ...
+    def evaluate(self, tokens: Tensor, message: Tensor | None) -> Tensor | float: ...
+    def layout(self) -> dict[str, Tensor]: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load(self, state: dict[str, Tensor]) -> None: ...
+    def whole_stage(self) -> Stage: ...
+    def close(self) -> None: ...
+
+
+class Placement(Protocol):
+    """Where parameters, gradients and the optimiser's state lie."""
+
+    stage: Stage
+    optimizer: StageOptimizer
+
+    def before_step(self) -> None:
+        """Make every gradient the sum over all ranks."""
+        ...
+
+    def after_use(self) -> None:
+        """The stage was used and nothing follows at once: let go of what was gathered for it."""
+        ...
+
+    def total(self, value: float) -> float:
+        """The sum over all ranks."""
+        ...
+
+    def whole(self, name: str, own: Tensor) -> Tensor:
+        """The whole of a state tensor, of which `own` is what lies here."""
+        ...
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        """The other way round."""
+        ...
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What lies here of the parameters, by name."""
+        ...
+
+
+class Alone:
+    """Everything on one device."""
+
+    def __init__(self, stage: Stage, steps: int) -> None:
+        self.stage, self.optimizer = stage, StageOptimizer(stage, steps)
+
+    def before_step(self) -> None:
+        return
+
+    def after_use(self) -> None:
+        return
+
+    def total(self, value: float) -> float:
+        return value
+
+    def whole(self, name: str, own: Tensor) -> Tensor:
+        return own
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        return whole
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.stage.named_parameters()}
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A microbatch between its forward and its backward."""
+
+    entered: Tensor | None  # the message received, a leaf that collects its gradient; None on stage 0
+    left: Tensor | None  # the message sent, before rounding; None on the last stage, which is done with it
+
+
+class LocalEngine:
+    """The part of a stage's work that one process does."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.stage, self._placement, self._optimizer = placement.stage, placement, placement.optimizer
+        self._open: dict[int, _InFlight] = {}
+
+    def forward(
+        self, index: int, tokens: Tensor, message: Tensor | None, *, keep: bool, part: float = 1.0
+    ) -> Tensor | float:
+        """As `Engine`. `part` 0 computes as if the microbatch were real, and learns nothing of it."""
+        tokens = tokens.to(self.stage.device)
+        if self.stage.last:
+            entered = self._enter(message)
+            loss = self._learn(self.stage(tokens[:, :-1], entered), tokens, part)
+            self._open[index] = _InFlight(entered, None)
+            return loss
+        if not keep:
+            with torch.no_grad():
+                out: Tensor = self.stage(tokens[:, :-1], self._enter(message))
+            self._placement.after_use()
+            return out
+        self._open[index] = item = self._run(tokens, message)
+        assert item.left is not None  # this is not the last stage
+        return item.left.detach()
+
+    def backward(self, index: int, gradient: Tensor | None, again: Inputs | None) -> Tensor | None:
+        item = self._open.pop(index, None)
+        if item is None:
+            if again is None:
+                raise RuntimeError(f"microbatch {index} was not kept, and its inputs are not given again")
+            item = self._run(again[0].to(self.stage.device), again[1])
+        if item.left is not None and gradient is not None:
+            torch.autograd.backward(item.left, gradient.to(self.stage.device))
+        if item.entered is None:
+            return None
+        if item.entered.grad is None:
+            raise RuntimeError("the backward pass left no gradient for the received message")
+        return item.entered.grad
+
+    def drop(self, index: int) -> None:
+        self._open.pop(index, None)
+
+    def finish(self, step: int, tokens: int) -> None:
+        self._placement.before_step()
+        self._optimizer.step(step, tokens)
+
+    def clear(self) -> None:
+        self._open.clear()
+        self._optimizer.clear()
+        self._placement.after_use()
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, message: Tensor | None) -> Tensor | float:
+        tokens = tokens.to(self.stage.device)
+        out: Tensor = self.stage(tokens[:, :-1], None if message is None else message.to(self.stage.device))
+        self._placement.after_use()
+        return self._placement.total(float(_loss_sum(out, tokens))) if self.stage.last else out
+
+    def layout(self) -> dict[str, Tensor]:
+        """Names, shapes and types of `state`, without its numbers."""
+        shapes = dict(self.stage.named_parameters())
+        return {
+            name: torch.empty(_shape(name, own, shapes), dtype=own.dtype, device="meta")
+            for name, own in self._own_state().items()
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters as `params.<name>`, and the optimiser's state: whole, wherever it lies."""
+        return {name: self._placement.whole(name, own) for name, own in self._own_state().items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state` gave. Names and shapes are checked already."""
+        own = {name: self._placement.own(name, whole) for name, whole in state.items()}
+        for name, parameter in self._placement.parameters().items():
+            parameter.copy_(own[f"params.{name}"])
+        self._optimizer.load_state_dict(own)
+
+    def whole_stage(self) -> Stage:
+        return self.stage
+
+    def close(self) -> None:
+        self.clear()
+
+    def _own_state(self) -> dict[str, Tensor]:
+        params = {f"params.{name}": parameter for name, parameter in self._placement.parameters().items()}
+        return params | self._optimizer.state_dict()
+
+    def _enter(self, message: Tensor | None) -> Tensor | None:
+        if message is None:
+            return None
+        return message.to(self.stage.device).detach().requires_grad_(torch.is_grad_enabled())
+
+    def _run(self, tokens: Tensor, message: Tensor | None) -> _InFlight:
+        entered = self._enter(message)
+        return _InFlight(entered, self.stage(tokens[:, :-1], entered))
+
+    def _learn(self, logits: Tensor, tokens: Tensor, part: float) -> float:
+        loss = _loss_sum(logits, tokens)
+        value = self._placement.total(part * float(loss.detach()))
+        if not abs(value) < float("inf"):
+            raise Invalid("the loss is not finite: the training diverged, lower its rates")
+        torch.autograd.backward(loss if part == 1 else loss * part)
+        return value
+
+
+def _shape(name: str, own: Tensor, whole: dict[str, torch.nn.Parameter]) -> torch.Size:
+    """A state tensor has its parameter's shape, except for AdamW's counter."""
+    return own.shape if own.dim() == 0 else next(p.shape for n, p in whole.items() if name.endswith(f".{n}"))
+
+
+def _loss_sum(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
