@@ -11,9 +11,10 @@ killed; that money may move is written down before it does; memories are bounded
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from sqlalchemy import (
     Column,
@@ -68,6 +69,7 @@ _MEMORIES = Table(
 Index("payment_memories_by_age", _MEMORIES.c.since)
 _LAYOUT = Layout("payments", _TABLES)
 
+T = TypeVar("T")
 Memory = Literal["owed", "doubtful"]
 
 
@@ -122,22 +124,27 @@ class PaymentLedger:
         return len(self._mine)
 
     async def hold(self, name: PaymentName) -> Lease:
-        """Takes `name` for one request. Raises: Conflict when it is taken; Unavailable when its payer has too many."""
+        """Takes `name` for one request.
+
+        Raises: Conflict when it is taken; Unavailable when its payer has too many, or the database is busy.
+        """
         lease, now = Lease(name, secrets.token_hex(16)), self._clock.time()
 
-        def work(db: Transaction) -> None:
+        def work(db: Transaction) -> bool:
             payer = and_(_LEASES.c.asset == self._asset, _LEASES.c.payer == name.payer)
             db.execute(delete(_LEASES).where(payer, _LEASES.c.until <= now))
             held = {row.nonce for row in db.execute(select(_LEASES.c.nonce).where(payer))}
             if name.nonce in held:
-                raise Conflict("this authorization is already paying for another request")
+                return False
             if len(held) >= self._max_held_per_payer:
                 limit = self._max_held_per_payer
                 raise Unavailable(f"{limit} payments of this payer are in flight; nothing was charged")
             row = {"token": lease.token, "until": now + self._lease_s}
             db.execute(insert(_LEASES), self._key(name) | row)
+            return True
 
-        await self._db.apply_async(work)
+        if not await self._apply(work, name):
+            raise Conflict("this authorization is already paying for another request")
         self._mine.add(lease)
         return lease
 
@@ -146,19 +153,22 @@ class PaymentLedger:
 
         Returns: whether nothing was remembered of it before.
 
-        Raises: Conflict when the lease ended and somebody else may have the payment.
+        Raises: Conflict when the lease ended and somebody else may have the payment; Unavailable.
         """
         now = self._clock.time()
 
-        def work(db: Transaction) -> bool:
+        def work(db: Transaction) -> bool | None:
             renewed = update(_LEASES).where(self._is(lease)).values(until=now + self._lease_s)
             if db.execute(renewed.returning(_LEASES.c.token)).first() is None:
-                raise Conflict("this authorization was held for too long: send it again")
+                return None
             known = db.execute(select(_MEMORIES.c.state).where(self._of(_MEMORIES, lease.name))).first()
             self._remember(db, lease.name, "doubtful", request, now)
             return known is None
 
-        return await self._db.apply_async(work)
+        fresh = await self._apply(work, lease.name)
+        if fresh is None:
+            raise Conflict("this authorization was held for too long: send it again")
+        return fresh
 
     async def release(self, lease: Lease, outcome: Literal["owed", "forget", "keep"], request: bytes = b"") -> None:
         """The request is over: its payment is owed for `request`, or forgotten, or what is remembered stays."""
@@ -174,7 +184,7 @@ class PaymentLedger:
             elif outcome == "forget":
                 db.execute(delete(_MEMORIES).where(self._of(_MEMORIES, lease.name)))
 
-        await self._db.apply_async(work)
+        await self._apply(work, lease.name)
 
     async def recall(self, name: PaymentName, request: bytes) -> Memory | None:
         """What is remembered of `name` for exactly this request.
@@ -183,11 +193,18 @@ class PaymentLedger:
         """
         m, since = _MEMORIES.c, self._clock.time() - REMEMBER_S
         query = select(m.state).where(self._of(_MEMORIES, name), m.request == request, m.since >= since)
-        state = await self._db.apply_async(lambda db: db.execute(query).scalar())
+        state = await self._apply(lambda db: db.execute(query).scalar(), name)
         return state if state in ("owed", "doubtful") else None
 
     def close(self) -> None:
         self._db.close()
+
+    async def _apply(self, work: Callable[[Transaction], T], name: PaymentName) -> T:
+        """Payers do not wait for one another. A database that is busy says nothing about the payment."""
+        try:
+            return await self._db.apply_async(work, lock=f"{self._asset}/{name.payer}")
+        except Conflict as error:
+            raise Unavailable(f"{error.message}; nothing was charged") from error
 
     def _remember(self, db: Transaction, name: PaymentName, state: Memory, request: bytes, now: float) -> None:
         row = {"state": state, "request": request, "since": now}

@@ -1,4 +1,4 @@
-"""SQLAlchemy engines, set up so that both databases behave alike: serializable, bounded in waits and connections."""
+"""SQLAlchemy engines, set up so that both databases behave alike: writers take turns, and waits have bounds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from sqlalchemy.pool import QueuePool
 from tessera.core.errors import Invalid
 from tessera.storage.location import Location
 
-__all__ = ["claim_schema", "make_engine"]
+__all__ = ["claim_schema", "make_engine", "take_turn"]
 
 CONNECT_S = 5
 STATEMENT_S = 30
 IDLE_S = 60  # a transaction that stands still this long is broken off by the server: its locks are others' too
 MAX_CONNECTIONS = 4  # of one process, for one component
 DRIVER = "psycopg"
+
+_LOCK = text("select pg_advisory_xact_lock(hashtextextended('tessera ' || :name, 0))")
 
 
 def make_engine(location: Location, *, durability: Literal["normal", "full"], patience_s: float) -> Engine:
@@ -73,7 +75,7 @@ def _postgres(location: Location, durability: str, patience_s: float) -> Engine:
     return create_engine(
         location.url.difference_update_query(["options"]),
         connect_args=connect_args,
-        isolation_level="SERIALIZABLE",
+        isolation_level="READ COMMITTED",  # each statement sees what those before us in `take_turn` have written
         pool_size=1,  # one stays open; the others are closed after use
         max_overflow=MAX_CONNECTIONS - 1,
         pool_timeout=max(patience_s, 0.001),
@@ -82,11 +84,13 @@ def _postgres(location: Location, durability: str, patience_s: float) -> Engine:
     )
 
 
-def claim_schema(connection: Connection, schema: str) -> None:
-    """Make the schema, and keep other openers of it out until the transaction ends: tables are made once.
+def take_turn(connection: Connection, name: str) -> None:
+    """Wait for the transactions of this name that are before us, and hold off later ones until ours ends."""
+    connection.execute(_LOCK, {"name": name})
 
-    Only for READ COMMITTED, where the statements after the lock see what the one before us has made.
-    """
-    connection.execute(text("select pg_advisory_xact_lock(hashtext(:name))"), {"name": f"tessera {schema}"})
+
+def claim_schema(connection: Connection, schema: str) -> None:
+    """Make the schema, and keep other openers of it out until the transaction ends: tables are made once."""
+    take_turn(connection, schema)
     if not connection.scalar(text("select 1 from pg_namespace where nspname = :name"), {"name": schema}):
         connection.execute(text(f'create schema "{schema}"'))
