@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ SETTINGS = {
     "deadlock_timeout": "50ms",
     "log_min_messages": "fatal",
 }
-_numbers = count()
 
 
 def find_postgres() -> Path | None:
@@ -89,15 +87,15 @@ def _wait(server: subprocess.Popen[bytes], folder: Path) -> None:
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
-    """An empty database."""
+    """An empty database: what a test makes in it is dropped afterwards, and connections that it left open are cut."""
     import psycopg
 
-    name = f"test_{next(_numbers)}"
+    yield postgres_server
     with psycopg.connect(postgres_server, autocommit=True) as admin:
-        admin.execute(f"create database {name}")  # type: ignore[call-overload]
-    yield postgres_server.replace("/postgres?", f"/{name}?")
-    with psycopg.connect(postgres_server, autocommit=True) as admin:
-        admin.execute(f"drop database {name} with (force)")  # type: ignore[call-overload]
+        admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()")
+        left = admin.execute("select nspname from pg_namespace where nspname !~ '^(pg_|information_schema|public)'")
+        for (schema,) in left.fetchall():
+            admin.execute(f'drop schema "{schema}" cascade')
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_server_that_is_not_there_is_unavailable_and_shows_no_password(tmp_pat
 
 def test_a_database_or_user_that_the_server_does_not_have_is_named(postgres_url: str) -> None:
     for wrong, told in (
-        (postgres_url.replace("/test_", "/nothing_"), r'database "nothing_\d+" does not exist; correct the URL'),
+        (postgres_url.replace("/postgres?", "/nothing?"), r'database "nothing" does not exist; correct the URL'),
         (postgres_url.replace("postgres@", f"nobody:{SECRET}@"), 'role "nobody" does not exist; correct the URL'),
         (f"{postgres_url}&nonsense={SECRET}", "invalid connection option"),
     ):
@@ -80,6 +81,6 @@ def test_a_database_or_user_that_the_server_does_not_have_is_named(postgres_url:
 
 
 def test_without_its_driver_postgresql_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tessera.storage.engine.DRIVER", "no_such_driver")
+    monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(Invalid, match=r"pip install 'tessera-network\[postgres\]'"):
         open_database("postgresql://host/name", LAYOUT)

@@ -3,6 +3,9 @@
 A row holds the raw transaction and what came of it (gas, state root, block hash), so that whoever has the rows can
 replay them and compare. A row is on the disk before anybody is told of its block: the database runs in WAL mode with
 synchronous=FULL, because a receipt that was shown must survive a power cut. One process at a time may have the file.
+
+It is one operator's own ledger and no table that others share: so it stays a SQLite file with an exclusive lock, and
+takes no database URL as `tessera.storage` does.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sqlite3
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ CONNECT_S = 5
 STATEMENT_S = 30
 IDLE_S = 60  # a transaction that stands still this long is broken off by the server: its locks are others' too
 MAX_CONNECTIONS = 4  # of one process, for one component
-DRIVER = "psycopg"
 
 _LOCK = text("select pg_advisory_xact_lock(hashtextextended('tessera ' || :name, 0))")
 
@@ -57,8 +55,10 @@ def _sqlite(location: Location, durability: str, patience_s: float) -> Engine:
 
 
 def _postgres(location: Location, durability: str, patience_s: float) -> Engine:
-    if importlib.util.find_spec(DRIVER) is None:
-        raise Invalid("PostgreSQL's driver is missing: pip install 'tessera-network[postgres]'")
+    try:
+        import psycopg
+    except ImportError as error:  # also when it finds no libpq
+        raise Invalid("PostgreSQL's driver is missing: pip install 'tessera-network[postgres]'") from error
     settings = {
         "search_path": location.schema,
         "lock_timeout": f"{max(1, round(patience_s * 1000))}",  # ms; 0 would mean: for ever
@@ -74,6 +74,7 @@ def _postgres(location: Location, durability: str, patience_s: float) -> Engine:
     connect_args["tcp_user_timeout"] = STATEMENT_S * 1000
     return create_engine(
         location.url.difference_update_query(["options"]),
+        module=psycopg,
         connect_args=connect_args,
         isolation_level="READ COMMITTED",  # each statement sees what those before us in `take_turn` have written
         pool_size=1,  # one stays open; the others are closed after use
