@@ -17,6 +17,7 @@ from tessera.core.errors import Invalid
 
 __all__ = ["show_config"]
 
+HIDDEN = "(not shown)"
 SECRET_WORDS = {"token", "secret", "database"}  # in a setting's name: its value may hold a password
 
 
@@ -85,11 +86,18 @@ def _near(name: str, known: set[str]) -> str:
 
 
 def _shown(setting: Setting) -> Any:
-    if setting.value and SECRET_WORDS & set(setting.key.split("_")):
-        return "(not shown)"
-    if isinstance(setting.value, list | tuple):
-        return [str(one) for one in setting.value]
-    return setting.value if isinstance(setting.value, bool | int | float | None) else str(setting.value)
+    """The value without what may be a secret: a token behind a relay's URL, a password in a database's."""
+    value = setting.value
+    if value and SECRET_WORDS & set(setting.key.split("_")):
+        return HIDDEN
+    if isinstance(value, list | tuple):
+        return [_open_part(str(one)) for one in value]
+    return value if isinstance(value, bool | int | float | None) else _open_part(str(value))
+
+
+def _open_part(text: str) -> str:
+    url, mark, _ = text.partition("#")
+    return f"{url}#{HIDDEN}" if mark and "://" in url else text
 
 
 def _command(root: Configured, words: list[str]) -> tuple[CommandPath, list[str]]:

@@ -14,6 +14,8 @@ import typer
 
 from tessera import __version__
 from tessera.cli.config import show_config
+from tessera.cli.keys import keys_app
+from tessera.cli.log_view import show_logs
 from tessera.cli.options import AsJson, StateDir, choice, default_state_dir
 from tessera.cli.run_app import run_app
 from tessera.cli.tree import Configured
@@ -147,6 +149,8 @@ def doctor(state_dir: StateDir = default_state_dir("up"), as_json: AsJson = Fals
     run_doctor(state_dir, as_json)
 
 
+app.command("logs")(show_logs)
 app.command("config", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                         "allow_interspersed_args": False})(show_config)  # fmt: skip
 app.add_typer(run_app, name="run")
+app.add_typer(keys_app, name="keys")

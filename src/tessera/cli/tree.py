@@ -139,7 +139,8 @@ def _leaves(group: TyperGroup, path: CommandPath) -> Iterator[tuple[CommandPath,
 
 def _options(command: Any) -> list[Any]:
     """The options that are settings: all but those that only show something and end."""
-    return [param for param in command.params if isinstance(param, TyperOption) and param.name not in _SHOWING]
+    options = (param for param in command.params if isinstance(param, TyperOption) and param.expose_value)
+    return [option for option in options if option.name not in _SHOWING]
 
 
 def _key(option: Any) -> str:
@@ -169,6 +170,7 @@ def _start(ctx: Any, root: Configured) -> None:
             for word in path[:-1]:
                 table = table.setdefault(word, {})
             table[path[-1]] = {**table.get(path[-1], {}), **_defaults(layers, command, path)}
+            _check(ctx, layers, command, path)
 
 
 def _add_state_file(ctx: Any, option: Any, value: Path) -> Path:
@@ -179,7 +181,7 @@ def _add_state_file(ctx: Any, option: Any, value: Path) -> Path:
         path = _path_of(ctx)
         ctx.default_map = _defaults(layers, ctx.command, path)
         _settle(ctx.find_root())
-        _check(ctx, layers, path)
+        _check(ctx, layers, ctx.command, path)
     return value
 
 
@@ -193,10 +195,10 @@ def _defaults(layers: Layers, command: Any, path: CommandPath) -> dict[str, Any]
     return {option.name: said[key][0] for option in _options(command) if (key := _key(option)) in said}
 
 
-def _check(ctx: Any, layers: Layers, path: CommandPath) -> None:
+def _check(ctx: Any, layers: Layers, command: Any, path: CommandPath) -> None:
     """Raises `Invalid` that names the file for a value of the wrong type; else the message would name a flag."""
     said = layers.of(path)
-    for option in _options(ctx.command):
+    for option in _options(command):
         if (key := _key(option)) in said:
             value, file = said[key]
             try:
@@ -221,8 +223,11 @@ def _settle(root: Any) -> None:
         )
     )
     from tessera.cli.logs import configure_logs
+    from tessera.cli.passphrases import Passphrases
+    from tessera.training.passphrase import use_passphrases
 
     configure_logs("warning")
+    use_passphrases(Passphrases())
 
 
 def _root_value(root: Any, option: Any) -> tuple[Any, str]:

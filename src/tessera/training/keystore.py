@@ -7,7 +7,9 @@ files that only their owner may read; no secret is ever written elsewhere. When 
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tessera.training.files import write_atomic
 from tessera.training.passphrase import ask_passphrase
 from tessera.training.sealing import SEALED_LIMIT, Kind, Sealed, SealingKey
 
-__all__ = ["KeyEntry", "Keyring", "key_name"]
+__all__ = ["KeyEntry", "Keyring", "key_name", "read_secret"]
 
 PEER = "peer"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
@@ -44,7 +46,7 @@ class Keyring:
         """Make the key if it is missing. Raises `Invalid` for a damaged file."""
         file = self._file(name)
         if not file.exists():
-            secret = PeerKey.generate().seed if name == PEER else AccountKey.generate().secret
+            secret = PeerKey.generate().seed if _kind(name) == "peer" else AccountKey.generate().secret
             write_atomic(file, self._form(name, secret), mode=0o600, replace=False)  # a process beside us may be first
         self._read(name)
 
@@ -96,17 +98,31 @@ class Keyring:
         return list(secrets)
 
     def add(self, name: str, secret: bytes, *, replace: bool = False) -> KeyEntry:
-        """Keep a key that comes from elsewhere. Raises `Conflict` when there is one of that name, unless `replace`."""
-        if self._file(name).exists() and not replace:
-            raise Conflict(f"{self._file(name)} exists: nothing was changed")
-        write_atomic(self._file(name), self._form(name, secret), mode=0o600)
+        """Keep a key that comes from elsewhere.
+
+        Raises `Conflict` when there is one of that name; with `replace` that one stays too, as `<name>-old-<n>`.
+        """
+        file = self._file(name)
+        if file.exists() and not replace:
+            raise Conflict(f"{file} exists: nothing was changed; --replace keeps it under another name")
+        content = self._form(name, secret)
+        if file.exists():
+            os.link(file, self._spare(name))
+        write_atomic(file, content, mode=0o600)
         self._opened.pop(name, None)
         return self._entry(name)
+
+    def address(self, name: str) -> str:
+        """The peer's id or the account, proven by opening the key."""
+        return _address(name, self.secret(name))
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{key_name(name)}.key"
+
+    def _spare(self, name: str) -> Path:
+        return next(file for n in range(1, 1000) if not (file := self._file(f"{name}-old-{n}")).exists())
 
     def _form(self, name: str, secret: bytes) -> bytes:
         """The new file's content, sealed when the others are."""
@@ -162,6 +178,21 @@ class Keyring:
         return KeyEntry(name, _kind(name), _address(name, content), False)
 
 
+def read_secret(file: Path, passphrase: Callable[[], str]) -> bytes:
+    """The 32 bytes in a file from elsewhere: a keystore, or 64 hexadecimal digits. Raises `Invalid`, `Refused`."""
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(SEALED_LIMIT + 1)
+    except OSError as error:
+        raise Invalid(f"cannot read {file}: {error.strerror}") from error
+    if data.lstrip()[:1] == b"{":
+        return Sealed.parse(str(file), data).open(passphrase())
+    try:
+        return bytes.fromhex(data.decode().strip().removeprefix("0x"))
+    except ValueError as error:
+        raise Invalid(f"{file} is neither a keystore (Web3, version 3) nor 64 hexadecimal digits") from error
+
+
 def key_name(name: str) -> str:
     """Raises `Invalid` for what cannot name a key."""
     if _NAME.fullmatch(name) is None:
@@ -170,9 +201,9 @@ def key_name(name: str) -> str:
 
 
 def _kind(name: str) -> Kind:
-    return "peer" if name == PEER else "account"
+    return "peer" if name == PEER or name.startswith(f"{PEER}-") else "account"
 
 
 def _address(name: str, secret: bytes) -> str:
     """Who the secret is. Raises `Invalid` for one that is none."""
-    return PeerKey(secret).id if name == PEER else AccountKey(secret).account
+    return PeerKey(secret).id if _kind(name) == "peer" else AccountKey(secret).account
