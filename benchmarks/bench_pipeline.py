@@ -232,6 +232,9 @@ class RandomBatches:
     def __init__(self, described: Any) -> None:
         self._schedule, self._vocab = described.schedule, described.model.model.vocab_size
 
+    async def ready(self, step: int) -> None:
+        pass
+
     def train(self, step: int, index: int) -> Any:
         import numpy as np
 
@@ -246,7 +249,7 @@ def manifest(steps: int) -> Any:
     """The default run, cut to `steps`."""
     from tessera.core.signing import AccountKey
     from tessera.models.presets import DEFAULT_BATCH, default_spec
-    from tessera.training.manifest import Allocation, DataRecipe, Manifest, Part, Schedule
+    from tessera.training.manifest import Allocation, DataRecipe, DataSet, Manifest, Part, Schedule
 
     account = AccountKey(b"\1" * 32).account
     batch = DEFAULT_BATCH
@@ -254,7 +257,7 @@ def manifest(steps: int) -> Any:
         name="bench",
         chain_id=1,
         model=default_spec(STAGES),
-        data=DataRecipe(dataset="00" * 32, tokenizer="00" * 32),
+        data=DataRecipe(tokenizer="00" * 32, sets=(DataSet(index="00" * 32, weight=1, account=account),)),
         schedule=Schedule(
             steps=steps,
             microbatches=batch.microbatches,
@@ -264,7 +267,7 @@ def manifest(steps: int) -> Any:
             evaluate_batches=1,
             epoch_steps=steps,
         ),
-        allocation=Allocation(work=10_000, data=(), creator=Part(account=account, bps=0)),
+        allocation=Allocation(work=10_000, data=(Part(account=account, bps=0),), creator=Part(account=account, bps=0)),
         price_units=1,
     )
 

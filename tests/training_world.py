@@ -21,7 +21,7 @@ from tessera.p2p.memory import MemoryNetwork, VirtualClock
 from tessera.p2p.transport import Stream
 from tessera.training.book import ReceiptBook
 from tessera.training.frames import Frame, Kind
-from tessera.training.manifest import Allocation, DataRecipe, Manifest, Part, Schedule
+from tessera.training.manifest import Allocation, DataRecipe, DataSet, Manifest, Part, Schedule
 from tessera.training.receipts import Direction, Receipt, expected_receipts
 from tessera.training.session import Batches, Session, Trainer
 
@@ -45,7 +45,7 @@ def small_manifest(stages: int = 4, steps: int = 6, epoch_steps: int = 3) -> Man
         name="small",
         chain_id=31337,
         model=ModelSpec(model=model, codec=CodecConfig(kind="codec", k=4), stages=stages, seed=7),
-        data=DataRecipe(dataset="ab" * 32, tokenizer="cd" * 32),
+        data=DataRecipe(tokenizer="cd" * 32, sets=(DataSet(index="ab" * 32, weight=1, account=DATA_OWNER),)),
         schedule=Schedule(
             steps=steps,
             microbatches=3,
@@ -168,6 +168,9 @@ class FakeBatches:
     """Microbatches that are their own names."""
 
     validation_count = 2
+
+    async def ready(self, step: int) -> None:
+        await anyio.lowlevel.checkpoint()
 
     def train(self, step: int, index: int) -> Any:
         return ("train", step, index)

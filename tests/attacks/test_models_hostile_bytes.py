@@ -2,15 +2,18 @@
 
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from tessera.core.errors import Invalid, TesseraError
+from tessera.core import encoding
+from tessera.core.errors import Invalid
+from tessera.core.ids import BlobId
 from tessera.models.config import CodecConfig, ModelSpec
-from tessera.models.dataset import Dataset
+from tessera.models.dataset import INDEX_LIMIT, DatasetIndex, Shard, open_shard
 from tessera.models.presets import tiny_spec
 from tessera.models.tokenizer import Tokenizer, train_tokenizer
 from tessera.models.trainer import StageTrainer
@@ -156,13 +159,57 @@ def test_files_that_are_no_tokenizer_of_ours_are_refused(data: bytes) -> None:
         Tokenizer.from_bytes(data)
 
 
-def test_datasets_that_lie_about_themselves_are_refused() -> None:
-    good = Dataset(300, np.arange(200, dtype=np.uint16), np.arange(100, dtype=np.uint16)).to_bytes()
-    assert Dataset.from_bytes(good).to_bytes() == good
-    lie = bytearray(good)
-    lie[24:32] = (2**63).to_bytes(8, "little")
-    outside = bytearray(good)
-    outside[-2:] = (300).to_bytes(2, "little")
-    for bad in (b"", good[:10], good[:-1], good + b"\0\0", b"x" + good[1:], bytes(lie), bytes(outside)):
-        with pytest.raises(TesseraError, match="dataset"):
-            Dataset.from_bytes(bad)
+SHARD = Shard(BlobId("ab" * 32), 100)
+INDEX = DatasetIndex(300, BlobId("cd" * 32), (SHARD,), SHARD, "text")
+
+
+def reindexed(**changes: object) -> bytes:
+    return encoding.encode({**json.loads(INDEX.to_bytes()), **changes})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"[" * 100_000,
+        b" " * (INDEX_LIMIT + 1),
+        INDEX.to_bytes()[:-1],
+        INDEX.to_bytes() + b" ",
+        reindexed(format="tessera/data/1"),
+        reindexed(more=1),
+        reindexed(vocab_size=1),
+        reindexed(vocab_size=2**40),
+        reindexed(vocab_size="300"),
+        reindexed(vocab_size=True),
+        reindexed(train=[]),
+        reindexed(train={}),
+        reindexed(train=[SHARD.to_value()] * 65_537),
+        reindexed(train=[["../../etc/passwd", 100]]),
+        reindexed(train=[[SHARD.blob, 0]]),
+        reindexed(train=[[SHARD.blob, -5]]),
+        reindexed(train=[[SHARD.blob, 2**63]]),
+        reindexed(train=[[SHARD.blob, 1.5]]),
+        reindexed(train=[[SHARD.blob]]),
+        reindexed(validation=None),
+        reindexed(tokenizer="tokenizer"),
+        reindexed(description="x" * 201),
+        reindexed(description=None),
+    ],
+)
+def test_what_is_no_index_of_a_data_set_is_refused(data: bytes) -> None:
+    assert DatasetIndex.parse(INDEX.to_bytes()) == INDEX
+    with pytest.raises(Invalid):
+        DatasetIndex.parse(data)
+
+
+def test_a_shard_that_is_not_what_its_index_says_is_refused(tmp_path: Path) -> None:
+    good = np.arange(200, 300, dtype="<u2").tobytes()
+    file = tmp_path / "shard"
+    file.write_bytes(good)
+    assert open_shard(file, SHARD, 300).tolist() == list(range(200, 300))
+    outside = good[:-2] + (300).to_bytes(2, "little")
+    for bad in (b"", good[:-1], good + b"\0\0", outside):
+        file.write_bytes(bad)
+        with pytest.raises(Invalid, match=r"shard|data set"):
+            open_shard(file, SHARD, 300)

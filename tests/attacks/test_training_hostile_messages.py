@@ -119,6 +119,9 @@ KEYS = peer_keys(2)
 class Ids:
     validation_count = 1
 
+    async def ready(self, step: int) -> None:
+        pass
+
     def train(self, step: int, index: int) -> Any:
         return np.full((2, 9), index + 1)
 

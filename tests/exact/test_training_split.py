@@ -34,6 +34,9 @@ class Windows:
 
     validation_count = 2
 
+    async def ready(self, step: int) -> None:
+        pass
+
     def train(self, step: int, index: int) -> NDArray[np.int64]:
         return np.random.default_rng(step * 100 + index).integers(0, 300, (2, 17))
 

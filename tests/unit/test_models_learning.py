@@ -1,17 +1,18 @@
 """Models learn: a tiny one in a second, the default one, slowly, far below what counting achieves."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tessera.devnet.text import load_validation, prepare_text
 from tessera.models.baselines import bigram_loss
-from tessera.models.corpus import read_standard_library
-from tessera.models.dataset import Dataset, tokenize, validation_windows
+from tessera.models.dataset import Dataset, open_shard, read_index, validation_windows
 from tessera.models.device import fast_compute, keep_freed_memory
 from tessera.models.pipeline import Pipeline
 from tessera.models.presets import DEFAULT_BATCH, Batch, default_spec, tiny_spec
-from tessera.models.tokenizer import train_tokenizer
+from tessera.p2p.blobs import BlobStore
 
 
 def periodic(length: int, seed: int) -> np.ndarray:
@@ -26,7 +27,7 @@ def test_a_tiny_model_in_stages_learns_what_a_bigram_cannot(kind: str, compute: 
     data = Dataset(23, periodic(20_000, 0), periodic(4_000, 1))
     spec = tiny_spec(2, codec=kind, vocab_size=23)  # type: ignore[arg-type]
     spec = spec.model_copy(update={"model": spec.model.model_copy(update={"compute": compute})})
-    pipeline, windows = Pipeline(spec, steps=80), validation_windows(data, 20, 32)
+    pipeline, windows = Pipeline(spec, steps=80), validation_windows(data.validation, 20, 32)
     assert pipeline.evaluate(windows) == pytest.approx(math.log(23), abs=1e-4)
     pipeline.train(data, Batch(sequences=4, length=32, microbatches=2, steps=80))
     assert pipeline.evaluate(windows) < bigram_loss(data, windows) - 0.15
@@ -34,12 +35,15 @@ def test_a_tiny_model_in_stages_learns_what_a_bigram_cannot(kind: str, compute: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_default_run_ends_far_below_the_bigram_loss() -> None:
+def test_the_default_run_ends_far_below_the_bigram_loss(tmp_path: Path) -> None:
     keep_freed_memory()
-    corpus = read_standard_library()
-    tokenizer = train_tokenizer(corpus.train, 1024)
-    data = tokenize(corpus, tokenizer)
-    windows = validation_windows(data, 64, DEFAULT_BATCH.length)
+    blobs = BlobStore(tmp_path)
+    text = prepare_text(None, blobs, tmp_path / "text.json")
+    index = read_index(blobs.path(text.index))
+    assert len(index.train) == 1
+    train = open_shard(blobs.path(index.train[0].blob), index.train[0], index.vocab_size)
+    data = Dataset(index.vocab_size, train, load_validation(blobs, text.index))
+    windows = validation_windows(data.validation, 64, DEFAULT_BATCH.length)
     pipeline = Pipeline(default_spec(compute=fast_compute()), steps=DEFAULT_BATCH.steps)
     assert 2_500_000 < pipeline.parameters < 3_700_000
     assert pipeline.evaluate(windows) <= math.log(1024) + 0.1

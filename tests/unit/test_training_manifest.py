@@ -7,10 +7,11 @@ import pytest
 
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing
 from tessera.core.ids import RunId
+from tessera.core.signing import AccountKey
 from tessera.training.home import Home, write_atomic
 from tessera.training.manifest import Manifest, load_manifest
 from tessera.training.roster import recall_run
-from training_world import small_manifest
+from training_world import CREATOR, DATA_OWNER, small_manifest
 
 
 def altered(**changes: object) -> bytes:
@@ -19,7 +20,7 @@ def altered(**changes: object) -> bytes:
         target = value
         *parents, name = path.split("__")
         for parent in parents:
-            target = target[parent]
+            target = target[int(parent) if isinstance(target, list) else parent]
         target[name] = change
     return json.dumps(value).encode()
 
@@ -55,6 +56,24 @@ def test_the_run_id_survives_any_layout_of_the_json() -> None:
 def test_a_wrong_field_is_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(Invalid, match=message.replace(".", r"\.")):
         Manifest.parse(altered(**changes))
+
+
+def test_data_earns_for_its_owners_and_for_nobody_else() -> None:
+    owners = [AccountKey(bytes([n]) * 32).account for n in (7, 8)]
+    sets = [{"index": f"{n}" * 64, "weight": n, "account": owners[n % 2]} for n in range(1, 4)]
+    both = [{"account": owner, "bps": 500} for owner in owners]
+    manifest = Manifest.parse(altered(data__sets=sets, allocation__data=both))
+    assert manifest.data.accounts == (owners[1], owners[0])
+    assert [part.weight for part in manifest.data.sets] == [1, 2, 3]
+    for wrong, message in (
+        ([{"account": owners[0], "bps": 1000}], f"lacks {owners[1]}"),
+        ([*both[:1], {"account": owners[1], "bps": 0}, {"account": DATA_OWNER, "bps": 500}], f"pays {DATA_OWNER}"),
+        ([*both, {"account": owners[0], "bps": 0}], f"names {owners[0]} twice"),
+    ):
+        with pytest.raises(Invalid, match=message):
+            Manifest.parse(altered(data__sets=sets, allocation__data=wrong))
+    with pytest.raises(Invalid, match="listed twice: raise its weight"):
+        Manifest.parse(altered(data__sets=[sets[0], sets[0]], allocation__data=both))
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 5000, b" " * 70_000])

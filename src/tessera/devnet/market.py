@@ -12,7 +12,7 @@ from tessera.devnet.front import Front
 from tessera.devnet.ledger import give_coins
 from tessera.devnet.node import LiveRoster
 from tessera.devnet.run import Run
-from tessera.devnet.text import load_dataset, load_tokenizer
+from tessera.devnet.text import load_tokenizer, load_validation
 from tessera.models.tokenizer import END
 from tessera.serving.buyer import Buyer
 from tessera.serving.gateway import GatewayConfig, create_app
@@ -84,8 +84,8 @@ async def _prompts(run: Run, count: int) -> list[str]:
     """Beginnings of Python, or of the run's own validation text."""
     if run.text.is_python:
         return [PYTHON_PROMPTS[number % len(PYTHON_PROMPTS)] for number in range(count)]
-    dataset = await to_thread.run_sync(load_dataset, run.blobs, run.manifest.dataset)
+    validation = await to_thread.run_sync(load_validation, run.blobs, run.text.index)
     tokenizer = await to_thread.run_sync(load_tokenizer, run.blobs, run.manifest.tokenizer)
-    room = max(1, len(dataset.validation) - PROMPT_TOKENS)
-    windows = [dataset.validation[room * i // count :][:PROMPT_TOKENS] for i in range(count)]
+    room = max(1, len(validation) - PROMPT_TOKENS)
+    windows = [validation[room * i // count :][:PROMPT_TOKENS] for i in range(count)]
     return [tokenizer.decode([int(token) for token in window]) or " " for window in windows]

@@ -13,7 +13,7 @@ from tessera.devnet.text import VALIDATION_WINDOWS, Text
 from tessera.models.config import ModelSpec
 from tessera.models.device import fast_compute
 from tessera.models.presets import DEFAULT_BATCH, Compute, Kind, default_spec
-from tessera.training.manifest import Allocation, DataRecipe, Manifest, Part, Schedule
+from tessera.training.manifest import Allocation, DataRecipe, DataSet, Manifest, Part, Schedule
 
 __all__ = ["UpConfig", "make_manifest"]
 
@@ -97,7 +97,10 @@ def make_manifest(config: UpConfig, text: Text, *, chain_id: int, data_owner: Ac
         name=config.name,
         chain_id=chain_id,
         model=spec,
-        data=DataRecipe(dataset=text.dataset, tokenizer=text.tokenizer, description=text.source[:200]),
+        data=DataRecipe(
+            tokenizer=text.tokenizer,
+            sets=(DataSet(index=text.index, weight=1, account=data_owner, description=text.source[:200]),),
+        ),
         schedule=Schedule(
             steps=steps,
             microbatches=batch.microbatches,

@@ -1,86 +1,185 @@
-"""Text to learn from, found on this machine: the sources of Python's standard library, or a folder of text.
+"""Text to learn from, found on this machine: the sources of Python's standard library, or an owner's files.
 
-Files are read in the order of their relative paths and split by file: the SHA-256 of the relative path puts about
-one file in sixteen aside for validation, so the split is the same on every machine that has the same files.
+A source is a list of files that are read piece by piece, so that no file has to fit into memory, and from any place, so
+that an interrupted preparation goes on. Files are read in the order of their relative paths. About one document in
+sixteen is put aside for validation, by SHA-256 of the relative path (a text file) or of the text itself (a row), so
+the split is the same on every machine that has the same files.
+
+Nothing in a file is believed: a bad row is skipped and counted, too many of them are an error, and no file can make us
+hold more than a piece of it.
 """
 
 from __future__ import annotations
 
 import os
 import sysconfig
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO, Protocol
 
 from tessera.core.errors import Invalid
 from tessera.core.hashing import sha256
 
-__all__ = ["Corpus", "read_folder", "read_standard_library"]
+__all__ = ["FileReader", "Piece", "Skipped", "Source", "TextReader", "aside", "open_source", "read_standard_library"]
 
-FILE_LIMIT = 2 * 2**20  # bytes; longer files are skipped, they are tables more often than text
-TOTAL_LIMIT = 256 * 2**20  # bytes of text
 FILES_LIMIT = 100_000
-MINIMUM = 16 * 2**10  # bytes of text, under which nothing is learned
-_VALIDATION = 16  # one file in so many
+PIECE_BYTES = 2**20
+LIBRARY_FILE_LIMIT = 2 * 2**20  # bytes; longer files of the library are tables more often than text
+BAD_SHARE = 0.05  # of the rows: more than that is no damage but another format
+BAD_FREE = 20  # rows that may be bad before the share counts
+_NAMED = 5  # reasons that are kept
+_VALIDATION = 16  # one document in so many
 
 # Not prose or code that people write: tests, other people's packages, generated character tables.
 _SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"})
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of a long one."""
+
+    text: str
+    aside: bool  # for validation
+    ends: bool  # the document ends with it
+    after: int  # where to go on reading: what `FileReader.read` takes
+
+
+@dataclass
+class Skipped:
+    """What could not be used."""
+
+    files: int = 0
+    rows: int = 0
+    used: int = 0  # rows, for the share
+    reasons: list[str] = field(default_factory=list)
+
+    def file(self, name: str, reason: str) -> None:
+        self.files += 1
+        self._note(f"{name}: {reason}")
+
+    def row(self, name: str, number: str, reason: str) -> None:
+        """Raises `Invalid` when this is one too many."""
+        self.rows += 1
+        self._note(f"{name}, {number}: {reason}")
+        if self.rows > BAD_FREE + BAD_SHARE * self.used:
+            raise Invalid(
+                f"{self.rows} rows cannot be used beside {self.used} good ones, {BAD_SHARE:.0%} may be bad: "
+                + "; ".join(self.reasons)
+            )
+
+    def copy(self) -> Skipped:
+        return replace(self, reasons=list(self.reasons))
+
+    def _note(self, reason: str) -> None:
+        if len(self.reasons) < _NAMED:
+            self.reasons.append(reason)
+
+
+class FileReader(Protocol):
+    """Reads one kind of file."""
+
+    def read(self, path: Path, name: str, offset: int, skipped: Skipped) -> Iterator[Piece]:
+        """The pieces from `offset` on: 0, or what a piece said. `name` is the path as the source lists it."""
+        ...
+
+
 @dataclass(frozen=True)
-class Corpus:
-    """Documents, split. `source` says where they come from."""
+class Source:
+    """Files to learn from; `open_source` and `read_standard_library` make one."""
 
-    source: str
-    train: tuple[str, ...]
-    validation: tuple[str, ...]
+    description: str
+    root: Path
+    files: tuple[str, ...]  # relative to `root`, sorted
+    readers: dict[str, FileReader]  # by suffix; "" reads all others
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(len(text.encode()) for text in self.train + self.validation)
+    def read(self, number: int, offset: int, skipped: Skipped) -> Iterator[Piece]:
+        """The pieces of file `number`, from `offset` on."""
+        name = self.files[number]
+        reader = self.readers.get(Path(name).suffix.lower(), self.readers[""])
+        return reader.read(self.root / name, name, offset, skipped)
+
+    def fingerprint(self) -> str:
+        """64 hex digits that change when a file does: of names, sizes, times of change and how they are read."""
+        parts = []
+        for name in self.files:
+            try:
+                facts = (self.root / name).stat()
+            except OSError:
+                continue  # reading it says so
+            parts.append(f"{name}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+        kinds = sorted(f"{suffix}={reader!r}" for suffix, reader in self.readers.items())
+        return sha256("\n".join(kinds).encode(), b"\0", *parts).hex()
 
 
-def read_standard_library() -> Corpus:
+@dataclass(frozen=True)
+class TextReader:
+    """A file is a document. Longer ones than a piece are cut, at the end of a line where there is one.
+
+    `limit`: longer files are skipped; 0 = none is too long.
+    """
+
+    limit: int = 0
+
+    def read(self, path: Path, name: str, offset: int, skipped: Skipped) -> Iterator[Piece]:
+        try:
+            size = path.stat().st_size if path.is_file() else -1
+            if size < 0 or (self.limit and size > self.limit):
+                skipped.file(name, "no file" if size < 0 else f"over {self.limit >> 20} MB")
+                return
+            with path.open("rb") as file:
+                file.seek(offset)
+                yield from self._pieces(file, offset, aside(name.encode()))
+        except (OSError, ValueError) as error:  # what came before the bad place is used
+            skipped.file(name, error.strerror or str(error) if isinstance(error, OSError) else str(error))
+
+    def _pieces(self, file: IO[bytes], offset: int, is_aside: bool) -> Iterator[Piece]:
+        held = b""
+        while True:
+            data = held + file.read(PIECE_BYTES - len(held))
+            following = file.read(1)
+            cut = len(data) if not following else _cut(data)
+            held = data[cut:] + following
+            text, begun = _text(data[:cut]), offset > 0
+            offset += cut
+            if text.strip() or (text and begun):
+                yield Piece(text, is_aside, not held, offset)
+            if not held:
+                return
+
+
+def aside(basis: bytes) -> bool:
+    """Whether the document that `basis` names validates."""
+    return sha256(basis)[0] % _VALIDATION == 0
+
+
+def read_standard_library() -> Source:
     """The .py files of this Python's standard library, without tests. About 10 MB, documentation strings included."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return _read(root, f"Python {sysconfig.get_python_version()} standard library", (".py",), _SKIPPED)
+    files = _names(root, (".py",), _SKIPPED)
+    description = f"Python {sysconfig.get_python_version()} standard library"
+    return Source(description, root, files, {"": TextReader(LIBRARY_FILE_LIMIT)})
 
 
-def read_folder(path: Path) -> Corpus:
-    """Every text file in `path` and below, or the one file that it names; hidden files and folders are skipped.
+def open_source(path: Path, *, field: str = "text") -> Source:
+    """The file `path`, or every file in the folder and below; hidden ones are skipped.
 
-    A single file is split by position: its last sixteenth validates.
+    `.jsonl`, `.ndjson` and `.parquet` hold rows, whose `field` is the text; everything else is UTF-8 text or skipped.
 
-    Raises: Invalid: nothing there, no right to read, not UTF-8 text, or too little of it.
+    Raises: Invalid: nothing there, no right to read, too many files, or Parquet without pyarrow.
     """
+    from tessera.models.corpus_rows import JsonLines, Parquet
+
     if not path.exists():
         raise Invalid(f"no such file or folder: {path}")
-    if path.is_file():
-        return _single(path.name, _text(path) or "", str(path))
-    return _read(path, str(path), (), frozenset())
+    root, files = (path.parent, (path.name,)) if path.is_file() else (path, _names(path, (), frozenset()))
+    readers: dict[str, FileReader] = {"": TextReader(), ".jsonl": JsonLines(field), ".ndjson": JsonLines(field)}
+    if any(name.lower().endswith(".parquet") for name in files):
+        readers[".parquet"] = Parquet.checked(field)
+    return Source(str(path), root, files, readers)
 
 
-def _read(root: Path, source: str, suffixes: tuple[str, ...], skipped: frozenset[str]) -> Corpus:
-    texts: dict[str, str] = {}
-    unread: list[str] = []
-    total = 0
-    for name in _names(root, suffixes, skipped):
-        text = _text(root / name)
-        if text is None:
-            unread.append(name)
-        elif text.strip():
-            texts[name] = text
-            total += len(text)
-        if total > TOTAL_LIMIT:
-            raise Invalid(f"{source} holds over {TOTAL_LIMIT >> 20} MB of text: name a smaller folder")
-    if not texts:
-        reason = f"none of its {len(unread)} files is readable UTF-8 text" if unread else "it holds no text"
-        raise Invalid(f"nothing to learn from {source}: {reason}")
-    if len(texts) == 1:
-        return _single(*next(iter(texts.items())), source)
-    return _checked(_split(texts, source))
-
-
-def _names(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str]) -> list[str]:
+def _names(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str]) -> tuple[str, ...]:
     names: list[str] = []
 
     def refuse(error: OSError) -> None:
@@ -92,47 +191,21 @@ def _names(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str]) -> li
             if not file.startswith(".") and (not suffixes or file.endswith(suffixes)):
                 names.append((Path(folder) / file).relative_to(root).as_posix())
         if len(names) > FILES_LIMIT:
-            raise Invalid(f"{root} holds over {FILES_LIMIT} files: name a smaller folder")
-    return sorted(names)
+            raise Invalid(f"{root} holds over {FILES_LIMIT} files: join them into larger ones, one row each")
+    return tuple(sorted(names))
 
 
-def _text(path: Path) -> str | None:
-    """The file as text, or None if it is none: too large, binary, unreadable or a link to nowhere."""
-    try:
-        if not path.is_file() or path.stat().st_size > FILE_LIMIT:
-            return None
-        data = path.read_bytes()
-    except OSError:
-        return None  # counted by the caller, which says how many files it could not read
+def _cut(data: bytes) -> int:
+    """Where to cut `data`, which goes on: after its last line, or else before the last whole character."""
+    if (line := data.rfind(b"\n")) >= len(data) // 2:
+        return line + 1
+    end = len(data) - 1
+    while end > len(data) - 4 and data[end] & 0xC0 == 0x80:
+        end -= 1
+    return end if end > 0 else len(data)
+
+
+def _text(data: bytes) -> str:
     if b"\0" in data:
-        return None
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def _split(texts: dict[str, str], source: str) -> Corpus:
-    ranked = sorted(texts, key=lambda name: sha256(name.encode()))
-    aside = {name for name in texts if sha256(name.encode())[0] % _VALIDATION == 0}
-    # A few files may fall on one side: the one with the lowest hash then moves.
-    if not aside or len(aside) == len(texts):
-        aside = {ranked[0]}
-    return Corpus(
-        source,
-        tuple(text for name, text in texts.items() if name not in aside),
-        tuple(text for name, text in texts.items() if name in aside),
-    )
-
-
-def _single(name: str, text: str, source: str) -> Corpus:
-    if not text.strip():
-        raise Invalid(f"nothing to learn from {name}: empty, over {FILE_LIMIT >> 20} MB, or no readable UTF-8 text")
-    cut = len(text) * (_VALIDATION - 1) // _VALIDATION
-    return _checked(Corpus(source, (text[:cut],), (text[cut:],)))
-
-
-def _checked(corpus: Corpus) -> Corpus:
-    if corpus.size_bytes < MINIMUM:
-        raise Invalid(f"{corpus.source} holds {corpus.size_bytes} bytes of text, at least {MINIMUM} expected")
-    return corpus
+        raise ValueError("binary: it holds a zero byte")
+    return data.decode()  # a UnicodeDecodeError is a ValueError

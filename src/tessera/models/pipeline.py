@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tessera.core.errors import Invalid
 from tessera.models.config import ModelSpec
-from tessera.models.dataset import Dataset, batch
+from tessera.models.dataset import Dataset, rows
+from tessera.models.dataset_order import WindowOrder
 from tessera.models.decode import StageDecoder
 from tessera.models.presets import Batch
 from tessera.models.trainer import StageTrainer
@@ -52,11 +53,13 @@ class Pipeline:
         return _number(losses[-1])
 
     def train(self, dataset: Dataset, shape: Batch, on_step: Callable[[int, float], None] | None = None) -> None:
-        """A whole run, with the batches that the run's seed names."""
+        """A whole run over `dataset` as one shard, in the order that the model's seed names."""
+        order = WindowOrder([dataset.train.size], length=shape.length, active=1, name=("local", self.spec.seed))
         for step in range(shape.steps):
-            names = range(shape.microbatches)
-            ids = [batch(dataset, self.spec.seed, step, i, shape.sequences, shape.length) for i in names]
-            loss = self.train_step(step, ids)
+            first = step * shape.microbatches * shape.sequences
+            numbers = range(first, first + shape.microbatches * shape.sequences)
+            ids = rows(dataset.train, [order.locate(number).start for number in numbers], shape.length)
+            loss = self.train_step(step, np.split(ids, shape.microbatches))
             if on_step is not None:
                 on_step(step, loss)
 

@@ -25,6 +25,7 @@ __all__ = ["END", "Tokenizer", "train_tokenizer"]
 END = 0
 _END_TEXT = "<|end|>"
 _MIN_VOCAB = 257  # every byte and END
+_MAX_VOCAB = 2**20  # of a tokenizer that somebody else trained; we train up to 65,536
 _SIZE_LIMIT = 32 * 2**20  # bytes of a tokenizer's JSON
 
 
@@ -42,11 +43,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self._engine.encode(text, add_special_tokens=False).ids)
 
-    def encode_all(self, texts: Sequence[str]) -> list[NDArray[np.uint16]]:
+    def encode_all(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Many texts at once, on the engine's own threads."""
-        return [
-            np.asarray(e.ids, dtype=np.uint16) for e in self._engine.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encodings = self._engine.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, END becomes nothing.
@@ -78,8 +78,8 @@ class Tokenizer:
             raise Invalid(f"not a tokenizer: {str(error)[:200]}") from error
         if kinds != ("BPE", "ByteLevel", "ByteLevel") or engine.token_to_id(_END_TEXT) != END:
             raise Invalid(f"not a byte-level BPE tokenizer with {_END_TEXT} as token {END}")
-        if engine.get_vocab_size() > 65_536:
-            raise Invalid(f"a vocabulary of {engine.get_vocab_size()} tokens: at most 65536 expected")
+        if engine.get_vocab_size() > _MAX_VOCAB:
+            raise Invalid(f"a vocabulary of {engine.get_vocab_size()} tokens: at most {_MAX_VOCAB} expected")
         return cls(engine)
 
 

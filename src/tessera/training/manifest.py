@@ -17,13 +17,14 @@ from tessera.core.hashing import sha256
 from tessera.core.ids import Account, BlobId, RunId, parse_account, parse_blob_id
 from tessera.models.config import ModelSpec
 
-__all__ = ["Allocation", "DataRecipe", "Manifest", "Owner", "Part", "Schedule", "load_manifest"]
+__all__ = ["Allocation", "DataRecipe", "DataSet", "Manifest", "Owner", "Part", "Schedule", "load_manifest"]
 
 MANIFEST_LIMIT = 64 * 1024  # bytes
 WHOLE_BPS = 10_000
 SHARE_FLOPS = 10**12  # verified floating-point operations that earn the workers one share
 SHARE_WAD = 10**18  # smallest units of one share
 MAX_OWNERS = 64
+MAX_WEIGHT = 1_000  # of a data set beside the others
 MAX_RECEIPTS = 50_000  # of one epoch: they travel to every voter in one message
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
@@ -60,17 +61,52 @@ class Allocation(_Strict):
         return self
 
 
-class DataRecipe(_Strict):
-    """Which text, by hash: the tokenised data set and the tokenizer, both fetched from peers and checked."""
+class DataSet(_Strict):
+    """One owner's text: its index by blob id, and how much of the run it makes up."""
 
-    dataset: str
-    tokenizer: str
+    index: str
+    weight: Annotated[int, Field(ge=1, le=MAX_WEIGHT)]
+    account: str
     description: Annotated[str, Field(max_length=200)] = ""
 
-    @field_validator("dataset", "tokenizer")
+    @field_validator("index")
     @classmethod
     def _blob(cls, value: str) -> str:
         return _as_value_error(parse_blob_id, value)
+
+    @field_validator("account")
+    @classmethod
+    def _checksummed(cls, value: str) -> str:
+        return _as_value_error(parse_account, value)
+
+
+class DataRecipe(_Strict):
+    """Which text, by hash: data sets, mixed in proportion to their weights, all cut by one tokenizer.
+
+    `active` shards of each set are mixed at once: more mix better, fewer need less disk.
+    """
+
+    tokenizer: str
+    sets: Annotated[tuple[DataSet, ...], Field(min_length=1, max_length=MAX_OWNERS)]
+    active: Annotated[int, Field(ge=1, le=64)] = 4
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _blob(cls, value: str) -> str:
+        return _as_value_error(parse_blob_id, value)
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        indexes = [part.index for part in self.sets]
+        for index in indexes:
+            if indexes.count(index) > 1:
+                raise ValueError(f"data set {index[:16]}… is listed twice: raise its weight instead")
+        return self
+
+    @property
+    def accounts(self) -> tuple[Account, ...]:
+        """The owners of the sets, each once, in order."""
+        return tuple(dict.fromkeys(Account(part.account) for part in self.sets))
 
 
 class Schedule(_Strict):
@@ -109,7 +145,7 @@ class Owner:
 class Manifest(_Strict):
     """One run, complete."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\w .:/+-]+$")]
     chain_id: Annotated[int, Field(ge=1, lt=2**53)]
     model: ModelSpec
@@ -138,6 +174,19 @@ class Manifest(_Strict):
             raise ValueError(f"an epoch would have {receipts} receipts, at most {MAX_RECEIPTS}: lower epoch_steps")
         return self
 
+    @model_validator(mode="after")
+    def _owners_are_paid(self) -> Self:
+        """Data earns for those whose data it is, and for nobody else."""
+        paid = [part.account for part in self.allocation.data]
+        for account in paid:
+            if paid.count(account) > 1:
+                raise ValueError(f"allocation.data names {account} twice: add up the basis points")
+        if unpaid := [account for account in self.data.accounts if account not in paid]:
+            raise ValueError(f"allocation.data lacks {unpaid[0]}, who owns a data set (0 basis points are allowed)")
+        if strangers := [account for account in paid if account not in self.data.accounts]:
+            raise ValueError(f"allocation.data pays {strangers[0]}, who owns none of the data sets")
+        return self
+
     @property
     def canonical(self) -> bytes:
         return encoding.encode(self.model_dump(mode="json"))
@@ -145,10 +194,6 @@ class Manifest(_Strict):
     @property
     def run_id(self) -> RunId:
         return RunId(sha256(self.canonical).hex())
-
-    @property
-    def dataset(self) -> BlobId:
-        return BlobId(self.data.dataset)
 
     @property
     def tokenizer(self) -> BlobId:

@@ -50,6 +50,10 @@ class Trainer(Protocol):
 class Batches(Protocol):
     """Microbatches by name: the same everywhere, so no token crosses the wire."""
 
+    async def ready(self, step: int) -> None:
+        """Have here what `train(step, …)` reads."""
+        ...
+
     def train(self, step: int, index: int) -> Any: ...
     def validation(self, index: int) -> Any: ...
     @property
@@ -143,6 +147,7 @@ class Session:
 
     async def _train_step(self) -> None:
         count = self._manifest.schedule.microbatches
+        await self._batches.ready(self._step)
         started = self._finished = 0
         while self._finished < count:
             if self._stage == 0 and not self._drain() and started < count and started - self._finished < self._depth:

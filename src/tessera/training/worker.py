@@ -22,7 +22,6 @@ from tessera.chain.faces import ModelShare
 from tessera.core.clock import Clock
 from tessera.core.errors import Misbehaviour, Missing, TesseraError
 from tessera.core.ids import BlobId
-from tessera.models.dataset import Dataset
 from tessera.models.device import pick_device
 from tessera.models.trainer import StageTrainer
 from tessera.p2p.blobs import BlobStore, fetch, serve_blobs
@@ -30,7 +29,7 @@ from tessera.p2p.transport import PeerRecord, Transport
 from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.contract import check_handovers, check_share
-from tessera.training.data import NamedBatches
+from tessera.training.data import NamedBatches, open_batches
 from tessera.training.gate import Gate
 from tessera.training.handover import Handover, take_over
 from tessera.training.home import Home
@@ -54,6 +53,7 @@ REPORT_POINTS = 200  # losses in one report
 FETCH_S = 300.0
 TAKE_OVER_S = 1800.0  # how long a successor waits for the holder of his stage
 GOODBYE_TRIES = 10
+FIRST_LOOK_S = 1.0  # the gate is shut until somebody has looked: that is no reason to say that we pause
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class _Parts:
     pipeline: Pipeline
     keeper: Keeper
     handover: Handover
+    batches: NamedBatches
     book: ReceiptBook
     successor: Seat | None = None  # who takes our stage
 
@@ -142,9 +143,12 @@ class Worker:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._gate.watch)
+                with anyio.move_on_after(FIRST_LOOK_S):
+                    await self._gate.wait_open()
                 tasks.start_soon(self._report, parts)
                 tasks.start_soon(self._show, parts)
                 tasks.start_soon(parts.pipeline.run)
+                tasks.start_soon(parts.batches.keep_ahead)
                 tasks.start_soon(parts.handover.watch)
                 tasks.start_soon(self._settle, parts.keeper)
                 tasks.start_soon(self._serve_when_trained, parts)
@@ -166,14 +170,14 @@ class Worker:
         await self._host.patiently(lambda: self._check_chain(manifest, roster, chain))
         blobs = BlobStore(self._home.blobs)
         serve_blobs(self._transport, blobs)
-        dataset = await self._host.patiently(lambda: self._fetch_data(manifest, roster, blobs))
+        batches = await self._host.patiently(lambda: self._open_data(manifest, roster, blobs, folder))
         trainer = await to_thread.run_sync(self._build_trainer, manifest, stage)
         checkpoints = Checkpoints(folder / "checkpoints")
         if successor:
             roster = await self._take_over(manifest, stage, checkpoints, chain)
         remember_run(folder, manifest, roster)
         seated = Seated(manifest, stage, roster, self._transport, chain, trainer, blobs)
-        return self._set_to_work(seated, folder, checkpoints, NamedBatches(manifest, dataset))
+        return self._set_to_work(seated, folder, checkpoints, batches)
 
     def _set_to_work(self, seated: Seated, folder: Path, checkpoints: Checkpoints, batches: NamedBatches) -> _Parts:
         manifest, book = seated.manifest, ReceiptBook(folder / "book.sqlite")
@@ -212,7 +216,7 @@ class Worker:
             roster=lambda: seated.roster,
             successor=lambda: parts.successor,
         )
-        parts = _Parts(seated, folder, pipeline, keeper, handover, book)
+        parts = _Parts(seated, folder, pipeline, keeper, handover, batches, book)
         return parts
 
     async def _take_seat(self) -> tuple[Manifest, int, bool]:
@@ -253,17 +257,26 @@ class Worker:
         await check_share(chain, roster)
         return roster
 
-    async def _fetch_data(self, manifest: Manifest, roster: Roster, blobs: BlobStore) -> Dataset:
+    async def _open_data(self, manifest: Manifest, roster: Roster, blobs: BlobStore, folder: Path) -> NamedBatches:
+        """The run's text, from whoever has it: tokenizer and indexes now, shards when they are due."""
         others = (record for record in roster.records if record.id != self._transport.id)
         peers = list({record.id: record for record in (*self._host.invitation.peers, *others)}.values())
-        for blob in (manifest.tokenizer, manifest.dataset):
-            await self._fetch(peers, blob, blobs)
-        return await to_thread.run_sync(lambda: Dataset.from_bytes(blobs.path(manifest.dataset).read_bytes()))
+        pin = f"run-{manifest.run_id[:16]}"
 
-    async def _fetch(self, peers: list[PeerRecord], blob: BlobId, blobs: BlobStore) -> None:
-        if not blobs.has(blob):
-            log.info("fetching", blob=blob)
-            await fetch(self._transport, peers, blob, blobs, timeout_s=FETCH_S)
+        async def bring(blob: BlobId) -> Path:
+            await to_thread.run_sync(blobs.pin, blob, pin)
+            if not await to_thread.run_sync(blobs.is_here, blob):
+                log.info("fetching", blob=blob)
+                await fetch(self._transport, peers, blob, blobs, timeout_s=FETCH_S)
+            return await to_thread.run_sync(blobs.path, blob)
+
+        def release(blob: BlobId) -> None:
+            blobs.unpin(blob, pin)
+            if not blobs.pins(blob):  # others have it; what is not needed soon is room for what is
+                blobs.remove(blob)
+
+        await bring(manifest.tokenizer)
+        return await open_batches(manifest, bring, release, folder)
 
     def _build_trainer(self, manifest: Manifest, stage: int) -> StageTrainer:
         return StageTrainer(
