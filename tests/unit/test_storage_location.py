@@ -12,7 +12,7 @@ from sqlalchemy import Column, Integer, MetaData, Table
 from tessera.core.errors import Invalid, Unavailable
 from tessera.storage.database import open_database
 from tessera.storage.layout import Layout
-from tessera.storage.location import locate
+from tessera.storage.location import locate, schema_name
 
 TABLES = MetaData()
 Table("things", TABLES, Column("id", Integer, primary_key=True))
@@ -56,6 +56,11 @@ def test_another_url_is_refused_without_repeating_it(where: str) -> None:
 def test_a_schema_is_a_plain_name(schema: str) -> None:
     with pytest.raises(Invalid, match="a schema is"):
         locate("tables.sqlite", schema)
+
+
+def test_a_name_space_for_a_runs_worker_is_a_plain_name() -> None:
+    assert schema_name("run", "7c" * 32, "0x" + "5B" * 20) == "run_7c7c7c7c7c7c7c7c_5b5b5b5b5b5b5b5b"
+    assert locate("postgresql://host/name", schema_name("run", "7c" * 32)).schema == "run_7c7c7c7c7c7c7c7c"
 
 
 def test_a_server_that_is_not_there_is_unavailable_and_shows_no_password(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ small tables, whose pages they share). Every wait has a bound. What a driver rai
     with books.transaction() as db:              # one try
         db.add(RECEIPTS, rows)
     total = books.apply(count_up)                # count_up(db) runs again after a deadlock
-    with books.read() as db: ...                 # one consistent view, which waits for nobody
+    with books.read() as db: ...                 # one consistent view; no other process makes it wait
 
 Threads: a `Database` may be used by several; each transaction belongs to one thread, and they do not nest. On SQLite
 there is one connection, so that threads take turns. On an event loop a transaction on a file takes 0.2 ms at `normal`

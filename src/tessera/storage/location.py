@@ -15,7 +15,7 @@ from sqlalchemy.exc import ArgumentError
 
 from tessera.core.errors import Invalid
 
-__all__ = ["DEFAULT_SCHEMA", "MEMORY", "Dialect", "Location", "locate"]
+__all__ = ["DEFAULT_SCHEMA", "MEMORY", "Dialect", "Location", "locate", "schema_name"]
 
 Dialect = Literal["sqlite", "postgresql"]
 DEFAULT_SCHEMA = "tessera"
@@ -60,6 +60,15 @@ def locate(where: str | Path, schema: str = "") -> Location:
     if url.get_backend_name() == "sqlite":
         return _file(Path(url.database or MEMORY), schema)
     raise Invalid(f"{url.get_backend_name()[:40]!r} is no database that is known here: expected {FORMS}")
+
+
+def schema_name(kind: str, *ids: str) -> str:
+    """A name-space's name, from ids in hex, of which 16 digits each are enough to tell them apart.
+
+    >>> schema_name("run", "7c" * 32, "0x5B38Da6a701c568545dCfcB03FcB875f56beddC4")
+    'run_7c7c7c7c7c7c7c7c_5b38da6a701c5685'
+    """
+    return "_".join([kind, *(id.lower().removeprefix("0x")[:16] for id in ids)])
 
 
 def _parse(text: str) -> URL:
