@@ -85,7 +85,7 @@ class FramedStream:
         self._refusal: TesseraError | None = None
         self._buffer = bytearray()
         self._corked = b""  # goes out with the next message: one packet instead of two
-        self._sending, self._receiving = anyio.Lock(), anyio.Lock()
+        self._sending, self._receiving = anyio.Lock(fast_acquire=True), anyio.Lock(fast_acquire=True)
         self._sent = self._received = 0
         self._said_last = self._heard_last = False
         self._send_broken = self._aborted = False
