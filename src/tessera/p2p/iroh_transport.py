@@ -33,6 +33,7 @@ from tessera.p2p.pacer import Pacer
 from tessera.p2p.presence import PresenceBoard
 from tessera.p2p.relay.engine import Bindings, connected_home, keep_home, online, relay_mode, same_relay
 from tessera.p2p.relay.probe import probe_relay
+from tessera.p2p.relay.sight import keep_sighted
 from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.switchboard import Switchboard
 from tessera.p2p.transport import MAX_ADDRS, RECORD_TTL_S, Handler, PeerRecord, Presence, Stream
@@ -114,6 +115,8 @@ class IrohTransport:
                 tasks.start_soon(transport._welcome_all)
                 if relays:
                     tasks.start_soon(keep_home, endpoint, relays)
+                for relay in relays if direct and not _on_loopback(bind) else ():
+                    tasks.start_soon(keep_sighted, endpoint, relay)
                 try:
                     yield transport
                 finally:
@@ -388,6 +391,10 @@ def _is_socket(text: str, lowest_port: int = 1) -> bool:
     number = int(port) if len(port) <= 5 and port.isascii() and port.isdigit() else -1
     sound = str(number) == port and lowest_port <= number < 65_536 and "%" not in host  # what the engine reads alike
     return sound and host.startswith("[") == (version == 6)
+
+
+def _on_loopback(addr: str) -> bool:
+    return addr.startswith(("127.", "[::1]"))
 
 
 def _wild(addr: str) -> bool:

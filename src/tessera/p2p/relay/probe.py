@@ -12,7 +12,7 @@ import anyio.abc
 from websockets.client import ClientProtocol
 from websockets.datastructures import Headers
 from websockets.exceptions import InvalidStatus
-from websockets.frames import Frame
+from websockets.frames import Frame, Opcode
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
@@ -117,7 +117,7 @@ class Visitor:
         except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             raise Unavailable("the relay hung up") from error
         for event in self._protocol.events_received():
-            if isinstance(event, Frame) and event.data:
+            if isinstance(event, Frame) and event.opcode is Opcode.BINARY and event.data:
                 self._arrived.append(bytes(event.data))
         await self._send()
 

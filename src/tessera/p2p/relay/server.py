@@ -12,17 +12,18 @@ import random
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import anyio
 import structlog
 
-from tessera.core.errors import Invalid, Unavailable
+from tessera.core.errors import Invalid, TesseraError, Unavailable
 from tessera.p2p.relay.connection import READ_BYTES, REMEMBERED, Connection, Limits
 from tessera.p2p.relay.door import Door, Tokens
 from tessera.p2p.relay.frames import MAX_FRAME, PEER_BYTES, Status, restarting_frame
+from tessera.p2p.relay.sight import serve_sight
 from tessera.p2p.relay.url import check_token
 
 __all__ = ["Relay", "RelayConfig"]
@@ -48,6 +49,7 @@ class RelayConfig:
     max_waiting: int = 256  # connections that have not proven a key; beyond it the oldest goes
     queue_bytes: int = 512 * 1024  # datagrams waiting for one peer
     proof_timeout_s: float = 5.0
+    sight: bool = True  # tell nodes, on UDP at the same port, from which address their packets come
     certificate: str = ""  # path of a PEM chain: serve https itself
     private_key: str = ""  # path of its PEM key
 
@@ -89,7 +91,10 @@ class Relay:
         server = await relay._listen()
         relay._look()
         try:
-            yield relay
+            async with AsyncExitStack() as stack:
+                if config.sight:
+                    await relay._open_eyes(stack)
+                yield relay
         finally:
             with anyio.CancelScope(shield=True):
                 await relay._close(server)
@@ -209,6 +214,12 @@ class Relay:
             raise Unavailable(f"the relay cannot listen on {config.host}:{config.port}: {reason}") from error
         self.port = server.sockets[0].getsockname()[1]
         return server
+
+    async def _open_eyes(self, stack: AsyncExitStack) -> None:
+        try:
+            self.facts |= await stack.enter_async_context(serve_sight(self.config.host, self.port))
+        except TesseraError as error:  # the relay works without; its users then find fewer direct paths
+            log.warning("relay_without_sight", reason=error.message)
 
     def _tls(self) -> ssl.SSLContext | None:
         if not self.config.certificate:
