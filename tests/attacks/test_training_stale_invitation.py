@@ -16,9 +16,10 @@ from tessera.core.errors import Conflict, Invalid, Misbehaviour, Refused, Unavai
 from tessera.core.ids import PeerId
 from tessera.p2p.calls import serve_calls
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock, run_virtual
+from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
 from tessera.training.home import Home
-from tessera.training.invitation import Invitation, RelayAccess
+from tessera.training.invitation import Invitation
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import JOIN, RUN, SMALL
 from tessera.training.roster import Seat, seat_binding
@@ -37,7 +38,7 @@ def invitation(clock: FakeClock | VirtualClock, record: PeerRecord | None = None
 
 def test_it_reads_back_also_when_a_mail_program_broke_its_lines() -> None:
     clock = FakeClock()
-    shown = invitation(clock, relays=(RelayAccess("http://relay.example:3340", "secret"),))
+    shown = invitation(clock, relays=(RelayUrl("http://relay.example:3340", "secret-token"),))
     text = shown.to_text()
     assert Invitation.parse(text, clock) == shown
     assert Invitation.parse("\n ".join(text[i : i + 20] for i in range(0, len(text), 20)), clock) == shown
@@ -73,7 +74,7 @@ def test_nothing_in_it_can_be_changed_on_its_way() -> None:
         {"seats": 10},
         {"expires": 9_999_999_998},
         {"chain_id": 1},
-        {"relays": (RelayAccess("http://evil.example", ""),)},
+        {"relays": (RelayUrl("http://evil.example", ""),)},
         {"id": "cd" * 16},
     ],
 )

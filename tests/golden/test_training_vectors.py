@@ -10,10 +10,11 @@ from typing import Any
 from tessera.core import encoding
 from tessera.core.ids import parse_account
 from tessera.core.merkle import share_leaf
+from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
 from tessera.training.epochs import compute_epoch
 from tessera.training.frames import Frame, Kind
-from tessera.training.invitation import Invitation, RelayAccess
+from tessera.training.invitation import Invitation
 from tessera.training.receipts import Receipt
 from tessera.training.roster import seat_binding
 from training_world import account_keys, all_receipts, peer_keys, small_manifest
@@ -29,7 +30,7 @@ def test_a_run_is_as_recorded(golden: Golden) -> None:
     assert leaves is not None
     record = PeerRecord.sign(keys[0], ("memory:x",), 2_000_000_000)
     shown = Invitation(
-        MANIFEST.run_id, MANIFEST.chain_id, (record,), (RelayAccess("https://relay.example", "secret"),), "ab" * 16, 2,
+        MANIFEST.run_id, MANIFEST.chain_id, (record,), (RelayUrl("https://relay.example", "secret-token"),), "ab" * 16, 2,
         1_900_000_000,
     )  # fmt: skip
     shown = replace(shown, signature=keys[0].sign("invitation", encoding.encode(shown._body())))

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from tessera import __version__
+from tessera.cli import work
 from tessera.cli.config import show_config
 from tessera.cli.keys import keys_app
 from tessera.cli.log_view import show_logs
@@ -99,25 +100,8 @@ def chat(
 # --- a worker ---------------------------------------------------------------------------------------------------------
 
 
-@app.command()
-def join(
-    invitation: Annotated[str, typer.Argument(help="What its host gave you.")],
-    state_dir: StateDir = default_state_dir("worker"),
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")] = "auto",
-    threads: Annotated[int, typer.Option(help="Threads for training.")] = 1,
-    bind: Annotated[str, typer.Option(help="Address and UDP port for peers, e.g. 0.0.0.0:4100.")] = "",
-    claim_above: Annotated[int, typer.Option(help="Units of income that are worth a transaction.")] = 1,
-) -> None:
-    """Take a seat in a run and work: train one stage, serve it, get paid."""
-    from tessera.cli.logs import configure_logs
-    from tessera.cli.running import run_until_signal
-    from tessera.devnet.node import NodeConfig, run_node
-    from tessera.training.home import Home
-    from tessera.training.worker import WorkerConfig
-
-    configure_logs("info")  # after the quiet default of all other commands
-    config = NodeConfig(bind=bind, threads=threads, worker=WorkerConfig(device=device, claim_above=claim_above))
-    run_until_signal(lambda: run_node(Home(state_dir), invitation, config))
+for command in (work.join, work.status, work.pause, work.resume, work.leave):
+    app.command()(command)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rich.text import Text
 from tessera.core.errors import Conflict, Invalid, Missing
 from tessera.core.ids import RunId, parse_run_id
 from tessera.devnet.plan import UpConfig, make_manifest
+from tessera.devnet.tables import hosted_tables
 from tessera.training.home import Home
 from tessera.training.manifest import Manifest
 from tessera.training.wishes import Wish, make_wish, read_wish
@@ -56,7 +57,12 @@ def list_runs(state_dir: Path, as_json: bool) -> None:
         return
     table = Table("run", "name", "stages", "tokens", "part", "state", box=None)
     for row in rows:
-        table.add_row(*(str(row[key]) for key in ("run_id", "name", "stages", "tokens", "part", "state")))
+        short = {
+            **row,
+            "run_id": f"{row['run_id']}"[:16],
+            "tokens": f"{row['tokens']:,}" if isinstance(row["tokens"], int) else "?",
+        }
+        table.add_row(*(str(short[key]) for key in ("run_id", "name", "stages", "tokens", "part", "state")))
     Console().print(table, highlight=False)
 
 
@@ -76,18 +82,16 @@ def wish_run(state_dir: Path, run: str, wish: Wish) -> None:
     """Have the host pause, resume or close a run. It follows within a second, or at its next start."""
     home = Home.existing(state_dir)
     run_id = _find(home, run)
-    if not _hosted(home, run_id):
-        raise Missing(f"{state_dir} does not host run {run_id[:16]}…: only its host may pause or close it")
+    hosted_tables(home, run_id)  # only its host may pause or close it
     make_wish(home.run_folder(run_id), wish)
     done = {"pause": "pauses", "work": "goes on", "close": "closes"}[wish]
     Console().print(f"Run {run_id[:16]}… {done}.")
 
 
-def invite_to_run(state_dir: Path, run: str, *, seats: int, hours: float, label: str) -> None:
+def invite_to_run(state_dir: Path, run: str, database: str, *, seats: int, hours: float, label: str) -> None:
     """Print a new invitation to a run that is hosted here. The host may be at work meanwhile."""
     from tessera.core.clock import SystemClock
     from tessera.devnet.invitations import Door, last_invitation
-    from tessera.training.book import SeatBook
 
     if not 0 < hours <= 24 * 366:
         raise Invalid(f"an invitation lasts between a moment and a year, not {hours:g} hours")
@@ -96,7 +100,7 @@ def invite_to_run(state_dir: Path, run: str, *, seats: int, hours: float, label:
     first = last_invitation(home, clock, even_expired=True)
     if first.run_id != run_id:
         raise Conflict(f"{state_dir} last hosted run {first.run_id[:16]}…: start {run_id[:16]}… first")
-    book = SeatBook(_seat_file(home, run_id))
+    book = hosted_tables(home, run_id, database).seats()
     try:
         door = Door(home, book, run_id, first.chain_id, first.host, clock, first.relays)
         invitation = door.invite(seats, lasts_s=int(hours * HOUR_S), label=label)
@@ -107,12 +111,10 @@ def invite_to_run(state_dir: Path, run: str, *, seats: int, hours: float, label:
     Console().print(Text(f"tessera join {invitation.to_text()}"), soft_wrap=True, highlight=False)
 
 
-def revoke_invitation(state_dir: Path, run: str, name: str) -> None:
+def revoke_invitation(state_dir: Path, run: str, database: str, name: str) -> None:
     """Take an invitation back: whoever has a seat keeps it, nobody new gets one. `name` may be its first digits."""
-    from tessera.training.book import SeatBook
-
     home = Home.existing(state_dir)
-    book = SeatBook(_seat_file(home, _find(home, run)))
+    book = hosted_tables(home, _find(home, run), database).seats()
     try:
         known = [invitation for invitation in book.invitations() if invitation.id.startswith(name)]
         if len(known) != 1:
@@ -123,12 +125,10 @@ def revoke_invitation(state_dir: Path, run: str, name: str) -> None:
     Console().print(f"Invitation {known[0].id} is taken back.")
 
 
-def list_invitations(state_dir: Path, run: str, as_json: bool) -> None:
+def list_invitations(state_dir: Path, run: str, database: str, as_json: bool) -> None:
     """The invitations to a run that is hosted here: what they are for, until when, who used them."""
-    from tessera.training.book import SeatBook
-
     home = Home.existing(state_dir)
-    book = SeatBook(_seat_file(home, _find(home, run)))
+    book = hosted_tables(home, _find(home, run), database).seats()
     try:
         known = book.invitations()
     finally:
@@ -145,7 +145,7 @@ def list_invitations(state_dir: Path, run: str, as_json: bool) -> None:
     for i in known:
         state = "taken back" if i.revoked else "expired" if i.expires < time.time() else "open"
         until = datetime.fromtimestamp(i.expires, UTC).strftime("%Y-%m-%d %H:%M UTC")
-        table.add_row(i.id, str(i.seats), str(len(i.users)), until, state, i.label)
+        table.add_row(i.id[:12], str(i.seats), str(len(i.users)), until, state, i.label)
     Console().print(table, highlight=False)
 
 
@@ -172,15 +172,12 @@ def _find(home: Home, run: str) -> RunId:
     raise Missing(f"{len(known)} runs in {home.path} begin with {run!r}: `tessera run list` names them")
 
 
-def _seat_file(home: Home, run_id: RunId) -> Path:
-    files = sorted(home.run_folder(run_id).glob("host-*.sqlite"))
-    if not files:
-        raise Missing(f"{home.path} does not host run {run_id[:16]}…")
-    return files[-1]
-
-
 def _hosted(home: Home, run_id: RunId) -> bool:
-    return any(home.run_folder(run_id).glob("host-*.sqlite"))
+    try:
+        hosted_tables(home, run_id)
+    except Missing:
+        return False
+    return True
 
 
 def _run_row(home: Home, run_id: RunId) -> dict[str, object]:

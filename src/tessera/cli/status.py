@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tessera.core.errors import Invalid, Missing, TesseraError
-from tessera.core.ids import RunId
 from tessera.training.home import Home
 from tessera.training.status import WorkerStatus, read_status
 from tessera.training.wishes import Wish, make_wish, read_wish
 
-__all__ = ["Verdict", "judge", "run_leave", "run_status", "run_wish"]
+__all__ = ["Verdict", "duration", "judge", "run_leave", "run_pause", "run_status"]
 
 FRESH_S = 15.0  # a worker writes its status every two seconds
 SLOW_STEPS = 5  # a step that takes so many times as long as the last one did is a standstill
@@ -38,7 +37,7 @@ class Verdict:
 def judge(status: WorkerStatus, now: float) -> Verdict:
     """One sentence on how it goes, and one on what to do, if anything can be done."""
     if now - status.time > FRESH_S:
-        ago = _duration(now - status.time)
+        ago = duration(now - status.time)
         return Verdict(False, f"no worker runs here: the last one was seen {ago} ago", "start it again: tessera join")
     if status.pauses:
         return Verdict(False, f"this worker pauses: {status.pauses}", "it goes on by itself when that is over")
@@ -56,7 +55,7 @@ def judge(status: WorkerStatus, now: float) -> Verdict:
         return Verdict(False, "a session has begun, no step is done yet")
     ended, took = status.last_step
     if now - ended > max(QUIET_S, SLOW_STEPS * took):
-        waits = _duration(now - ended)
+        waits = duration(now - ended)
         return Verdict(False, f"the last step ended {waits} ago: a neighbour is slow or away", "tessera doctor")
     return Verdict(True, f"training, {status.tokens_per_step / max(took, 1e-9):,.0f} tokens/s")
 
@@ -74,7 +73,7 @@ def run_status(state_dir: Path, as_json: bool) -> None:
     rows = [
         ("run", f"{status.name}  {status.run_id[:16]}…"),
         ("seat", f"stage {status.stage} of {status.stages}, paid to {status.account}"),
-        ("step", f"{status.step:,} of {status.steps:,}" + (f", {_duration(left)} to go" if left else "")),
+        ("step", f"{status.step:,} of {status.steps:,}" + (f", {duration(left)} to go" if left else "")),
         ("income", f"{status.claimable:,} units wait to be claimed"),
         ("earning", "yes" if verdict.earning else "no"),
         ("now", verdict.what),
@@ -86,21 +85,16 @@ def run_status(state_dir: Path, as_json: bool) -> None:
     Console().print(table, highlight=False)
 
 
-def run_wish(state_dir: Path, wish: Wish, run_id: RunId | None = None) -> Path:
-    """Note what the owner wants of a run (the newest by default). Returns the run's folder."""
-    home = Home.existing(state_dir)
-    folder = _newest(home) if run_id is None else home.run_folder(run_id)
-    try:
-        make_wish(folder, wish)
-    except OSError as error:
-        raise Invalid(f"cannot write in {folder}: {error.strerror}") from error
-    return folder
+def run_pause(state_dir: Path, wish: Wish) -> None:
+    """Have this worker stand still, or go on."""
+    _wish(state_dir, wish)
+    Console().print("This worker pauses; `tessera resume` goes on." if wish == "pause" else "This worker goes on.")
 
 
 def run_leave(state_dir: Path, *, stay: bool, wait: bool) -> None:
     """Ask to leave, and wait until somebody has taken the stage; or take that back."""
     console = Console()
-    folder = run_wish(state_dir, "work" if stay else "leave")
+    folder = _wish(state_dir, "work" if stay else "leave")
     if stay:
         console.print("This worker stays.")
         return
@@ -123,6 +117,16 @@ def run_leave(state_dir: Path, *, stay: bool, wait: bool) -> None:
         time.sleep(1.0)
 
 
+def _wish(state_dir: Path, wish: Wish) -> Path:
+    """Note what the owner wants of the newest run. Returns its folder."""
+    folder = _newest(Home.existing(state_dir))
+    try:
+        make_wish(folder, wish)
+    except OSError as error:
+        raise Invalid(f"cannot write in {folder}: {error.strerror}") from error
+    return folder
+
+
 def _newest(home: Home) -> Path:
     runs = home.runs()
     if not runs:
@@ -130,11 +134,12 @@ def _newest(home: Home) -> Path:
     return home.run_folder(runs[-1])
 
 
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(90)
+def duration(seconds: float) -> str:
+    """The two largest units of it.
+
+    >>> duration(90)
     '1 min 30 s'
-    >>> _duration(200_000)
+    >>> duration(200_000)
     '2 d 7 h'
     """
     whole = int(max(0.0, seconds))

@@ -85,9 +85,10 @@ class _Showing:
 
     def _show_invitation(self, economy: Economy) -> None:
         """Once, on a line of its own that a terminal does not break, so that it can be copied."""
-        if self._config.seats and economy.run is not None and not self._invitation_shown:
+        run = economy.run
+        if run is not None and run.open_seats and not self._invitation_shown:
             self._invitation_shown = True
-            command = Text(f"tessera join {economy.run.invitation}")
+            command = Text(f"tessera join {run.invitation}")
             self._console.print(command, soft_wrap=True, highlight=False)
 
     def _say_where_to_go(self) -> None:

@@ -97,8 +97,7 @@ class Economy:
             await anyio.sleep(POLL_S)
 
     async def _seat(self, run: Run) -> None:
-        open_seats = run.manifest.model.stages - self.config.workers(run.manifest.model.stages)
-        note = f"{open_seats} seats are open; join with the invitation" if open_seats else "own workers come"
+        note = f"{run.open_seats} seats are open; join with the invitation" if run.open_seats else "own workers come"
         self._enter("seating", note)
         run.seat(await run.host.seat_everyone())
 
@@ -146,12 +145,15 @@ class Economy:
             await anyio.sleep(BOOKS_S)
 
     async def _move_money(self, run: Run) -> bool:
-        """Anyone may do this; the economy does it for the owners, who run no process. True when the books are fresh."""
+        """Anyone may do this; the economy does it for who runs no process: owners, and workers who have left.
+
+        True when the books are fresh.
+        """
         await self._look(run)
         try:
             await run.books.distribute(run.people.operator)
-            for owner in (run.people.data_owner, run.people.creator):
-                await run.books.pay_out(owner.account, run.people.operator)
+            for account in run.absent:
+                await run.books.pay_out(account, run.people.operator)
         except TesseraError as error:  # the chain is away, or somebody was first: the money waits in the contract
             log.warning("money_not_moved", code=error.code, reason=error.message)
         return await self._look(run)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from tessera.core.clock import Clock
 from tessera.core.errors import Invalid, Missing
 from tessera.core.ids import RunId
+from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
 from tessera.training.book import SeatBook
 from tessera.training.home import Home, write_atomic
-from tessera.training.invitation import Invitation, RelayAccess
+from tessera.training.invitation import Invitation
 
 __all__ = ["INVITATION_S", "Door", "keep_invitation", "last_invitation"]
 
@@ -31,7 +32,7 @@ class Door:
     chain_id: int
     host: PeerRecord
     clock: Clock
-    relays: tuple[RelayAccess, ...] = ()
+    relays: tuple[RelayUrl, ...] = ()
 
     def invite(self, seats: int, *, lasts_s: int = INVITATION_S, label: str = "") -> Invitation:
         """A new invitation, in the seat book before anybody sees it."""

@@ -53,7 +53,10 @@ async def open_gateway(run: Run, front: Front, clock: Clock) -> None:
         pay_to=run.pay_to,
     )
 
-    payments = await X402Payments.open(config, run.ledger.chain, run.people.operator, clock=clock)
+    where, schema = run.tables.at("payments")
+    payments = await X402Payments.open(
+        config, run.ledger.chain, run.people.operator, database=where, schema=schema, clock=clock
+    )
     gateway = GatewayConfig(model=run.manifest.name, stop_tokens=(END,))
     front.gateway = create_app(gateway, engine, tokenizer, payments, clock=clock)
 

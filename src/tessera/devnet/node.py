@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import anyio
 import structlog
+from anyio import to_thread
 
 from tessera.core.clock import Clock, SystemClock
 from tessera.core.errors import Missing
 from tessera.devnet.invitations import keep_invitation, last_invitation
+from tessera.devnet.preview import Preview, make_preview, measure
 from tessera.models.decode import StageDecoder
-from tessera.models.device import keep_freed_memory
+from tessera.models.device import keep_freed_memory, pick_device
 from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
 from tessera.serving.shards import ShardConfig, serve_decode
 from tessera.training.gate import Gate, GateConfig
 from tessera.training.home import Home
 from tessera.training.invitation import Invitation
-from tessera.training.joining import HostLink, look
+from tessera.training.joining import HostLink, Offer, Pace, look
 from tessera.training.roster import Roster, recall_run
 from tessera.training.sensors import MachineSensors
 from tessera.training.worker import Seated, Worker, WorkerConfig
@@ -37,15 +40,23 @@ class NodeConfig:
     bind: str = ""  # address and UDP port to listen on; "" = loopback when the host is on this machine, else all
     threads: int = 1  # torch threads
     patience_s: float = 60.0  # how long to look for the host before giving up
+    probe_s: float = 3.0  # how long the stage's pace is measured before joining; 0 = not at all
+    relays: tuple[RelayUrl, ...] = ()  # beside those of the invitation
     gate: GateConfig = field(default_factory=GateConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
 
 
-async def run_node(home: Home, invitation_text: str, config: NodeConfig, clock: Clock | None = None) -> None:
-    """Take a seat and work until the host closes the run, or somebody has taken the stage over.
+Agree = Callable[[Preview], Awaitable[bool]]
+
+
+async def run_node(
+    home: Home, invitation_text: str, config: NodeConfig, *, agree: Agree, clock: Clock | None = None
+) -> None:
+    """Look, ask, take a seat, and work until the host closes the run or somebody has taken the stage over.
 
     Args:
-        invitation_text: kept in the state directory; "" = the one that lies there.
+        invitation_text: kept in the state directory once it was accepted; "" = the one that lies there.
+        agree: shown what joining means, unless the seat is ours already or nothing was measured.
 
     Raises: Invalid, Refused, Conflict, Unavailable, Misbehaviour as `look` and `Worker` do; Conflict when the directory
     is in use.
@@ -55,18 +66,32 @@ async def run_node(home: Home, invitation_text: str, config: NodeConfig, clock: 
     torch.set_num_threads(config.threads)
     keep_freed_memory()
     clock = clock or SystemClock()
+    device = pick_device(config.worker.device)
     with home.locked():
         invitation = _read_invitation(home, invitation_text, clock)
-        start = IrohTransport.start(home.peer_key, bind=config.bind or invitation.listen_on, clock=clock)
-        async with start as transport:
+        bind = config.bind or invitation.listen_on
+        async with IrohTransport.start(
+            home.peer_key, bind=bind, relays=_relays(invitation, config), clock=clock
+        ) as transport:
             host = HostLink(transport, invitation, patience_s=config.patience_s, clock=clock)
-            await host.patiently(lambda: look(host))
+            offer = await host.patiently(lambda: look(host))
+            pace = None
+            if not offer.returning and config.probe_s > 0:
+                preview, pace = await _preview(host, offer, device, config.probe_s)
+                if not await agree(preview):
+                    return
             keep_invitation(home, invitation)
             gate = Gate(config.gate, MachineSensors(home.path, people=config.gate.only_when_idle), clock)
-            worker = Worker(
-                home, host, config.worker, pace=None, gate=gate, clock=clock, serve=partial(_serve, invitation)
-            )
+            serve = partial(_serve, invitation)
+            worker = Worker(home, host, config.worker, pace=pace, gate=gate, clock=clock, serve=serve)
             await worker.run()
+
+
+async def _preview(host: HostLink, offer: Offer, device: str, seconds: float) -> tuple[Preview, Pace]:
+    speed, pace = await to_thread.run_sync(partial(measure, offer, device=device, seconds=seconds))
+    asked = anyio.current_time()
+    offer = await host.patiently(lambda: look(host))  # others may have joined meanwhile; and this one tells the way
+    return make_preview(offer, speed, pace, anyio.current_time() - asked), pace
 
 
 class LiveRoster:
@@ -93,6 +118,11 @@ def _read_invitation(home: Home, text: str, clock: Clock) -> Invitation:
         return invitation
     except Missing:
         return Invitation.parse(text, clock)
+
+
+def _relays(invitation: Invitation, config: NodeConfig) -> tuple[RelayUrl, ...]:
+    """Those of the invitation, and the owner's own; his token counts where both name one."""
+    return tuple({relay.url: relay for relay in (*invitation.relays, *config.relays)}.values())
 
 
 async def _serve(invitation: Invitation, seated: Seated) -> None:

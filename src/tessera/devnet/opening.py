@@ -10,29 +10,33 @@ from anyio import to_thread
 
 from tessera.chain.http import rpc_app
 from tessera.core.clock import Clock
+from tessera.core.errors import Invalid
 from tessera.devnet.access import JOURNAL, remember_urls
 from tessera.devnet.board import Board
 from tessera.devnet.front import Asgi
 from tessera.devnet.http import listening
 from tessera.devnet.invitations import Door
 from tessera.devnet.ledger import Ledger, ensure_coin, ensure_funded, open_ledger
-from tessera.devnet.people import load_people
+from tessera.devnet.people import People, load_people
 from tessera.devnet.plan import UpConfig, make_manifest
 from tessera.devnet.processes import WorkerProcesses
 from tessera.devnet.run import Run
-from tessera.devnet.text import prepare_text
+from tessera.devnet.tables import RunTables
+from tessera.devnet.text import Text, prepare_text, text_of
 from tessera.models.config import ModelSpec
 from tessera.p2p.blobs import BlobStore, serve_blobs
 from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.relay.url import RelayUrl
 from tessera.training.book import ReceiptBook, SeatBook
-from tessera.training.home import Home
+from tessera.training.home import Home, write_atomic
 from tessera.training.host import RunHost
-from tessera.training.invitation import RelayAccess
+from tessera.training.manifest import Manifest
 from tessera.training.rpc_link import serve_rpc
 
 __all__ = ["open_doors", "open_run_here"]
 
 EVERY_ADDRESS = "0.0.0.0"
+RELAY_S = 10.0  # how long a start waits for a relay; without one, the record says where it will be
 
 Tell = Callable[[str], None]
 
@@ -62,22 +66,13 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         coin = await ensure_coin(ledger, people.operator, home.path / "coins.json")
         tell("reading and tokenising the text")
         blobs = BlobStore(home.blobs)
-        text = await to_thread.run_sync(prepare_text, config.data, blobs, home.path / "text.json")
-        manifest = make_manifest(
-            config,
-            text,
-            chain_id=ledger.chain_id,
-            data_owner=people.data_owner.account,
-            creator=people.creator.account,
-        )
-        folder = home.run_folder(manifest.run_id)
-        board, book = Board(manifest, folder / "board.sqlite"), ReceiptBook(folder / "book.sqlite")
-        stack.callback(board.close)
-        stack.callback(book.close)
-        seats = SeatBook(folder / f"host-{ledger.chain_id}.sqlite")
-        stack.callback(seats.close)
-        relays = tuple(RelayAccess(url, token) for url, token in config.relays)
-        start = IrohTransport.start(home.peer_key, bind=_bind(config), clock=clock)
+        manifest, text = await to_thread.run_sync(_describe, config, home, ledger.chain_id, people, blobs)
+        tables = _open_folder(home, manifest, ledger.chain_id, config.database)
+        board, book, seats = _open_tables(manifest, tables, stack)
+        relays = tuple(RelayUrl(url, token) for url, token in config.relays)
+        own = config.workers(manifest.model.stages)
+        bind = _bind(config, alone=own == manifest.model.stages)
+        start = IrohTransport.start(home.peer_key, bind=bind, relays=relays, clock=clock)
         transport = await stack.enter_async_context(start)
         host = RunHost(
             manifest,
@@ -93,15 +88,19 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         serve_blobs(transport, blobs)
         serve_rpc(transport, ledger.exchange)
         host.serve()
-        own = config.workers(manifest.model.stages)
+        if relays:
+            tell("waiting for a relay")
+            await transport.online(RELAY_S)
         door = Door(home, seats, manifest.run_id, ledger.chain_id, transport.record(), clock, relays)
         invitation = door.standing(max(1, manifest.model.stages - own))
-        at_home = door.invite(max(1, own), label="own workers")
-        workers = WorkerProcesses(at_home.to_text(), home.path / "workers", own)
-        await stack.enter_async_context(workers.running())
+        if own:
+            at_home = door.invite(own, label="own workers")
+            workers = WorkerProcesses(at_home.to_text(), home.path / "workers", own)
+            await stack.enter_async_context(workers.running())
         yield Run(
             manifest=manifest,
-            folder=folder,
+            folder=tables.folder,
+            tables=tables,
             params=await to_thread.run_sync(_count_params, manifest.model),
             ledger=ledger,
             coin=coin,
@@ -113,14 +112,51 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
             board=board,
             book=book,
             invitation=invitation.to_text(),
+            open_seats=manifest.model.stages - own,
         )
 
 
-def _bind(config: UpConfig) -> str:
+def _describe(config: UpConfig, home: Home, chain_id: int, people: People, blobs: BlobStore) -> tuple[Manifest, Text]:
+    """The manifest that was given, or the one that follows from the options; and its text, prepared."""
+    cache = home.path / "text.json"
+    if config.manifest is not None:
+        try:
+            manifest = Manifest.parse(config.manifest.read_bytes())
+        except OSError as error:
+            raise Invalid(f"cannot read {config.manifest}: {error.strerror}") from error
+        if manifest.chain_id != chain_id:
+            raise Invalid(
+                f"the manifest is for chain {manifest.chain_id}, this one has id {chain_id}: "
+                f"draft it with --chain-id {chain_id}, or give the other chain's URL with --chain"
+            )
+        return manifest, text_of(manifest, blobs, cache)
+    text = prepare_text(config.data, blobs, cache)
+    owner, creator = people.data_owner.account, people.creator.account
+    return make_manifest(config, text, chain_id=chain_id, data_owner=owner, creator=creator), text
+
+
+def _open_folder(home: Home, manifest: Manifest, chain_id: int, database: str) -> RunTables:
+    tables = RunTables(home.run_folder(manifest.run_id), manifest.run_id, chain_id, database)
+    write_atomic(tables.folder / "manifest.json", manifest.canonical)
+    tables.note()
+    return tables
+
+
+def _open_tables(manifest: Manifest, tables: RunTables, stack: AsyncExitStack) -> tuple[Board, ReceiptBook, SeatBook]:
+    """What the host keeps of the run, closed with `stack`."""
+    (where, schema), (book_where, book_schema) = tables.at("board"), tables.at("book")
+    board, book = Board(manifest, where, schema=schema), ReceiptBook(book_where, schema=book_schema)
+    seats = tables.seats()
+    for table in (board, book, seats):
+        stack.callback(table.close)
+    return board, book, seats
+
+
+def _bind(config: UpConfig, *, alone: bool) -> str:
     """Where peers reach us: the gateway's port, in UDP, so that an invitation outlives a restart."""
     if config.bind:
         return config.bind
-    return f"{EVERY_ADDRESS if config.seats else '127.0.0.1'}:{config.port}"
+    return f"{'127.0.0.1' if alone else EVERY_ADDRESS}:{config.port}"
 
 
 def _count_params(spec: ModelSpec) -> int:

@@ -25,6 +25,7 @@ LONGEST_PAUSE_S = 30.0
 EARLY_DEATHS = 4  # in a row: then something is wrong that starting again does not mend
 HEALTHY_S = 30.0  # a process that lived this long starts again without a pause
 STOP_S = 5.0
+ALONE = ("--yes", "--probe-seconds", "0")  # nobody is there to be asked
 
 
 class WorkerProcesses:
@@ -62,7 +63,7 @@ class WorkerProcesses:
     async def _run_once(self, number: int) -> int:
         state = self._folder / f"worker-{number}"
         self._folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tessera", "join", self._invitation, "--state-dir", str(state)]
+        command = [sys.executable, "-m", "tessera", "join", self._invitation, "--state-dir", str(state), *ALONE]
         with self._log_file(number).open("ab") as output:
             process = await anyio.open_process(
                 command,

@@ -11,6 +11,7 @@ from tessera.devnet.board import Board
 from tessera.devnet.books import Books, Figures
 from tessera.devnet.ledger import Ledger
 from tessera.devnet.people import People
+from tessera.devnet.tables import RunTables
 from tessera.devnet.text import Text
 from tessera.p2p.blobs import BlobStore
 from tessera.p2p.transport import Transport
@@ -28,6 +29,7 @@ class Run:
 
     manifest: Manifest
     folder: Path
+    tables: RunTables
     params: int  # numbers in the whole model
     ledger: Ledger
     coin: Account
@@ -39,6 +41,7 @@ class Run:
     board: Board
     book: ReceiptBook
     invitation: str
+    open_seats: int  # stages that others are to take
     samples: list[tuple[str, str]] = field(default_factory=list)  # prompt, answer
     seated: tuple[Roster, Books] | None = None
     paused: bool = False  # as its host's owner wishes
@@ -61,10 +64,18 @@ class Run:
             for past in present.past[len(roster.past) :]:
                 self.board.note(f"stage {past.seat.stage} has a new holder from step {past.until_step} on")
 
+    @property
+    def absent(self) -> list[Account]:
+        """Holders who run no process here: the owners, and who has left."""
+        return self._absent(self.roster)
+
     def _holders(self, roster: Roster) -> list[Account]:
         """Whose shares and income are looked up."""
-        gone = [past.seat.account for past in roster.past]
-        return [*roster.accounts, *gone, *(owner.account for owner in self.manifest.owners)]
+        return [*roster.accounts, *self._absent(roster)]
+
+    def _absent(self, roster: Roster) -> list[Account]:
+        gone = [past.seat.account for past in roster.past if past.seat.account not in roster.accounts]
+        return list(dict.fromkeys([*(owner.account for owner in self.manifest.owners), *gone]))
 
     @property
     def roster(self) -> Roster:

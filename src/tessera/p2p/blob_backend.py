@@ -146,7 +146,7 @@ class FsspecBackend:
 
 
 def _open(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    import fsspec  # type: ignore[import-untyped]  # and slow: only who has a URL waits for it
+    import fsspec  # and slow: only who has a URL waits for it
 
     scheme = url.split("://")[0]
     try:

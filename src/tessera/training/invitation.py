@@ -21,9 +21,10 @@ from tessera.core.clock import Clock
 from tessera.core.errors import Invalid
 from tessera.core.ids import RunId, parse_run_id
 from tessera.core.signing import PeerKey, verify_peer
+from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
 
-__all__ = ["Invitation", "RelayAccess"]
+__all__ = ["Invitation"]
 
 PREFIX = "tessera1"
 DOMAIN = "invitation"
@@ -32,25 +33,6 @@ MAX_PEERS, MAX_RELAYS, MAX_SEATS = 16, 8, 128
 FIELDS = {"run_id", "chain_id", "peers", "relays", "id", "seats", "expires", "signature"}
 
 _ID = re.compile(r"[0-9a-f]{32}")
-_URL = re.compile(r"https?://[\x21-\x7e]{1,200}")
-
-
-@dataclass(frozen=True, slots=True)
-class RelayAccess:
-    """A relay that reaches the peers, and the token that its owner asks for ("" = none)."""
-
-    url: str
-    token: str = ""
-
-    @classmethod
-    def from_value(cls, value: object) -> RelayAccess:
-        """Raises `Invalid` for anything but `[url, token]`."""
-        if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str) for part in value):
-            raise Invalid("a relay is a URL and a token")
-        url, token = value
-        if _URL.fullmatch(url) is None or len(token) > 200:
-            raise Invalid(f"a relay has an http or https URL of up to 200 characters, not {url[:60]!r}")
-        return cls(url, token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +42,7 @@ class Invitation:
     run_id: RunId
     chain_id: int
     peers: tuple[PeerRecord, ...]
-    relays: tuple[RelayAccess, ...]
+    relays: tuple[RelayUrl, ...]
     id: str  # 32 hex digits; what the host looks up
     seats: int  # how many may join with it
     expires: int  # seconds since 1970
@@ -76,7 +58,7 @@ class Invitation:
         host: PeerRecord,
         expires: int,
         seats: int,
-        relays: Sequence[RelayAccess] = (),
+        relays: Sequence[RelayUrl] = (),
         peers: Sequence[PeerRecord] = (),
     ) -> Invitation:
         """A new one, signed with the host's `key`. Raises `Invalid` for numbers that `parse` would refuse."""
@@ -153,11 +135,17 @@ class Invitation:
             raise Invalid("an invitation's id has 32 hex digits")
         invitation = cls(
             parse_run_id(value["run_id"]), value["chain_id"], tuple(PeerRecord.from_text(peer) for peer in peers),
-            tuple(RelayAccess.from_value(relay) for relay in relays), name, value["seats"], value["expires"],
+            tuple(_relay(relay) for relay in relays), name, value["seats"], value["expires"],
             _signature(value["signature"]),
         )  # fmt: skip
         verify_peer(invitation.host.id, DOMAIN, encoding.encode(invitation._body()), invitation.signature)
         return invitation
+
+
+def _relay(value: object) -> RelayUrl:
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str) for part in value):
+        raise Invalid("a relay is a URL and a token")
+    return RelayUrl(*value)
 
 
 def _signature(text: object) -> bytes:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,14 +36,24 @@ CLOCK_LIMIT_S = 300.0  # more than that apart, and receipts, records and invitat
 RETRY_S = 1.0
 
 
+Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+
+
 class Pace(BaseModel):
-    """How fast a worker is, as he measured it himself; shown and used to forecast, never paid for."""
+    """How fast a worker is, as he measured it himself, alone on his machine; used to forecast, never paid for.
+
+    Fields as in `tessera.models.forecast.StagePace`: seconds for a token, or for an optimiser step.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seconds_per_token: float = Field(gt=0, le=1e6, allow_inf_nan=False)  # forward and backward, alone on his machine
-    machine: str = Field(pattern=r"^[0-9a-f]{16}$")  # equal for workers that share their cores
-    cores: int = Field(ge=1, le=65_536)
+    forward_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+    backward_s: Seconds
+    step_s: Seconds = 0.0
+    evaluate_s: Seconds = 0.0
+    machine: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""  # equal for workers that share their cores
+    cores: Annotated[int, Field(ge=1, le=65_536)] = 1
+    threads: Annotated[int, Field(ge=1, le=65_536)] = 1
 
 
 class Member(BaseModel):

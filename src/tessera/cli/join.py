@@ -1,0 +1,105 @@
+"""`tessera join`: what joining means, the question, and then the work."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from anyio import to_thread
+from rich.console import Console
+from rich.table import Table
+
+from tessera.cli.logs import configure_logs
+from tessera.cli.running import run_until_signal
+from tessera.cli.status import duration
+from tessera.core.errors import Invalid
+from tessera.devnet.node import NodeConfig, run_node
+from tessera.devnet.preview import Preview
+from tessera.p2p.relay.url import RelayUrl
+from tessera.training.gate import GateConfig
+from tessera.training.home import Home
+from tessera.training.worker import WorkerConfig
+
+__all__ = ["JoinOptions", "parse_relay", "run_join", "show_preview"]
+
+
+@dataclass(frozen=True)
+class JoinOptions:
+    """As typed."""
+
+    state_dir: Path
+    yes: bool
+    probe_s: float
+    device: str
+    threads: int
+    bind: str
+    relays: tuple[str, ...]
+    only_when_idle: bool
+    hours: str
+    uplink: str
+    claim_above: int
+
+
+def run_join(invitation: str, options: JoinOptions) -> None:
+    """Look, show, ask, work. Raises what `run_node` raises; Invalid when it cannot ask and may not assume."""
+    if not options.yes and not sys.stdin.isatty():
+        raise Invalid("nobody is here to be asked: add --yes to join without a question")
+    configure_logs("info")  # after the quiet default of all other commands
+    config = NodeConfig(
+        bind=options.bind,
+        threads=options.threads,
+        probe_s=options.probe_s,
+        relays=tuple(parse_relay(text) for text in options.relays),
+        gate=GateConfig(only_when_idle=options.only_when_idle, hours=options.hours),
+        worker=WorkerConfig(device=options.device, claim_above=options.claim_above),
+    )
+
+    async def agree(preview: Preview) -> bool:
+        show_preview(preview, Console(stderr=True))
+        if options.yes:
+            return True
+        agreed = await to_thread.run_sync(_ask, abandon_on_cancel=True)
+        if not agreed:
+            Console(stderr=True).print("Nothing was taken. The invitation is as good as before.")
+        return agreed
+
+    run_until_signal(lambda: run_node(Home(options.state_dir), invitation, config, agree=agree))
+
+
+def parse_relay(text: str) -> RelayUrl:
+    """`http://host:port`, or with its token: `http://host:port#token`. Raises `Invalid`."""
+    url, _, token = text.partition("#")
+    return RelayUrl(url, token)
+
+
+def show_preview(preview: Preview, console: Console) -> None:
+    """What joining means, a line for each thing."""
+    offer, manifest = preview.offer, preview.offer.manifest
+    what = f"stage {offer.stage} of {manifest.model.stages}" + (", from a worker who leaves" if offer.successor else "")
+    limit = {"stage": f"stage {preview.forecast.slowest} is the slowest", "cores": "stages share this machine's cores"}
+    why = limit.get(preview.forecast.limit, "the links are the limit")
+    guessed = manifest.model.stages - preview.known
+    basis = f"{preview.known} of {manifest.model.stages} stages measured" + (
+        ", the rest taken as yours" * bool(guessed)
+    )
+    now = f"; {offer.tokens_per_s:,.0f} now" if offer.tokens_per_s > 0 else ""
+    rows = [
+        ("run", f"{manifest.name}  {manifest.run_id[:16]}…, {offer.phase}, step {offer.step:,} of "
+                f"{manifest.schedule.steps:,}"),
+        ("your seat", what),
+        ("memory", f"{preview.memory_bytes / 1e6:,.0f} MB for training it"),
+        ("pace", f"{preview.forecast.tokens_per_s:,.0f} tokens/s expected{now} ({why}; {basis})"),
+        ("time", f"{duration(preview.hours * 3600)} at that pace"),
+        ("your part", f"{100 * preview.share:.1f} % of the model, if all that work is verified"),
+        ("stake", "none is asked for in this version; nothing of yours is at risk but your time"),
+    ]  # fmt: skip
+    table = Table(show_header=False, box=None)
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/]", value)
+    console.print(table, highlight=False)
+
+
+def _ask() -> bool:
+    return typer.confirm("Join?", default=True, err=True)
