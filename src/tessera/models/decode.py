@@ -41,7 +41,7 @@ class StageDecoder:
     """
 
     def __init__(self, source: StageTrainer | Stage, *, max_sessions: int = 64) -> None:
-        self.stage = source.stage if isinstance(source, StageTrainer) else source
+        self.stage = source.whole_stage() if isinstance(source, StageTrainer) else source
         self.spec = self.stage.spec
         self.max_sessions = max_sessions
         self._wire = Wire(self.spec)

@@ -10,6 +10,7 @@ Legend: B sequences, T tokens, W message width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,7 +52,6 @@ class Engine(Protocol):
     def state(self) -> dict[str, Tensor]: ...
     def load(self, state: dict[str, Tensor]) -> None: ...
     def whole_stage(self) -> Stage: ...
-    def close(self) -> None: ...
 
 
 class Placement(Protocol):
@@ -76,8 +76,16 @@ class Placement(Protocol):
         """The whole of a state tensor, of which `own` is what lies here."""
         ...
 
-    def own(self, name: str, whole: Tensor) -> Tensor:
-        """The other way round."""
+    def own(self, name: str, own: Tensor, whole: Tensor | None) -> Tensor:
+        """The other way round: the new numbers of `own`. Rank 0 brings the whole, the others None."""
+        ...
+
+    def shape(self, name: str, own: Tensor) -> torch.Size:
+        """Of the whole of a state tensor."""
+        ...
+
+    def clear(self) -> None:
+        """Forget all gradients."""
         ...
 
     def parameters(self) -> dict[str, Tensor]:
@@ -103,8 +111,16 @@ class Alone:
     def whole(self, name: str, own: Tensor) -> Tensor:
         return own
 
-    def own(self, name: str, whole: Tensor) -> Tensor:
+    def own(self, name: str, own: Tensor, whole: Tensor | None) -> Tensor:
+        if whole is None:
+            raise RuntimeError(f"nobody else could bring {name}")
         return whole
+
+    def shape(self, name: str, own: Tensor) -> torch.Size:
+        return own.shape
+
+    def clear(self) -> None:
+        self.optimizer.clear()
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.stage.named_parameters()}
@@ -167,21 +183,20 @@ class LocalEngine:
 
     def clear(self) -> None:
         self._open.clear()
-        self._optimizer.clear()
+        self._placement.clear()
         self._placement.after_use()
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, message: Tensor | None) -> Tensor | float:
+    def evaluate(self, tokens: Tensor, message: Tensor | None, *, part: float = 1.0) -> Tensor | float:
         tokens = tokens.to(self.stage.device)
         out: Tensor = self.stage(tokens[:, :-1], None if message is None else message.to(self.stage.device))
         self._placement.after_use()
-        return self._placement.total(float(_loss_sum(out, tokens))) if self.stage.last else out
+        return self._placement.total(part * float(_loss_sum(out, tokens))) if self.stage.last else out
 
     def layout(self) -> dict[str, Tensor]:
         """Names, shapes and types of `state`, without its numbers."""
-        shapes = dict(self.stage.named_parameters())
         return {
-            name: torch.empty(_shape(name, own, shapes), dtype=own.dtype, device="meta")
+            name: torch.empty(self._placement.shape(name, own), dtype=own.dtype, device="meta")
             for name, own in self._own_state().items()
         }
 
@@ -189,19 +204,24 @@ class LocalEngine:
         """Parameters as `params.<name>`, and the optimiser's state: whole, wherever it lies."""
         return {name: self._placement.whole(name, own) for name, own in self._own_state().items()}
 
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """By name; see `Placement.whole`."""
+        own = self._placement.parameters()
+        return {name: self._placement.whole(f"params.{name}", parameter) for name, parameter in own.items()}
+
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state` gave. Names and shapes are checked already."""
-        own = {name: self._placement.own(name, whole) for name, whole in state.items()}
+    def load(self, state: Mapping[str, Tensor] | None) -> None:
+        """Takes over what `state` gave, names and shapes checked already. None: another rank brings it."""
+        new = {
+            name: self._placement.own(name, own, None if state is None else state[name])
+            for name, own in self._own_state().items()
+        }
         for name, parameter in self._placement.parameters().items():
-            parameter.copy_(own[f"params.{name}"])
-        self._optimizer.load_state_dict(own)
+            parameter.copy_(new[f"params.{name}"])
+        self._optimizer.load_state_dict(new)
 
     def whole_stage(self) -> Stage:
         return self.stage
-
-    def close(self) -> None:
-        self.clear()
 
     def _own_state(self) -> dict[str, Tensor]:
         params = {f"params.{name}": parameter for name, parameter in self._placement.parameters().items()}
@@ -223,11 +243,6 @@ class LocalEngine:
             raise Invalid("the loss is not finite: the training diverged, lower its rates")
         torch.autograd.backward(loss if part == 1 else loss * part)
         return value
-
-
-def _shape(name: str, own: Tensor, whole: dict[str, torch.nn.Parameter]) -> torch.Size:
-    """A state tensor has its parameter's shape, except for AdamW's counter."""
-    return own.shape if own.dim() == 0 else next(p.shape for n, p in whole.items() if name.endswith(f".{n}"))
 
 
 def _loss_sum(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ step; so the number of steps is part of the run. State is a flat dict of tensors
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +18,7 @@ from tessera.core.errors import Conflict, Invalid
 from tessera.models.config import OptimizerConfig
 from tessera.models.stage import Stage
 
-__all__ = ["Muon", "StageOptimizer", "newton_schulz", "schedule"]
+__all__ = ["Muon", "Pieces", "StageOptimizer", "newton_schulz", "schedule"]
 
 _MATRICES = ("qkv", "out", "gate_up", "down")
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at 0; singular values end in about [0.7, 1.2]
@@ -38,8 +41,15 @@ def newton_schulz(x: Tensor, iterations: int, low: bool = False) -> Tensor:
     return y.to(torch.float32)
 
 
+class Pieces(Protocol):
+    """How matrices are put together that lie on several devices, a piece of the rows on each."""
+
+    def whole(self, name: str, own: Tensor) -> Tensor: ...
+    def own(self, name: str, whole: Tensor) -> Tensor: ...
+
+
 class Muon:
-    """Momentum, orthogonalised. Matrices of one shape are handled in one batch."""
+    """Momentum, orthogonalised. Matrices of one shape are handled in one batch, those in pieces one by one."""
 
     def __init__(
         self,
@@ -47,9 +57,10 @@ class Muon:
         fused_rows: dict[str, tuple[int, ...]],
         config: OptimizerConfig,
         low: bool,
+        pieces: Pieces | None = None,
     ) -> None:
-        self._config, self.named, self._low = config, named, low
-        self._rows = {name: fused_rows.get(name, (p.size(0),)) for name, p in named.items()}
+        self._config, self.named, self._low, self._pieces = config, named, low, pieces
+        self._rows = {name: fused_rows.get(name, ()) for name in named}
         self.momentum = {name: torch.zeros_like(p) for name, p in named.items()}
 
     @torch.no_grad()
@@ -65,12 +76,25 @@ class Muon:
             buffer = self.momentum[name].lerp_(grad, 1 - momentum)
             nesterov = grad.lerp(buffer, momentum)
             parameter.mul_(1 - rate * c.muon_decay)
-            rows = self._rows[name]
+            if self._pieces is not None:
+                whole = self._turned(self._pieces.whole(name, nesterov), self._rows[name])
+                parameter.add_(self._pieces.own(name, whole), alpha=-rate)
+                continue
+            rows = self._rows[name] or (parameter.size(0),)
             for target, update in zip(parameter.split_with_sizes(rows), nesterov.split_with_sizes(rows), strict=True):
                 small, large = sorted(target.shape)
                 batches.setdefault((small, large), []).append((target, update))
         for pairs in batches.values():
             self._apply(pairs, rate)
+
+    def _turned(self, whole: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """The update of one matrix, or of the matrices fused in it, before the rate."""
+        turned = []
+        for part in whole.split_with_sizes(rows or (whole.size(0),)):
+            tall = part.size(0) > part.size(1)
+            y = newton_schulz((part.mT if tall else part)[None], self._config.newton_schulz, self._low)[0]
+            turned.append((y.mT if tall else y) * max(1.0, part.size(0) / part.size(1)) ** 0.5)
+        return torch.cat(turned)
 
     def _apply(self, pairs: list[tuple[Tensor, Tensor]], rate: float) -> None:
         wide = torch.stack([u.mT if u.size(0) > u.size(1) else u for _, u in pairs])
@@ -81,16 +105,27 @@ class Muon:
 
 
 class StageOptimizer:
-    """Both optimisers over one stage's parameters and a run of `steps` steps."""
+    """Both optimisers over one stage's parameters and a run of `steps` steps.
 
-    def __init__(self, stage: Stage, steps: int) -> None:
+    Args:
+        named: stand for the stage's own parameters, when only pieces of those lie here; then `pieces` joins them.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        steps: int,
+        *,
+        named: Mapping[str, nn.Parameter] | None = None,
+        pieces: Pieces | None = None,
+    ) -> None:
         if steps < 1:
             raise Invalid(f"a run has at least one step, not {steps}")
         self.steps = steps
         self.config = config = stage.spec.optimizer
-        named = dict(stage.named_parameters())
+        named = dict(stage.named_parameters()) if named is None else dict(named)
         matrices = {n: p for n, p in named.items() if n.startswith("layers.") and n.rsplit(".", 1)[1] in _MATRICES}
-        self._muon = Muon(matrices, stage.fused_rows(), config, stage.spec.model.compute == "bfloat16")
+        self._muon = Muon(matrices, stage.fused_rows(), config, stage.spec.model.compute == "bfloat16", pieces)
         self._others = {n: p for n, p in named.items() if n not in matrices}
         groups = [
             {"params": [p], "lr": (r := _rate(n, config))[0], "peak": r[0], "weight_decay": r[1]}

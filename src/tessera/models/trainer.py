@@ -165,11 +165,6 @@ class StageTrainer:
         """The stage with all its parameters on one device, for decoding. Live, unless several devices share them."""
         return self._engine.whole_stage()
 
-    def close(self) -> None:
-        """Drops the open step and lets other devices go. Training is over then."""
-        self._engine.close()
-        self._forget()
-
     def save(self) -> bytes:
         """Parameters, optimiser and step, as a safetensors file. In-flight microbatches are not part of it."""
         return write_checkpoint(self._engine.state(), {**self._facts(), "step": str(self.step)})
