@@ -52,6 +52,7 @@ class Store(Protocol):
     """Keeps blobs; `tessera.p2p.blobs.BlobStore` does."""
 
     def put(self, source: Path) -> BlobId: ...
+    def path(self, blob: BlobId) -> Path: ...
     def has(self, blob: BlobId) -> bool: ...
 
 
@@ -173,9 +174,12 @@ class _Preparation:
                 + "".join(f"; {reason}" for reason in self._skipped.reasons)
             )
         aside = np.concatenate(self._aside)
-        if aside.size == 0:  # no document fell on that side
-            cut = train.size - max(1, min(train.size // _VALIDATION, VALIDATION_TOKENS))
-            train, aside = train[:cut], train[cut:]
+        if aside.size == 0:  # no document fell on that side: the end of the text does
+            total = train.size + sum(shard.tokens for shard in self._shards)
+            wanted = max(1, min(total // _VALIDATION, VALIDATION_TOKENS))
+            while train.size <= wanted and self._shards:
+                train = np.concatenate([np.fromfile(self._store.path(self._shards.pop().blob), self._dtype), train])
+            train, aside = train[:-wanted], train[-wanted:]
         elif train.size == 0 and not self._shards:  # all of them did
             cut = aside.size - max(1, aside.size // _VALIDATION)
             train, aside = aside[:cut], aside[cut:]
