@@ -29,10 +29,8 @@ def test_a_run_is_as_recorded(golden: Golden) -> None:
     leaves = compute_epoch(MANIFEST, 0, [key.account for key in accounts], [3 * MANIFEST.tokens_per_step] * 4)
     assert leaves is not None
     record = PeerRecord.sign(keys[0], ("memory:x",), 2_000_000_000)
-    shown = Invitation(
-        MANIFEST.run_id, MANIFEST.chain_id, (record,), (RelayUrl("https://relay.example", "secret-token"),), "ab" * 16, 2,
-        1_900_000_000,
-    )  # fmt: skip
+    relays = (RelayUrl("https://relay.example", "secret-token"),)
+    shown = Invitation(MANIFEST.run_id, MANIFEST.chain_id, (record,), relays, "ab" * 16, 2, 1_900_000_000)
     shown = replace(shown, signature=keys[0].sign("invitation", encoding.encode(shown._body())))
     golden(
         "specs/vectors/run.json",

@@ -14,7 +14,7 @@ from rich.text import Text
 from tessera.core.errors import Conflict, Invalid, Missing
 from tessera.core.ids import RunId, parse_run_id
 from tessera.devnet.plan import UpConfig, make_manifest
-from tessera.devnet.tables import hosted_tables
+from tessera.devnet.tables import MARK, hosted_tables
 from tessera.training.home import Home
 from tessera.training.manifest import Manifest
 from tessera.training.wishes import Wish, make_wish, read_wish
@@ -82,7 +82,8 @@ def wish_run(state_dir: Path, run: str, wish: Wish) -> None:
     """Have the host pause, resume or close a run. It follows within a second, or at its next start."""
     home = Home.existing(state_dir)
     run_id = _find(home, run)
-    hosted_tables(home, run_id)  # only its host may pause or close it
+    if not (home.run_folder(run_id) / MARK).exists():
+        raise Missing(f"{state_dir} does not host run {run_id[:16]}…: only its host may pause or close it")
     make_wish(home.run_folder(run_id), wish)
     done = {"pause": "pauses", "work": "goes on", "close": "closes"}[wish]
     Console().print(f"Run {run_id[:16]}… {done}.")
@@ -172,14 +173,6 @@ def _find(home: Home, run: str) -> RunId:
     raise Missing(f"{len(known)} runs in {home.path} begin with {run!r}: `tessera run list` names them")
 
 
-def _hosted(home: Home, run_id: RunId) -> bool:
-    try:
-        hosted_tables(home, run_id)
-    except Missing:
-        return False
-    return True
-
-
 def _run_row(home: Home, run_id: RunId) -> dict[str, object]:
     folder = home.run_folder(run_id)
     row: dict[str, object] = {"run_id": run_id, "name": "?", "stages": "?", "tokens": "?"}
@@ -187,7 +180,7 @@ def _run_row(home: Home, run_id: RunId) -> dict[str, object]:
         manifest = Manifest.parse((folder / "manifest.json").read_bytes())
         tokens = manifest.schedule.steps * manifest.tokens_per_step
         row |= {"name": manifest.name, "stages": manifest.model.stages, "tokens": tokens}
-    row["part"] = "host" if _hosted(home, run_id) else "worker"
+    row["part"] = "host" if (folder / MARK).exists() else "worker"
     row["state"] = {"work": "open", "pause": "paused", "leave": "leaving", "close": "closed"}[read_wish(folder)]
     return row
 

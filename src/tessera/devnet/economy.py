@@ -79,7 +79,7 @@ class Economy:
                     await self._seat(run)
                     stack.callback(run.books.close)
                     await self._train(run)
-                    await self._serve(run)
+                    await self._serve(run, stack)
                     await self._settle(run)
                     if not config.once:
                         await self._stay_open(run)
@@ -112,10 +112,10 @@ class Economy:
             await self._look(run)
             await anyio.sleep(POLL_S)
 
-    async def _serve(self, run: Run) -> None:
+    async def _serve(self, run: Run, stack: AsyncExitStack) -> None:
         self._enter("serving", "the first buyer asks")
         run.host.phase = "serving"
-        await open_gateway(run, self._front, self._clock)
+        stack.callback((await open_gateway(run, self._front, self._clock)).close)
         if self.config.requests:
             await sell(run, self.urls["page"].rstrip("/"), self.config.requests, partial(self._look, run))
 

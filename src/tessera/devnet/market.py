@@ -35,8 +35,8 @@ PYTHON_PROMPTS = (
 PROMPT_TOKENS = 16  # of the validation text, when the run has its own
 
 
-async def open_gateway(run: Run, front: Front, clock: Clock) -> None:
-    """Put the OpenAI interface behind the front door, paid to whom the manifest names."""
+async def open_gateway(run: Run, front: Front, clock: Clock) -> X402Payments:
+    """Put the OpenAI interface behind the front door, paid to whom the manifest names. Close what it returns."""
     model = run.manifest.model.model
     tokenizer = await to_thread.run_sync(load_tokenizer, run.blobs, run.manifest.tokenizer)
     engine = ShardEngine(
@@ -59,6 +59,7 @@ async def open_gateway(run: Run, front: Front, clock: Clock) -> None:
     )
     gateway = GatewayConfig(model=run.manifest.name, stop_tokens=(END,))
     front.gateway = create_app(gateway, engine, tokenizer, payments, clock=clock)
+    return payments
 
 
 async def sell(run: Run, url: str, count: int, after_each: Callable[[], Awaitable[object]]) -> None:

@@ -67,7 +67,7 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         tell("reading and tokenising the text")
         blobs = BlobStore(home.blobs)
         manifest, text = await to_thread.run_sync(_describe, config, home, ledger.chain_id, people, blobs)
-        tables = _open_folder(home, manifest, ledger.chain_id, config.database)
+        tables = _open_folder(home, manifest, config.database)
         board, book, seats = _open_tables(manifest, tables, stack)
         relays = tuple(RelayUrl(url, token) for url, token in config.relays)
         own = config.workers(manifest.model.stages)
@@ -135,10 +135,10 @@ def _describe(config: UpConfig, home: Home, chain_id: int, people: People, blobs
     return make_manifest(config, text, chain_id=chain_id, data_owner=owner, creator=creator), text
 
 
-def _open_folder(home: Home, manifest: Manifest, chain_id: int, database: str) -> RunTables:
-    tables = RunTables(home.run_folder(manifest.run_id), manifest.run_id, chain_id, database)
+def _open_folder(home: Home, manifest: Manifest, database: str) -> RunTables:
+    tables = RunTables(home.run_folder(manifest.run_id), manifest.run_id, database)
     write_atomic(tables.folder / "manifest.json", manifest.canonical)
-    tables.note()
+    tables.mark()
     return tables
 
 
