@@ -28,6 +28,7 @@ async def test_two_peers_that_cannot_reach_each_other_exchange_calls_and_large_m
     data = bytes(range(256)) * (8 << 12)
     async with Relay.start(RelayConfig(tokens=(TOKEN,))) as relay, far_peers(url_of(relay, TOKEN)) as (one, two):
         assert one.record().addrs == two.record().addrs == (f"relay:{relay.url}",)
+        assert TOKEN not in one.record().to_text()
         assert sorted(relay.clients) == sorted((one.id, two.id))
         assert await ask(one, two.record(), b"hello") == b"hello"
         assert await ask(two, one.record(), b"back") == b"back"

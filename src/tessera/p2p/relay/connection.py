@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
 from collections import deque
@@ -48,6 +49,7 @@ WRITE_PIECE = 64 * 1024  # written at once by a client whose rate is limited
 UNSENT_BYTES = (
     128 * 1024
 )  # the kernel keeps no more than this beside what is in flight, so that small frames do not wait
+UNREAD_S, MIN_UNREAD_BYTES = 0.1, 64 * 1024  # of a client whose rate is limited, in the kernel
 CONTROL_LIMIT = 64 * 1024  # bytes of frames that are never dropped, waiting for one client
 PROOF_LIMIT = 256  # bytes of a frame before the key is proven
 PING_AFTER_S = 15.0
@@ -112,7 +114,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: Any) -> None:
         self._transport: asyncio.Transport = transport
         transport.set_write_buffer_limits(high=WRITE_PIECE)
-        _tune(transport.get_extra_info("socket"))
+        _tune(transport.get_extra_info("socket"), self._hub.limits.rate)
         peername = transport.get_extra_info("peername")
         self.host = str(peername[0]) if peername else ""
         self.address = f"{peername[0]}:{peername[1]}" if peername else ""
@@ -345,7 +347,7 @@ class Connection(asyncio.BufferedProtocol):
             self._flushing = self._loop.call_later(wait_s, self._flush)
 
     def _take(self) -> bytes:
-        if self._tx.rate == float("inf"):
+        if self._tx.rate == math.inf:
             data = b"".join(self._out)
             self._out.clear()
         else:
@@ -359,9 +361,13 @@ class Connection(asyncio.BufferedProtocol):
         return data
 
 
-def _tune(sock: socket.socket | None) -> None:
-    """Keep the kernel's queue short: what waits there delays every small frame behind it."""
+def _tune(sock: socket.socket | None, rate: float) -> None:
+    """Keep the kernel's queues short, both ways: what waits there delays every small frame behind it."""
     option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
-    if sock is not None and option is not None:
-        with contextlib.suppress(OSError):  # an optimisation; some systems do not know it
+    if sock is None:
+        return
+    with contextlib.suppress(OSError):  # an optimisation; some systems do not know it
+        if option is not None:
             sock.setsockopt(socket.IPPROTO_TCP, option, UNSENT_BYTES)
+        if rate < math.inf:  # a client that is over its rate waits in its own queue, not in ours
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, max(MIN_UNREAD_BYTES, int(rate * UNREAD_S)))
