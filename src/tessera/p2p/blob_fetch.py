@@ -39,14 +39,14 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-WINDOW = 4  # streams to one peer: fills 80 Mb/s at 50 ms round trip
+WINDOW = 3  # streams to one peer: while one waits a round trip for its next chunk, two fill the link
 TRIES = 3  # in a row, for a peer that is away or slow; one that lacks the blob or lies gets no second
 PAUSE_S = 1.0
 INDEX_S = 60.0  # 8 MiB, the largest, at 1.2 Mb/s
 STAGGER_S = 1.0  # after this long without an index, the next peer is asked for it too
 INDEX_PEERS = 4  # asked for it at once
 FLUSH_BYTES = 256 * 1024  # of a chunk go to disk at once
-FLUSH_S = 0.05  # or what came in this time, whatever is less
+FLUSH_S = 0.01  # or what came in this time, whatever is less: a kill loses it
 LOOK_S = 0.5  # how often a peer with nothing to do looks for a chunk to take over
 TAKE_OVER = 2.0  # it has to be faster by this, and by
 TAKE_OVER_S = 0.5
