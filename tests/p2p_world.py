@@ -1,12 +1,13 @@
 """What the tests of peers share: the same world on each adapter, and a peer that can be killed.
 
-The memory world runs in virtual time; the iroh world in real time, on loopback. `python tests/p2p_world.py SEED` is a
-peer process of its own, for those who want to kill one.
+The memory world runs in virtual time; the iroh and zmq worlds in real time, on loopback. `python tests/p2p_world.py
+ENGINE SEED` is a peer process of its own, for those who want to kill one.
 """
 
 from __future__ import annotations
 
 import random
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,6 +23,7 @@ from tessera.p2p.calls import serve_calls
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.p2p.memory import MemoryNetwork, run_virtual
 from tessera.p2p.transport import PeerRecord, Stream, Transport
+from tessera.p2p.zmq_transport import ZmqTransport
 
 LIMIT = 16 << 20
 
@@ -63,6 +65,7 @@ class Doomed:
 
 class MemoryWorld:
     name = "memory"
+    silence_s = 1.0  # at least this long until a dead peer is noticed
 
     def __init__(self) -> None:
         self.network = MemoryNetwork(random.Random(7), delay_s=0.001)
@@ -83,8 +86,27 @@ class MemoryWorld:
             yield Doomed(transport.record(), lambda: self.network.kill(peer.id))
 
 
+@asynccontextmanager
+async def process(engine: str, peer: PeerKey) -> AsyncIterator[Doomed]:
+    """A peer in a process of its own."""
+    command = [sys.executable, __file__, engine, peer.seed.hex()]
+    async with await anyio.open_process(command, stderr=None) as child:
+        if child.stdout is None:
+            raise RuntimeError("the process has no output")
+        try:
+            text = b""
+            with anyio.fail_after(30):
+                while not text.endswith(b"\n"):
+                    text += await child.stdout.receive()
+            yield Doomed(PeerRecord.from_text(text.decode().strip()), child.kill, child.pid)
+        finally:
+            if child.returncode is None:
+                child.kill()
+
+
 class IrohWorld:
     name = "iroh"
+    silence_s = 1.0
 
     def run(self, contract: Callable[..., Awaitable[None]]) -> None:
         anyio.run(contract, self)
@@ -95,27 +117,35 @@ class IrohWorld:
     def dead_address(self) -> str:
         return "iroh:127.0.0.1:9"
 
-    @asynccontextmanager
-    async def doomed(self, peer: PeerKey) -> AsyncIterator[Doomed]:
-        async with await anyio.open_process([sys.executable, __file__, peer.seed.hex()], stderr=None) as process:
-            if process.stdout is None:
-                raise RuntimeError("the process has no output")
-            try:
-                text = b""
-                with anyio.fail_after(30):
-                    while not text.endswith(b"\n"):
-                        text += await process.stdout.receive()
-                yield Doomed(PeerRecord.from_text(text.decode().strip()), process.kill, process.pid)
-            finally:
-                if process.returncode is None:
-                    process.kill()
+    def doomed(self, peer: PeerKey) -> AbstractAsyncContextManager[Doomed]:
+        return process("iroh", peer)
 
 
-WORLDS: list[Callable[[], Any]] = [MemoryWorld, IrohWorld]
+class ZmqWorld:
+    name = "zmq"
+    silence_s = 0.0  # the kernel of a killed process says so
+
+    def run(self, contract: Callable[..., Awaitable[None]]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as self.dead:
+            anyio.run(contract, self)
+
+    def start(self, peer: PeerKey) -> AbstractAsyncContextManager[Transport]:
+        return ZmqTransport.start(peer)
+
+    def dead_address(self) -> str:
+        """Somebody who lets us connect and never says a word."""
+        return f"zmq:127.0.0.1:{self.dead.getsockname()[1]}"
+
+    def doomed(self, peer: PeerKey) -> AbstractAsyncContextManager[Doomed]:
+        return process("zmq", peer)
 
 
-async def _be_a_peer(seed: bytes) -> None:
-    async with IrohTransport.start(PeerKey(seed)) as transport:
+WORLDS: list[Callable[[], Any]] = [MemoryWorld, IrohWorld, ZmqWorld]
+
+
+async def _be_a_peer(engine: str, seed: bytes) -> None:
+    start = {"iroh": IrohTransport.start, "zmq": ZmqTransport.start}[engine]
+    async with start(PeerKey(seed)) as transport:
         serve_all(transport)
         serve_calls(transport, "block/1", block)
         sys.stdout.write(transport.record().to_text() + "\n")
@@ -124,4 +154,4 @@ async def _be_a_peer(seed: bytes) -> None:
 
 
 if __name__ == "__main__":
-    anyio.run(_be_a_peer, bytes.fromhex(sys.argv[1]))
+    anyio.run(_be_a_peer, sys.argv[1], bytes.fromhex(sys.argv[2]))

@@ -1,0 +1,421 @@
+"""One zmq connection to a peer, and the streams on it.
+
+A zmq connection is a queue of messages; this makes of it what QUIC offers: many ordered byte streams, each with its own
+flow control, places for so many, and an end that is said. A sender may have `WINDOW` bytes of a stream under way that
+the peer's reader has not taken; the peer says what it took (`CREDIT`). So whatever a peer does, what waits here for a
+reader is at most `WINDOW` for each of its `STREAMS_PER_END` streams, and what waits for the peer is bounded likewise.
+
+The same rules hold for both ends, whichever dialled. A peer that breaks them loses the link.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import anyio
+import anyio.lowlevel
+import structlog
+
+from tessera.core.errors import Misbehaviour, Unavailable
+from tessera.core.ids import PeerId
+from tessera.p2p.framing import READ_AHEAD, FramedStream
+from tessera.p2p.pacer import Pacer
+from tessera.p2p.switchboard import hello
+from tessera.p2p.transport import PeerRecord
+from tessera.p2p.zmq_wire import FRAME, Kind, number, pack, pack_number, unpack
+
+__all__ = ["BULK_WINDOW", "STREAMS_PER_END", "WINDOW", "Outlet", "ZmqChannel", "ZmqLink"]
+
+log = structlog.get_logger()
+
+WINDOW = 512 * 1024  # bytes of one stream under way
+BULK_WINDOW = 256 * 1024  # what a bulk stream uses of it, since others queue behind
+CREDIT_STEP = WINDOW // 4
+STREAMS_PER_END = 100  # that one side may have open, as in QUIC
+OUTBOX = 4096  # messages that wait for the engine's full queue
+RETRY_S = 0.01
+BEAT_S = 0.5
+
+
+class Outlet(Protocol):
+    """A connection, for whoever sends on it."""
+
+    def send(self, message: bytes) -> bool:
+        """False when its queue is full. Raises `Unavailable` when it is gone."""
+        ...
+
+    def cut(self) -> None:
+        """End it now. Never raises."""
+        ...
+
+
+class ZmqChannel:
+    """A `Channel`. Both halves end once: the peer's by END or RESET, ours by `finish` or `reset`."""
+
+    def __init__(self, link: ZmqLink, number_: int, on_done: Callable[[], None]) -> None:
+        self._link, self._number, self._on_done = link, number_, on_done
+        self._halves = 2
+        # what the peer sends
+        self._buffer = bytearray()
+        self._taken = self._credited = 0
+        self._in_over = self._stopped = False
+        self._in_error: Unavailable | None = None
+        self._in_changed = anyio.Event()
+        # what we send
+        self._window = WINDOW
+        self._sent = self._acked = self._counted = 0
+        self._out_over = False
+        self._out_error: Unavailable | None = None
+        self._out_changed = anyio.Event()
+
+    # --- for FramedStream -------------------------------------------------------------------------------------------
+
+    async def read(self, want: int) -> bytes:
+        await anyio.lowlevel.checkpoint()
+        while not self._buffer:
+            if self._in_error is not None:
+                raise _again(self._in_error)
+            if self._in_over:
+                return b""
+            await self._in_changed.wait()
+        size = min(len(self._buffer), max(want, READ_AHEAD))
+        data = bytes(memoryview(self._buffer)[:size])
+        del self._buffer[:size]
+        self._taken += size
+        if not self._in_over and self._taken - self._credited >= CREDIT_STEP:
+            self._credited = self._taken
+            self._link.post(pack_number(Kind.CREDIT, self._number, self._taken))
+        return data
+
+    async def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        await anyio.lowlevel.checkpoint()
+        done = 0
+        while done < view.nbytes:
+            size = min(view.nbytes - done, FRAME, self._room())
+            if self._out_error is not None:
+                raise _again(self._out_error)
+            if size <= 0:
+                await self._out_changed.wait()
+            elif self._link.crowded:
+                await self._link.thinned()
+            else:
+                self._sent += size
+                self._link.post(pack(Kind.DATA, self._number, view[done : done + size]))
+                done += size
+
+    async def finish(self) -> None:
+        if self._out_error is not None:
+            raise _again(self._out_error)
+        if not self._out_over:
+            self._link.post(pack(Kind.END, self._number))
+            self._count(self._sent)  # a peer gives no credit after the end
+            self._end_out(None)
+
+    async def give_way(self) -> None:
+        self._window = BULK_WINDOW
+
+    async def reset(self, code: int) -> None:
+        if not self._out_over:
+            self._drop(code, f"the stream was reset with code {code}")
+
+    def release(self) -> None:
+        """The end comes by itself, and takes nobody's place until then."""
+
+    async def stop(self, code: int) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        self._buffer.clear()
+        self._in_error = self._gone(f"the stream was stopped with code {code}")
+        self._in_changed.set()
+        if not self._in_over and self._sent_or_theirs():
+            self._link.post(pack_number(Kind.STOP, self._number, code))
+        elif not self._in_over:
+            self._end_in()  # the peer never heard of this stream
+
+    # --- for the link -----------------------------------------------------------------------------------------------
+
+    def hear(self, kind: Kind, payload: memoryview) -> None:
+        """Raises `Misbehaviour` for what breaks the rules of flow control."""
+        if kind is Kind.DATA:
+            self._hear_data(payload)
+        elif kind is Kind.END:
+            self._end_in()
+        elif kind is Kind.CREDIT:
+            self._hear_credit(number(payload))
+        elif kind is Kind.RESET:
+            self._buffer.clear()
+            self._in_error = self._in_error or self._gone(f"the peer reset it with code {number(payload)}")
+            self._end_in()
+        elif not self._out_over:
+            self._drop(number(payload), "the peer no longer listens")
+
+    def lose(self, reason: str) -> None:
+        """The link is over. What has arrived whole may still be read."""
+        if not self._in_over:
+            self._buffer.clear()
+            self._in_error = self._in_error or self._gone(reason)
+            self._end_in()
+        self._out_error = self._out_error or self._gone(reason)
+        self._end_out(self._out_error)
+
+    def _hear_data(self, payload: memoryview) -> None:
+        if self._in_over or not payload.nbytes:
+            raise Misbehaviour("data after the end of a stream, or none")
+        if self._stopped:
+            return
+        if self._taken + len(self._buffer) + payload.nbytes - self._credited > WINDOW:
+            raise Misbehaviour(f"more than {WINDOW} bytes of one stream under way")
+        self._buffer += payload
+        self._in_changed.set()
+        self._in_changed = anyio.Event()
+
+    def _hear_credit(self, taken: int) -> None:
+        if not self._acked <= taken <= self._sent:
+            raise Misbehaviour(f"credit for {taken} bytes of {self._sent} that were sent, after {self._acked}")
+        self._acked = taken
+        self._count(taken)
+        self._out_changed.set()
+        self._out_changed = anyio.Event()
+
+    # --- ends -------------------------------------------------------------------------------------------------------
+
+    def _count(self, taken: int) -> None:
+        """For the pacer. The end of a stream counts early, by `WINDOW` bytes at most."""
+        self._link.acknowledged_bytes += max(0, taken - self._counted)
+        self._counted = max(self._counted, taken)
+
+    def _room(self) -> int:
+        return self._window - (self._sent - self._acked)
+
+    def _sent_or_theirs(self) -> bool:
+        return self._sent > 0 or not self._link.is_ours(self._number)
+
+    def _drop(self, code: int, reason: str) -> None:
+        self._out_error = self._out_error or self._gone(reason)
+        if self._sent_or_theirs():
+            self._link.post(pack_number(Kind.RESET, self._number, code))
+        self._end_out(self._out_error)
+
+    def _end_in(self) -> None:
+        if not self._in_over:
+            self._in_over = True
+            self._half_done()
+        self._in_changed.set()
+
+    def _end_out(self, error: Unavailable | None) -> None:
+        self._out_error = self._out_error or error
+        if not self._out_over:
+            self._out_over = True
+            self._half_done()
+        self._out_changed.set()
+
+    def _half_done(self) -> None:
+        self._halves -= 1
+        if not self._halves:
+            self._on_done()
+
+    def _gone(self, reason: str) -> Unavailable:
+        peer = self._link.peer
+        return Unavailable(f"the stream to {peer[:16]}… is gone: {reason}", peer=peer, reason=reason)
+
+
+class ZmqLink:
+    """An established connection. `run` watches it until it is over.
+
+    Args:
+        on_stream: gets each stream that the peer opens.
+        dialled: the record that led there; None for a link that the peer opened.
+        pacer: the node's.
+    """
+
+    def __init__(
+        self,
+        peer: PeerId,
+        outlet: Outlet,
+        on_stream: Callable[[ZmqChannel, PeerId], None],
+        *,
+        dialled: PeerRecord | None = None,
+        pacer: Pacer | None = None,
+    ) -> None:
+        self.peer, self.dialled = peer, dialled
+        self.acknowledged_bytes = 0
+        self._outlet, self._on_stream, self._pacer = outlet, on_stream, pacer
+        self._ours, self._theirs = (1, 0) if dialled is not None else (0, 1)  # the last bit of stream numbers
+        self._next, self._heard = 2 + self._ours, 0
+        self._channels: dict[int, ZmqChannel] = {}
+        self._their_streams = 0
+        self._places = anyio.CapacityLimiter(STREAMS_PER_END)
+        self._outbox: deque[bytes] = deque()
+        self._thick, self._thin = anyio.Event(), anyio.Event()  # the outbox fills, the outbox is empty again
+        self._reason: str | None = None
+        self._over, self._bye = anyio.Event(), anyio.Event()
+        self._said_bye = False
+
+    @property
+    def alive(self) -> bool:
+        return self._reason is None
+
+    def is_ours(self, stream: int) -> bool:
+        return stream & 1 == self._ours
+
+    # --- streams ----------------------------------------------------------------------------------------------------
+
+    async def open(self, protocol: str, *, bulk: bool, confirm: bool) -> FramedStream:
+        """A stream whose hello goes out first. Waits while we have too many open on this link."""
+        greeting = hello(protocol, bulk=bulk, confirm=confirm)
+        place = object()
+        await self._places.acquire_on_behalf_of(place)
+        if not self.alive:
+            self._places.release_on_behalf_of(place)
+            raise Unavailable(f"the link to {self.peer[:16]}… is gone: {self._reason}", peer=self.peer)
+        stream, self._next = self._next, self._next + 2
+
+        def done() -> None:
+            self._channels.pop(stream, None)
+            self._places.release_on_behalf_of(place)
+
+        channel = self._channels[stream] = ZmqChannel(self, stream, done)
+        framed = FramedStream(channel, self.peer, consented=False, pacer=self._pacer)
+        if bulk:
+            await framed.give_way()
+        framed.cork(greeting)
+        return framed
+
+    def receive(self, message: bytes) -> None:
+        """One message of the peer. Never raises; what breaks the rules ends the link."""
+        if not self.alive:
+            return
+        try:
+            kind, stream, payload = unpack(message)
+            if stream:
+                self._receive_on(stream, kind, payload)
+            else:
+                self._receive_word(kind)
+        except Misbehaviour as error:
+            log.warning("peer_misbehaved", peer_id=self.peer, fault=error.message)
+            self.end(f"misbehaviour: {error.message}")
+
+    def _receive_on(self, stream: int, kind: Kind, payload: memoryview) -> None:
+        channel = self._channels.get(stream)
+        if channel is None:
+            if self.is_ours(stream) and stream < self._next:
+                return  # late news of a stream that is over
+            if stream <= self._heard:
+                return
+            channel = self._welcome(stream, kind)
+        channel.hear(kind, payload)
+
+    def _welcome(self, stream: int, kind: Kind) -> ZmqChannel:
+        if self.is_ours(stream) or kind is not Kind.DATA:
+            raise Misbehaviour(f"a {kind.name.lower()} on stream {stream}, which nobody opened")
+        if self._their_streams >= STREAMS_PER_END:
+            raise Misbehaviour(f"more than {STREAMS_PER_END} streams at once")
+        self._heard = stream
+        self._their_streams += 1
+
+        def done() -> None:
+            self._channels.pop(stream, None)
+            self._their_streams -= 1
+
+        channel = self._channels[stream] = ZmqChannel(self, stream, done)
+        self._on_stream(channel, self.peer)
+        return channel
+
+    def _receive_word(self, kind: Kind) -> None:
+        if kind is Kind.BYE:
+            self._say_bye()
+            self._bye.set()
+            self.end("the peer said goodbye")
+        elif kind is not Kind.BEAT:
+            raise Misbehaviour(f"a {kind.name.lower()} on a link that stands")
+
+    # --- sending ----------------------------------------------------------------------------------------------------
+
+    def post(self, message: bytes) -> None:
+        """Send, now or as soon as the engine takes it. Never waits and never raises; a lost link ends itself."""
+        if not self.alive:
+            return
+        if not self._outbox and self._try(message):
+            return
+        self._outbox.append(message)
+        self._thick.set()
+        if len(self._outbox) > OUTBOX:
+            self.end("the peer does not take what we send")
+
+    @property
+    def crowded(self) -> bool:
+        return bool(self._outbox)
+
+    async def thinned(self) -> None:
+        await self._thin.wait()
+
+    def _try(self, message: bytes) -> bool:
+        try:
+            return self._outlet.send(message)
+        except Unavailable as error:
+            self.end(error.message)
+            return True
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> str:
+        """Returns why the link ended."""
+        end_meter = self._pacer.add_meter(lambda: self.acknowledged_bytes) if self._pacer is not None else None
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._beat)
+                await self._over.wait()
+                tasks.cancel_scope.cancel()
+            return self._reason or "over"
+        finally:
+            if end_meter is not None:
+                end_meter()
+            self.end("over")
+
+    async def leave(self) -> None:
+        """Say goodbye, and wait until the peer has heard all that was said before. Whoever calls sets the deadline."""
+        if self.alive:
+            self._say_bye()
+            await self._bye.wait()
+
+    def end(self, reason: str) -> None:
+        """Both directions end now; what has arrived whole may still be read."""
+        if self._reason is not None:
+            return
+        self._reason = reason
+        for channel in list(self._channels.values()):
+            channel.lose(reason)
+        self._outbox.clear()
+        self._thin.set()
+        self._bye.set()
+        self._over.set()
+        self._outlet.cut()
+
+    def _say_bye(self) -> None:
+        if not self._said_bye:
+            self._said_bye = True
+            self.post(pack(Kind.BYE))
+
+    async def _beat(self) -> None:
+        """Shows that the connection is there at all; in between, offers what a full queue has not taken."""
+        while self.alive:
+            if not self._outbox:
+                self.post(pack(Kind.BEAT))
+            with anyio.move_on_after(BEAT_S):
+                await self._thick.wait()
+            while self._outbox and self.alive:
+                if not self._try(self._outbox[0]):
+                    await anyio.sleep(RETRY_S)
+                elif self._outbox:  # the link may have ended just now
+                    self._outbox.popleft()
+            self._thick = anyio.Event()
+            self._thin.set()
+            self._thin = anyio.Event()
+
+
+def _again(error: Unavailable) -> Unavailable:
+    return Unavailable(error.message, **error.fields)
