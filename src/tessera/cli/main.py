@@ -18,6 +18,7 @@ from tessera.cli.config import show_config
 from tessera.cli.keys import keys_app
 from tessera.cli.log_view import show_logs
 from tessera.cli.options import AsJson, StateDir, choice, default_state_dir
+from tessera.cli.relay import relay
 from tessera.cli.run_app import run_app
 from tessera.cli.tree import Configured
 
@@ -136,5 +137,6 @@ def doctor(state_dir: StateDir = default_state_dir("up"), as_json: AsJson = Fals
 app.command("logs")(show_logs)
 app.command("config", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                         "allow_interspersed_args": False})(show_config)  # fmt: skip
+app.command()(relay)
 app.add_typer(run_app, name="run")
 app.add_typer(keys_app, name="keys")
