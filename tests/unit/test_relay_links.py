@@ -13,6 +13,7 @@ from p2p_world import key, serve_all
 from relay_world import TOKEN, ask, big, far_peer_process, far_peers, paths, relay_bytes, url_of
 from tessera.core.errors import Invalid, Late, Refused, Unavailable
 from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.relay.engine import keep_home
 from tessera.p2p.relay.measure import measure_links
 from tessera.p2p.relay.probe import probe_relay
 from tessera.p2p.relay.server import Relay, RelayConfig
@@ -128,6 +129,31 @@ async def test_either_of_two_relays_will_do() -> None:
             assert set(one.record().rests("relay")) == {first.url, other.url}
             named = PeerRecord.sign(key(2), (f"relay:{first.url}", f"relay:{other.url}"), expires=2**40)
             assert await ask(one, named, b"either") == b"either"
+
+
+async def test_when_its_relay_dies_a_node_moves_to_the_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tessera.p2p.relay.engine.LOOK_AGAIN_S", 0.3)
+    async with AsyncExitStack() as dying, Relay.start(BLIND) as other:
+        first = await dying.enter_async_context(Relay.start(BLIND))
+        async with far_peers(url_of(first)) as (one, two):
+            for peer in (one, two):
+                peer._relays = (url_of(first), url_of(other))
+                peer._tasks.start_soon(keep_home, peer._endpoint, peer._relays)
+            await dying.aclose()
+            with anyio.fail_after(15):
+                while set(other.clients) != {one.id, two.id}:
+                    await anyio.sleep(0.05)
+            assert two.record().rests("relay")[0] == other.url, "the one at which it listens comes first"
+            with anyio.fail_after(10):
+                while await echoed(one, two) != b"moved":
+                    await anyio.sleep(0.1)
+
+
+async def echoed(one: IrohTransport, two: IrohTransport) -> bytes:
+    try:
+        return await ask(one, two.record(), b"moved", timeout_s=4)
+    except (Unavailable, Late):
+        return b""
 
 
 async def test_what_is_asked_of_a_transport_must_make_sense() -> None:

@@ -69,9 +69,14 @@ async def keep_home(endpoint: iroh.Endpoint, relays: Sequence[RelayUrl]) -> None
         if home != said:
             log.info("relay_connected" if home else "relay_lost", url=home or said)
             said = home
-        if endpoint.addr().relay_url() is None:
+        if (
+            not home
+        ):  # the one that was chosen is redialled by the engine itself; telling the others makes it choose anew
+            chosen = endpoint.addr().relay_url()
+            lost = canonical_url(chosen) if chosen else ""
             for relay in relays:
-                await endpoint.insert_relay(_config(relay))
+                if relay.url != lost:
+                    await endpoint.insert_relay(_config(relay))
 
 
 async def online(endpoint: iroh.Endpoint, timeout_s: float) -> bool:
