@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 import anyio
 import pytest
 
+from flood_world import GROUP, FloodWorld, payloads
 from p2p_world import key
-from tessera.core.errors import Conflict, Invalid, Misbehaviour, Refused, Unavailable
-from tessera.core.ids import PeerId
-from tessera.core.signing import PeerKey
+from tessera.core.errors import Conflict, Invalid, Refused, Unavailable
 from tessera.p2p.flood import Flood, FloodConfig
 from tessera.p2p.flood_item import Item, MemoryItemStore, check_equivocation
 from tessera.p2p.flood_peers import PeerLimits
 from tessera.p2p.flood_state import StateLimits
-from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock, run_virtual
-from tessera.p2p.transport import PeerRecord
-
-GROUP = "a run"
-
-
-@dataclass
-class World:
-    """Members on one memory network. `records` is what all of them take for the list of members."""
-
-    network: MemoryNetwork = field(
-        default_factory=lambda: MemoryNetwork(random.Random(3), delay_s=0.02, clock=VirtualClock())
-    )
-    records: dict[PeerId, PeerRecord] = field(default_factory=dict)
-    stores: dict[PeerId, MemoryItemStore] = field(default_factory=dict)
-    faults: list[Misbehaviour] = field(default_factory=list)
-    config: FloodConfig = field(default_factory=FloodConfig)
-
-    @asynccontextmanager
-    async def member(self, number: int, config: FloodConfig | None = None) -> AsyncIterator[Flood]:
-        async with self.network.start(key(number)) as transport:
-            self.records[transport.id] = transport.record()
-            flood = self.flood(transport, key(number), config)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(flood.run)
-                yield flood
-                tasks.cancel_scope.cancel()
-
-    def flood(self, transport: MemoryTransport, own: PeerKey, config: FloodConfig | None = None) -> Flood:
-        return Flood(
-            transport, GROUP, lambda: list(self.records.values()), own, VirtualClock(), random.Random(own.seed),
-            config or self.config, store=self.stores.setdefault(own.id, MemoryItemStore()),
-            on_misbehaviour=self.faults.append,
-        )  # fmt: skip
-
-
-def payloads(flood: Flood, topic: str = "news") -> list[bytes]:
-    return [item.payload for item in flood.items(topic)]
+from tessera.p2p.memory import VirtualClock, run_virtual
 
 
 def test_news_reaches_everybody_once_and_in_a_moment() -> None:
     async def main() -> None:
-        world, heard = World(), list[bytes]()
+        world, heard = FloodWorld(), list[bytes]()
         async with world.member(1) as a, world.member(2) as b, world.member(3) as c, world.member(4) as d:
             await anyio.sleep(1)
             for flood in (a, b, c, d):
@@ -78,7 +37,7 @@ def test_news_reaches_everybody_once_and_in_a_moment() -> None:
 
 def test_a_key_keeps_the_newest_and_an_empty_one_keeps_all() -> None:
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         async with world.member(1) as a, world.member(2) as b:
             await anyio.sleep(1)
             for text in (b"old address", b"new address"):
@@ -96,7 +55,7 @@ def test_who_was_away_catches_up_from_any_holder() -> None:
     """The origin is gone for good when the newcomer arrives."""
 
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         async with world.member(2) as b:
             async with world.member(1) as a:
                 await anyio.sleep(1)
@@ -113,7 +72,7 @@ def test_who_was_away_catches_up_from_any_holder() -> None:
 
 def test_a_partition_that_heals_ends_in_the_same_items_everywhere() -> None:
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         async with world.member(1) as a, world.member(2) as b, world.member(3) as c, world.member(4) as d:
             await anyio.sleep(1)
             halves = [(x, y) for x in (1, 2) for y in (3, 4)]
@@ -134,7 +93,7 @@ def test_a_partition_that_heals_ends_in_the_same_items_everywhere() -> None:
 
 def test_a_crash_loses_nothing_that_was_published() -> None:
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         async with world.member(1) as a:
             a.publish("news", b"told nobody")
             world.network.kill(key(1).id)
@@ -150,7 +109,7 @@ def test_a_crash_loses_nothing_that_was_published() -> None:
 
 def test_a_lost_disk_repeats_no_sequence_and_gets_its_items_back() -> None:
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         async with world.member(2) as b:
             async with world.member(1) as a:
                 await anyio.sleep(1)
@@ -169,7 +128,7 @@ def test_a_lost_disk_repeats_no_sequence_and_gets_its_items_back() -> None:
 
 def test_items_expire_everywhere_and_leave_the_disk() -> None:
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         async with world.member(1) as a, world.member(2) as b:
             await anyio.sleep(1)
             a.publish("news", b"short", ttl_s=60)
@@ -185,7 +144,7 @@ def test_items_expire_everywhere_and_leave_the_disk() -> None:
 
 def test_who_leaves_the_group_is_forgotten_and_refused() -> None:
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         async with world.member(1) as a, world.member(2) as b:
             await anyio.sleep(1)
             a.publish("news", b"mine")
@@ -203,7 +162,7 @@ def test_who_leaves_the_group_is_forgotten_and_refused() -> None:
 
 def test_groups_on_one_transport_do_not_meet() -> None:
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         async with world.network.start(key(1)) as one, world.network.start(key(2)) as two:
             records = [one.record(), two.record()]
             floods = [
@@ -224,7 +183,7 @@ def test_groups_on_one_transport_do_not_meet() -> None:
 
 def test_publish_refuses_what_nobody_would_take() -> None:
     async def main() -> None:
-        world = World(config=FloodConfig(state=StateLimits(origin_items=3)))
+        world = FloodWorld(config=FloodConfig(state=StateLimits(origin_items=3)))
         async with world.member(1) as a:
             with pytest.raises(Invalid, match="at most 16384"):
                 a.publish("news", bytes(16 * 1024 + 1))
@@ -253,7 +212,7 @@ def test_publish_refuses_what_nobody_would_take() -> None:
 def test_too_much_news_at_once_is_refused_at_home() -> None:
     async def main() -> None:
         limits = PeerLimits(news_bytes=5000.0, news_bytes_per_s=100.0)
-        async with World(config=FloodConfig(peers=limits)).member(1) as a:
+        async with FloodWorld(config=FloodConfig(peers=limits)).member(1) as a:
             a.publish("news", bytes(2000))
             a.publish("news", bytes(2000))
             with pytest.raises(Unavailable) as refused:
@@ -268,7 +227,7 @@ def test_two_machines_with_one_key_are_proven_guilty_to_all() -> None:
     """Both items are void everywhere, whichever came first, and any two of them convict their signer."""
 
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         async with world.member(1) as a, world.member(2) as b, world.member(3) as c:
             await anyio.sleep(1)
             honest = a.publish("votes", b"honest")
@@ -295,7 +254,7 @@ def test_two_machines_with_one_key_are_proven_guilty_to_all() -> None:
 
 def test_a_disk_that_was_damaged_costs_the_damaged_items_only() -> None:
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         store = world.stores[key(1).id] = MemoryItemStore()
         now = VirtualClock().time()
         good = Item(GROUP, "news", key(1).id, 1, "", int(now) + 100, b"good").signed_by(key(1))
@@ -318,7 +277,7 @@ def test_a_full_disk_stops_what_we_say_and_not_what_we_hear() -> None:
             raise OSError(28, "No space left on device")
 
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         world.stores[key(2).id] = FullStore()
         async with world.member(1) as a, world.member(2) as b:
             await anyio.sleep(1)
@@ -335,7 +294,7 @@ def test_a_full_disk_stops_what_we_say_and_not_what_we_hear() -> None:
 
 def test_a_subscriber_that_breaks_stops_nothing() -> None:
     async def main() -> None:
-        world = World()
+        world = FloodWorld()
         async with world.member(1) as a, world.member(2) as b:
             b.subscribe("news", lambda item: item.payload.index(b"z"))
             await anyio.sleep(1)

@@ -207,10 +207,9 @@ class Flood:
             raise Unavailable("this member does not flood now", retry_after_s=60.0)
         now = anyio.current_time()
         self._knows(peer, now)
-        self._peers.admit(peer, now)
-        self._peers.heard(peer)
         self._expire()
         reply, out = self._exchange.answer(peer, request.get("op"), body)
+        self._peers.heard(peer)
         self._peers.spend(peer, len(body) + len(out), now)
         return reply, out
 
@@ -218,7 +217,7 @@ class Flood:
         if not self._state.wants(id):
             return False
         origin, now = origin_of(id), anyio.current_time()
-        if origin == self._key.id:  # after a lost disk
+        if origin == self._key.id or self._state.get(id):  # ours, after a lost disk; or proof that a slot is void
             return True
         return self._knows(origin, now) and not self._peers.news_wait_s(origin, now)
 

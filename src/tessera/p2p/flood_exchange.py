@@ -88,16 +88,26 @@ class FloodExchange:
         return sum(map(len, self._outbox.values()))
 
     def answer(self, peer: PeerId, op: object, body: bytes) -> tuple[dict[str, Any], bytes]:
-        """What to say to `peer`, who was admitted. Raises `Invalid` for a request that no honest member makes."""
+        """What to say to `peer`.
+
+        Raises: what `FloodPeers.admit` raises; Invalid for a request that no honest member makes.
+        """
         try:
+            self._peers.admit(peer, anyio.current_time())
             if op == "offer":
-                self.hear_of(peer, _some_ids(body, OFFER_IDS))
+                ids = _some_ids(body, OFFER_IDS)
+                for id in ids:
+                    self._outbox.get(peer, {}).pop(id, None)  # no need to tell it
+                self.hear_of(peer, ids)
                 return {}, b""
             if op == "get":
                 return self._give(_some_ids(body, GET_IDS))
             if op == "compare":
                 return {}, answer_ranges(self._state.index, body)
             raise Invalid(f"a flood's operations are compare, get and offer, not {str(op)[:40]!r}")
+        except Unavailable:
+            self._fault(peer, 1.0, "more calls or bytes than a member may have")
+            raise
         except Invalid as error:
             self._fault(peer, MALFORMED, error.message)
             raise

@@ -1,8 +1,9 @@
 """The other members, as one member sees them: whom to talk to, who is away, who asks too much, who broke the rules.
 
-The overlay is chosen by each member alone, from the list of members: the next one on either side of a ring, and
-log2(n) of those whose pair with us hashes lowest. It is stable, needs no messages, and whoever is away is passed over.
-Nobody can choose a place in it without choosing a key that is a member.
+The overlay is chosen by each member alone, from the list of members: the next one on either side of a ring, which
+keeps it in one piece, and half of log2(n) whose pair with us hashes lowest, which makes it small and is mostly mutual.
+It is stable, needs no messages, and whoever is away is passed over. Nobody can choose a place in it but by choosing the
+key of a member.
 
 Memory: one entry for each member, none for strangers.
 """
@@ -33,7 +34,7 @@ class PeerLimits:
     news_bytes: float = float(2 << 20)  # of new items by one origin at once: what it may hold, for those who were away
     news_bytes_per_s: float = 1024.0
     faults: float = 50.0  # points: a call too many is one
-    faults_per_s: float = 0.1  # points forgiven
+    faults_per_s: float = 0.02  # points forgiven: 72 an hour
     bar_s: float = 600.0  # how long a member that ran out of points, or broke the protocol, is dropped
     away_s: float = 15.0  # before we dial a member again that did not answer; doubles up to `away_most_s`
     away_most_s: float = 600.0
@@ -113,14 +114,14 @@ class FloodPeers:
     # --- whom to talk to --------------------------------------------------------------------------------------------
 
     def neighbours(self, now: float) -> list[PeerId]:
-        """To whom news goes: 2 + log2(n) members at most."""
+        """To whom news goes: 2 + log2(n) / 2 members at most; others may have chosen us."""
         if self._me not in self._ring:
             return []
         here, count = self._ring.index(self._me), len(self._ring)
         after = (self._ring[(here + step) % count] for step in range(1, count))
         before = (self._ring[(here - step) % count] for step in range(1, count))
         chosen = dict.fromkeys(peer for peer in (self._first(after, now), self._first(before, now)) if peer)
-        most = len(chosen) + math.ceil(math.log2(max(2, count)))
+        most = len(chosen) + math.ceil(math.log2(max(2, count)) / 2)
         for peer in self._closest:
             if len(chosen) >= most:
                 break
@@ -166,7 +167,6 @@ class FloodPeers:
             raise Refused(f"barred for {known.barred_until - now:.0f} s more: you broke the rules", rule="barred")
         wait_s = max(known.calls.wait_s(now), known.bytes.wait_s(now))
         if wait_s > 0:
-            self.fault(peer, 1.0, now)
             raise Unavailable("too much at once: wait", retry_after_s=round(wait_s, 3), throttled=True)
         known.calls.take(1.0, now)
 

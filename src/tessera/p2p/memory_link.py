@@ -54,7 +54,10 @@ class MemoryLink:
     async def channel(self, opener: End) -> MemoryChannel:
         """A new stream. Waits while `opener` has too many open."""
         place, other, limiter = object(), self._other(opener), self._places[opener.id]
-        await limiter.acquire_on_behalf_of(place)
+        try:
+            limiter.acquire_on_behalf_of_nowait(place)
+        except anyio.WouldBlock:
+            await limiter.acquire_on_behalf_of(place)
         if self._over:
             limiter.release_on_behalf_of(place)
             raise Unavailable(f"the link to {other.id[:16]}… is gone", peer=other.id)
