@@ -27,7 +27,8 @@ __all__ = ["HANDSHAKE_S", "ZmqDealer", "configure"]
 HANDSHAKE_S = 5.0
 PING_S = 1.0
 SILENT_S = 2.0  # after a ping that is not answered: 3 s after the last sign of life
-QUEUE = 4096  # messages in the engine, each way; honest peers stay below it by their windows
+QUEUE_IN = 4096  # messages that the engine holds for us; honest peers stay below it by their windows
+QUEUE_OUT = 512  # messages that it holds for the peer; more wait with us
 CURVE_BYTES = 64  # that the encryption may add to a message; it adds 33
 LINGER_S = 0.3
 REFUSAL_LIMIT = 8 * 1024  # bytes
@@ -50,8 +51,8 @@ def configure(socket: zmq.Socket[bytes], keys: CurveKeys, address: str) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(SILENT_S * 1000))
     socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + CURVE_BYTES)
-    socket.setsockopt(zmq.SNDHWM, QUEUE)
-    socket.setsockopt(zmq.RCVHWM, QUEUE)
+    socket.setsockopt(zmq.SNDHWM, QUEUE_OUT)
+    socket.setsockopt(zmq.RCVHWM, QUEUE_IN)
     socket.setsockopt(zmq.SNDBUF, SEND_BUFFER)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.LINGER, int(LINGER_S * 1000))  # now: a connection that fails is ended by the engine itself

@@ -36,6 +36,7 @@ CREDIT_STEP = WINDOW // 4
 STREAMS_PER_END = 100  # that one side may have open, as in QUIC
 OUTBOX = 4096  # messages that wait for the engine's full queue
 RETRY_S = 0.01
+STUCK_S = 10.0  # a peer that takes nothing at all for so long is cut off
 BEAT_S = 0.5
 
 
@@ -407,11 +408,15 @@ class ZmqLink:
                 self.post(pack(Kind.BEAT))
             with anyio.move_on_after(BEAT_S):
                 await self._thick.wait()
+            stuck_at = anyio.current_time() + STUCK_S
             while self._outbox and self.alive:
                 if not self._try(self._outbox[0]):
+                    if anyio.current_time() >= stuck_at:
+                        self.end("the peer does not take what we send")
                     await anyio.sleep(RETRY_S)
                 elif self._outbox:  # the link may have ended just now
                     self._outbox.popleft()
+                    stuck_at = anyio.current_time() + STUCK_S
             self._thick = anyio.Event()
             self._thin.set()
             self._thin = anyio.Event()

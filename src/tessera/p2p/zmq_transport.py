@@ -1,6 +1,6 @@
 """`Transport` on zmq's CURVE: for peers on one network or in one data centre, where nothing stands between them.
 
-Encrypted and authenticated like iroh, three to four times as fast on one machine, and plain TCP; but it dials addresses
+Encrypted and authenticated like iroh, about twice as fast on one machine, and plain TCP; but it dials addresses
 only, so a peer behind a router cannot be reached. Links are kept as iroh's are: one for each pair of peers, dialled by
 whoever needs it first and used both ways; when both dial at once there may be two, never more. A dead link is dropped
 and dialled again by the next `open`, and a newer record with other addresses is dialled at once.
