@@ -10,7 +10,6 @@ evicting loses nothing.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
@@ -18,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -29,11 +28,12 @@ import structlog
 from tessera.core.errors import Invalid, Misbehaviour, Missing, Unavailable
 from tessera.core.ids import BlobId, parse_blob_id
 from tessera.p2p.blob_disk import TEMPORARY, disk, lock_file, open_file, replace_file, sync_folder, write_all
-from tessera.p2p.blob_index import CHUNK_BYTES, MAX_CHUNKS, BlobIndex
+from tessera.p2p.blob_index import CHUNK_BYTES, BlobIndex
 from tessera.p2p.blob_part import PartialBlob
 from tessera.p2p.blob_room import PART, PIN, PUT, Room, Usage, holdings, is_held
+from tessera.p2p.blob_source import FewBytes, OpenChunk, Readable, copy_into, size_of
 
-__all__ = ["OWN", "BlobBackend", "BlobStore", "OpenChunk", "Readable"]
+__all__ = ["OWN", "BlobBackend", "BlobStore"]
 
 log = structlog.get_logger()
 
@@ -66,47 +66,6 @@ class BlobBackend(Protocol):
         ...
 
     def remove(self, blob: BlobId) -> None: ...
-
-
-class Readable(Protocol):
-    """Bytes that were checked, to be read in pieces. Close it in the end."""
-
-    @property
-    def size(self) -> int: ...
-
-    def read(self, offset: int, size: int) -> bytes: ...
-
-    def close(self) -> None: ...
-
-
-class OpenChunk:
-    """A `Readable` on a part of an open file: costs a descriptor and no memory, and eviction does not end it."""
-
-    def __init__(self, fd: int, start: int, size: int) -> None:
-        self._fd, self._start, self.size = fd, start, size
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Raises `Unavailable` when the disk fails."""
-        try:
-            return os.pread(self._fd, min(size, self.size - offset), self._start + offset)
-        except OSError as error:
-            raise Unavailable(f"cannot read a chunk: {error.strerror or error}") from error
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-class _Bytes:
-    """A `Readable` on a few bytes in memory."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self.size = data, len(data)
-
-    def read(self, offset: int, size: int) -> bytes:
-        return self._data[offset : offset + size]
-
-    def close(self) -> None:
-        """Nothing to give back."""
 
 
 class BlobStore:
@@ -143,11 +102,11 @@ class BlobStore:
         quota that is used up, or a backend that does not answer (what was copied is then here, and `put` goes on).
         Cost: one read, one write, one SHA-256; the upload, of what the backend has not got.
         """
-        size = _size(source)
+        size = size_of(source)
         file, fd = self._start_put(size)
         try:
             with disk(self.folder):
-                index = _copy(source, fd)
+                index = copy_into(source, fd)
                 os.ftruncate(fd, index.size)
                 os.fsync(fd)
             if pin is not None:
@@ -208,7 +167,7 @@ class BlobStore:
     def open_index(self, blob: BlobId) -> Readable:
         """The index, as bytes. Raises as `index`."""
         data = self.index(blob).to_bytes()
-        return _Bytes(data) if len(data) <= IN_MEMORY else self._spool(data)
+        return FewBytes(data) if len(data) <= IN_MEMORY else self._spool(data)
 
     def read_chunk(self, blob: BlobId, number: int) -> bytes:
         """One chunk, checked. Raises as `open_chunk`."""
@@ -426,42 +385,6 @@ def _stored_index(blob: BlobId, backend: BlobBackend) -> BlobIndex:
 def _damaged(blob: BlobId, number: int) -> Misbehaviour:
     fix = "remove the blob there and put it again"
     return Misbehaviour(f"the storage holds other bytes for chunk {number} of blob {blob[:16]}…: {fix}")
-
-
-def _size(source: bytes | Path) -> int:
-    if isinstance(source, bytes):
-        return len(source)
-    if not source.is_file():
-        raise Missing(f"{source} is no file")
-    size = source.stat().st_size
-    if size > MAX_CHUNKS * CHUNK_BYTES:
-        raise _too_large()
-    return size
-
-
-def _too_large() -> Invalid:
-    return Invalid(f"a blob has at most {MAX_CHUNKS} chunks of {CHUNK_BYTES} bytes: split it")
-
-
-def _copy(source: bytes | Path, fd: int) -> BlobIndex:
-    size, chunks = 0, list[bytes]()
-    for chunk in _chunks(source):
-        if len(chunks) == MAX_CHUNKS:
-            raise _too_large()
-        write_all(fd, chunk, size)
-        size += len(chunk)
-        chunks.append(hashlib.sha256(chunk).digest())
-    return BlobIndex(size, tuple(chunks))
-
-
-def _chunks(source: bytes | Path) -> Iterator[bytes | memoryview]:
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
-    else:
-        for start in range(0, len(source), CHUNK_BYTES):
-            yield memoryview(source)[start : start + CHUNK_BYTES]
 
 
 def _sweep(folder: Path) -> None:

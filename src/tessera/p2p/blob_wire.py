@@ -21,7 +21,8 @@ from anyio import to_thread
 from tessera.core import encoding
 from tessera.core.errors import Invalid, Late, Misbehaviour, TesseraError, Unavailable, from_dict
 from tessera.core.ids import BlobId, PeerId, parse_blob_id
-from tessera.p2p.blob_store import BlobStore, Readable
+from tessera.p2p.blob_source import Readable
+from tessera.p2p.blob_store import BlobStore
 from tessera.p2p.calls import ERROR_LIMIT, error_head
 from tessera.p2p.transport import PeerRecord, Stream, Transport
 
