@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tessera.cli.main import app
 from tessera.core.signing import AccountKey
-from tessera.training import sealing
+from tessera.training import backup_stream, sealing
 from tessera.training.home import Home
 from tessera.training.passphrase import use_passphrases
 
@@ -148,3 +148,21 @@ def test_a_file_that_is_no_key_is_refused(state: Path, tmp_path: Path, passphras
         assert result.exit_code == 2, content
         assert not (state / "mine.key").exists()
     assert keys("new", "peer-2").exit_code == 2
+
+
+def test_backup_and_restore_as_typed(state: Path, tmp_path: Path, passphrase: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(backup_stream, "SCRYPT_N", 1 << 10)
+    peer = Home(state).peer_key.id
+    run = CliRunner()
+    taken = run.invoke(app, ["backup", str(tmp_path / "b"), "--json"], catch_exceptions=False)
+    assert json.loads(taken.stdout) | {"files": 0, "bytes": 0} == {
+        "file": str(tmp_path / "b"), "files": 0, "bytes": 0, "peer": peer, "encrypted": True,
+    }  # fmt: skip
+    back = run.invoke(app, ["restore", str(tmp_path / "b"), "--state-dir", str(tmp_path / "new")])
+    assert back.exit_code == 0, back.output
+    assert "Never run one identity on two machines" in back.stderr
+    assert Home(tmp_path / "new").peer_key.id == peer
+    again = run.invoke(app, ["restore", str(tmp_path / "b"), "--state-dir", str(tmp_path / "new")])
+    assert (again.exit_code, "is not empty" in again.stderr) == (1, True)
+    open_ = run.invoke(app, ["backup", str(tmp_path / "c"), "--plain"])
+    assert "Not encrypted" in open_.stderr

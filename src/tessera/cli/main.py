@@ -14,6 +14,7 @@ import typer
 
 from tessera import __version__
 from tessera.cli import work
+from tessera.cli.backup import backup, restore
 from tessera.cli.config import show_config
 from tessera.cli.keys import keys_app
 from tessera.cli.log_view import show_logs
@@ -134,6 +135,8 @@ def doctor(state_dir: StateDir = default_state_dir("up"), as_json: AsJson = Fals
     run_doctor(state_dir, as_json)
 
 
+app.command()(backup)
+app.command()(restore)
 app.command("logs")(show_logs)
 app.command("config", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                         "allow_interspersed_args": False})(show_config)  # fmt: skip
