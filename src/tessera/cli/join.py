@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import typer
 from anyio import to_thread
@@ -12,11 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from tessera.cli.logs import configure_logs
+from tessera.cli.options import choice, parse_size
 from tessera.cli.running import run_until_signal
 from tessera.cli.status import duration
 from tessera.core.errors import Invalid
 from tessera.devnet.node import NodeConfig, run_node
 from tessera.devnet.preview import Preview
+from tessera.models.parallel import Parallel, run_follower
+from tessera.models.parallel_link import RankLink, parallel_world
+from tessera.p2p.relay.bucket import parse_rate
 from tessera.p2p.relay.url import RelayUrl
 from tessera.training.gate import GateConfig
 from tessera.training.home import Home
@@ -33,17 +38,33 @@ class JoinOptions:
     yes: bool
     probe_s: float
     device: str
+    memory_limit: str
+    parallel: str
     threads: int
     bind: str
     relays: tuple[str, ...]
     only_when_idle: bool
     hours: str
+    disk_floor: str
     uplink: str
     claim_above: int
 
 
 def run_join(invitation: str, options: JoinOptions) -> None:
     """Look, show, ask, work. Raises what `run_node` raises; Invalid when it cannot ask and may not assume."""
+    world = parallel_world()
+    if world is None:
+        _join(invitation, options, None)
+        return
+    with RankLink(world, world.device(options.device)) as link:
+        if world.rank == 0:
+            _join(invitation, options, link)
+        else:  # of several processes one speaks; the others compute
+            configure_logs("warning")
+            run_follower(link)
+
+
+def _join(invitation: str, options: JoinOptions, link: RankLink | None) -> None:
     if not options.yes and not sys.stdin.isatty():
         raise Invalid("nobody is here to be asked: add --yes to join without a question")
     configure_logs("info")  # after the quiet default of all other commands
@@ -52,8 +73,18 @@ def run_join(invitation: str, options: JoinOptions) -> None:
         threads=options.threads,
         probe_s=options.probe_s,
         relays=tuple(parse_relay(text) for text in options.relays),
-        gate=GateConfig(only_when_idle=options.only_when_idle, hours=options.hours),
-        worker=WorkerConfig(device=options.device, claim_above=options.claim_above),
+        uplink_bytes_s=parse_rate(options.uplink) if options.uplink else None,
+        gate=GateConfig(
+            only_when_idle=options.only_when_idle,
+            hours=options.hours,
+            disk_floor_bytes=parse_size("--disk-floor", options.disk_floor),
+        ),
+        worker=WorkerConfig(
+            device=options.device,
+            memory_limit=parse_size("--memory-limit", options.memory_limit) if options.memory_limit else 0,
+            parallel=choice("--parallel", options.parallel, get_args(Parallel)),
+            claim_above=options.claim_above,
+        ),
     )
 
     async def agree(preview: Preview) -> bool:
@@ -65,7 +96,7 @@ def run_join(invitation: str, options: JoinOptions) -> None:
             Console(stderr=True).print("Nothing was taken. The invitation is as good as before.")
         return agreed
 
-    run_until_signal(lambda: run_node(Home(options.state_dir), invitation, config, agree=agree))
+    run_until_signal(lambda: run_node(Home(options.state_dir), invitation, config, agree=agree, link=link))
 
 
 def parse_relay(text: str) -> RelayUrl:

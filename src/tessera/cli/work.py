@@ -19,6 +19,10 @@ def join(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, join.")] = False,
     probe_seconds: Annotated[float, typer.Option(help="How long to measure before asking; 0 = not at all.")] = 3.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")] = "auto",
+    memory_limit: Annotated[str, typer.Option(help="Of each device's memory: 8GB. Empty = what is free.")] = "",
+    parallel: Annotated[
+        str, typer.Option(help="Several devices, under torchrun: replicate the stage, shard it, or auto.")
+    ] = "auto",
     threads: Annotated[int, typer.Option(help="Threads for training.")] = 1,
     bind: Annotated[str, typer.Option(help="Address and UDP port for peers, e.g. 0.0.0.0:4100.")] = "",
     relay: Annotated[
@@ -26,6 +30,7 @@ def join(
     ] = None,
     only_when_idle: Annotated[bool, typer.Option(help="Give way to other programs and to people.")] = False,
     hours: Annotated[str, typer.Option(help="When to work, local time: 22:00-07:00.")] = "",
+    disk_floor: Annotated[str, typer.Option(help="Pause while less than this is free on the disk.")] = "512MiB",
     uplink: Annotated[str, typer.Option(help="Most that this node may send: 40Mbit. Empty = measured.")] = "",
     claim_above: Annotated[int, typer.Option(help="Units of income that are worth a transaction.")] = 1,
 ) -> None:
@@ -33,8 +38,9 @@ def join(
     from tessera.cli.join import JoinOptions, run_join
 
     options = JoinOptions(
-        state_dir=state_dir, yes=yes, probe_s=probe_seconds, device=device, threads=threads, bind=bind,
-        relays=tuple(relay or ()), only_when_idle=only_when_idle, hours=hours, uplink=uplink, claim_above=claim_above,
+        state_dir=state_dir, yes=yes, probe_s=probe_seconds, device=device, memory_limit=memory_limit,
+        parallel=parallel, threads=threads, bind=bind, relays=tuple(relay or ()), only_when_idle=only_when_idle,
+        hours=hours, disk_floor=disk_floor, uplink=uplink, claim_above=claim_above,
     )  # fmt: skip
     run_join(invitation, options)
 

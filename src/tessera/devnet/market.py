@@ -75,10 +75,12 @@ async def sell(run: Run, url: str, count: int, after_each: Callable[[], Awaitabl
         max_units=price * count,
         pay_to=run.pay_to,
     )
+    room = run.manifest.model.model.context - 2 * PROMPT_TOKENS  # what is read back may be more tokens than it was
     async with buyer:
         for number, prompt in enumerate(await _prompts(run, count)):
+            tokens = max(1, min(SAMPLE_TOKENS, room))
             answer = await buyer.complete(
-                prompt, model=run.manifest.name, max_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE, seed=number
+                prompt, model=run.manifest.name, max_tokens=tokens, temperature=TEMPERATURE, seed=number
             )
             run.samples.append((prompt, str(answer["choices"][0]["text"])))
             await after_each()

@@ -16,6 +16,7 @@ from tessera.devnet.invitations import keep_invitation, last_invitation
 from tessera.devnet.preview import Preview, make_preview, measure
 from tessera.models.decode import StageDecoder
 from tessera.models.device import keep_freed_memory, pick_device
+from tessera.models.parallel_link import RankLink
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
@@ -42,6 +43,7 @@ class NodeConfig:
     patience_s: float = 60.0  # how long to look for the host before giving up
     probe_s: float = 3.0  # how long the stage's pace is measured before joining; 0 = not at all
     relays: tuple[RelayUrl, ...] = ()  # beside those of the invitation
+    uplink_bytes_s: float | None = None  # most that this node may send; None = bulk gives way on the measured uplink
     gate: GateConfig = field(default_factory=GateConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
 
@@ -50,13 +52,20 @@ Agree = Callable[[Preview], Awaitable[bool]]
 
 
 async def run_node(
-    home: Home, invitation_text: str, config: NodeConfig, *, agree: Agree, clock: Clock | None = None
+    home: Home,
+    invitation_text: str,
+    config: NodeConfig,
+    *,
+    agree: Agree,
+    link: RankLink | None = None,
+    clock: Clock | None = None,
 ) -> None:
     """Look, ask, take a seat, and work until the host closes the run or somebody has taken the stage over.
 
     Args:
         invitation_text: kept in the state directory once it was accepted; "" = the one that lies there.
         agree: shown what joining means, unless the seat is ours already or nothing was measured.
+        link: to the other processes of this worker, when torchrun started several.
 
     Raises: Invalid, Refused, Conflict, Unavailable, Misbehaviour as `look` and `Worker` do; Conflict when the directory
     is in use.
@@ -83,7 +92,7 @@ async def run_node(
             keep_invitation(home, invitation)
             gate = Gate(config.gate, MachineSensors(home.path, people=config.gate.only_when_idle), clock)
             serve = partial(_serve, invitation)
-            worker = Worker(home, host, config.worker, pace=pace, gate=gate, clock=clock, serve=serve)
+            worker = Worker(home, host, config.worker, pace=pace, gate=gate, clock=clock, serve=serve, link=link)
             await worker.run()
 
 

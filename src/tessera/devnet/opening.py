@@ -26,6 +26,7 @@ from tessera.devnet.text import Text, prepare_text, text_of
 from tessera.models.config import ModelSpec
 from tessera.p2p.blobs import BlobStore, serve_blobs
 from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.pacer import Pacer
 from tessera.p2p.relay.url import RelayUrl
 from tessera.training.book import ReceiptBook, SeatBook
 from tessera.training.home import Home, write_atomic
@@ -72,7 +73,7 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         relays = tuple(RelayUrl(url, token) for url, token in config.relays)
         own = config.workers(manifest.model.stages)
         bind = _bind(config, alone=own == manifest.model.stages)
-        start = IrohTransport.start(home.peer_key, bind=bind, relays=relays, clock=clock)
+        start = IrohTransport.start(home.peer_key, bind=bind, relays=relays, clock=clock, pacer=Pacer())
         transport = await stack.enter_async_context(start)
         host = RunHost(
             manifest,

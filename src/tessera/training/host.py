@@ -96,7 +96,7 @@ class RunHost:
         self._share: Account | None = None
         self._full = anyio.Event()
         self._ready = anyio.Event()
-        self._taking = anyio.Lock()
+        self._taking, self._following = anyio.Lock(), anyio.Lock()
         self._told_closed: set[PeerId] = set()
         try:
             self._load()
@@ -304,7 +304,14 @@ class RunHost:
                 self._successor_heard[stage] = anyio.current_time()
 
     async def _follow_chain(self) -> None:
-        """Seat the successors whose handover stands on the chain."""
+        """Seat the successors whose handover stands on the chain. A chain that is away is asked again later."""
+        async with self._following:
+            try:
+                await self._follow()
+            except TesseraError as error:
+                log.warning("chain_not_followed", code=error.code, reason=error.message)
+
+    async def _follow(self) -> None:
         if self._share is None:
             return
         face = ModelShare(self._chain, self._share)

@@ -8,6 +8,7 @@ leaves hands his stage over at a step that the share contract keeps, so that eac
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,17 @@ class Roster:
         leaver = self.seats[successor.stage]
         seats = tuple(successor if seat.stage == successor.stage else seat for seat in self.seats)
         return replace(self, seats=seats, past=(*self.past, PastSeat(leaver, from_step)))
+
+    def with_records(self, records: Iterable[PeerRecord]) -> Roster:
+        """The roster with those of `records` that are newer than what it has of the same peer."""
+        newer = {record.id: record for record in records}
+        seats = [
+            replace(seat, record=newer[seat.peer])
+            if seat.peer in newer and newer[seat.peer].expires > seat.record.expires
+            else seat
+            for seat in self.seats
+        ]
+        return replace(self, seats=tuple(seats))
 
     def follows(self, other: Roster) -> bool:
         """Whether this is `other`, or what became of it by handovers alone. Addresses may differ."""

@@ -23,6 +23,8 @@ from tessera.core.clock import Clock
 from tessera.core.errors import Misbehaviour, Missing, TesseraError
 from tessera.core.ids import BlobId
 from tessera.models.device import pick_device
+from tessera.models.parallel import Parallel, build_trainer
+from tessera.models.parallel_link import RankLink
 from tessera.models.trainer import StageTrainer
 from tessera.p2p.blobs import BlobStore, fetch, serve_blobs
 from tessera.p2p.transport import PeerRecord, Transport
@@ -36,6 +38,7 @@ from tessera.training.home import Home
 from tessera.training.joining import HostLink, Pace, take_seat
 from tessera.training.keeper import Keeper
 from tessera.training.manifest import Manifest
+from tessera.training.news import News
 from tessera.training.pipeline import Pipeline
 from tessera.training.protocols import RUN
 from tessera.training.roster import ROSTER_LIMIT, Roster, Seat, recall_run, remember_run
@@ -61,6 +64,8 @@ class WorkerConfig:
     """What one worker may choose alone."""
 
     device: str = "auto"  # cpu, cuda, mps, or auto
+    memory_limit: int = 0  # bytes of each device's memory that are lent; 0 = what is free
+    parallel: Parallel = "auto"  # several devices: replicate the stage on each, or shard it
     claim_above: int = 1  # units of the coin that are worth a transaction
 
 
@@ -75,6 +80,10 @@ class Seated:
     chain: RpcChain
     trainer: StageTrainer
     blobs: BlobStore
+
+    def moved(self, record: PeerRecord) -> None:
+        """A member said where it is now."""
+        self.roster = self.roster.with_records([record])
 
 
 @dataclass
@@ -105,6 +114,7 @@ class _Parts:
     keeper: Keeper
     handover: Handover
     batches: NamedBatches
+    news: News
     book: ReceiptBook
     successor: Seat | None = None  # who takes our stage
 
@@ -116,6 +126,7 @@ class Worker:
         pace: what this machine can do, if it was measured.
         gate: when this worker may work.
         serve: called once the stage is trained, for as long as the run is open; offers the stage for inference.
+        link: to the other processes of this worker, when several devices share the stage.
     """
 
     def __init__(
@@ -128,7 +139,9 @@ class Worker:
         gate: Gate,
         clock: Clock,
         serve: Callable[[Seated], Awaitable[None]],
+        link: RankLink | None = None,
     ) -> None:
+        self._link = link
         self._home, self._host, self._transport, self._config = home, host, host.transport, config
         self._pace, self._gate, self._clock, self._serve = pace, gate, clock, serve
         self._progress = _Progress()
@@ -143,12 +156,15 @@ class Worker:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._gate.watch)
+                if self._link is not None:
+                    tasks.start_soon(self._link.watch)
                 with anyio.move_on_after(FIRST_LOOK_S):
                     await self._gate.wait_open()
                 tasks.start_soon(self._report, parts)
                 tasks.start_soon(self._show, parts)
                 tasks.start_soon(parts.pipeline.run)
                 tasks.start_soon(parts.batches.keep_ahead)
+                tasks.start_soon(parts.news.run)
                 tasks.start_soon(parts.handover.watch)
                 tasks.start_soon(self._settle, parts.keeper)
                 tasks.start_soon(self._serve_when_trained, parts)
@@ -216,7 +232,17 @@ class Worker:
             roster=lambda: seated.roster,
             successor=lambda: parts.successor,
         )
-        parts = _Parts(seated, folder, pipeline, keeper, handover, batches, book)
+        news = News(
+            manifest,
+            transport=self._transport,
+            key=self._home.peer_key,
+            book=book,
+            roster=lambda: seated.roster,
+            moved=lambda record: seated.moved(record),
+            steps_done=lambda: pipeline.steps_done,
+            clock=self._clock,
+        )
+        parts = _Parts(seated, folder, pipeline, keeper, handover, batches, news, book)
         return parts
 
     async def _take_seat(self) -> tuple[Manifest, int, bool]:
@@ -279,8 +305,18 @@ class Worker:
         return await open_batches(manifest, bring, release, folder)
 
     def _build_trainer(self, manifest: Manifest, stage: int) -> StageTrainer:
-        return StageTrainer(
-            manifest.model, stage, steps=manifest.schedule.steps, device=pick_device(self._config.device)
+        schedule, config = manifest.schedule, self._config
+        return build_trainer(
+            manifest.model,
+            stage,
+            steps=schedule.steps,
+            sequences=schedule.sequences,
+            length=schedule.length,
+            microbatches=schedule.microbatches,
+            device=pick_device(config.device),
+            limit_bytes=config.memory_limit,
+            link=self._link,
+            parallel=config.parallel,
         )
 
     # --- while the run is open --------------------------------------------------------------------------------------
@@ -396,7 +432,7 @@ class Worker:
         except TesseraError as error:
             log.debug("roster_not_refreshed", code=error.code, reason=error.message)
             return
-        seated.roster = roster
+        seated.roster = roster.with_records(seated.roster.records)
 
     async def _show(self, parts: _Parts) -> None:
         """Keep the status file fresh, for `tessera status`."""
