@@ -168,7 +168,8 @@ def open_source(path: Path, *, field: str = "text") -> Source:
 
     Raises: Invalid: nothing there, no right to read, too many files, or Parquet without pyarrow.
     """
-    from tessera.models.corpus_rows import JsonLines, Parquet
+    from tessera.models.corpus_parquet import Parquet
+    from tessera.models.corpus_rows import JsonLines
 
     if not path.exists():
         raise Invalid(f"no such file or folder: {path}")
