@@ -152,6 +152,32 @@ def test_peers_are_served_from_the_storage_and_the_storage_spares_a_fetch(url: s
     served(1, body)
 
 
+def test_a_storage_that_is_away_is_no_reason_not_to_ask_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (theirs,) = stores(tmp_path, "theirs")
+    (mine,) = machines(f"file://{tmp_path}/team", tmp_path, "one")
+    blob = theirs.put(DATA)
+
+    def away(self: FsspecBackend, blob: object) -> bytes:
+        raise Unavailable("the storage is away")
+
+    monkeypatch.setattr(FsspecBackend, "index", away)
+
+    async def body(network: MemoryNetwork, me: Transport, peer: Transport) -> None:
+        serve_blobs(peer, theirs)
+        with pytest.raises(Unavailable, match="is away"):
+            await fetch(me, [], blob, mine, timeout_s=60)
+        got = await fetch(me, [peer.record()], blob, mine, timeout_s=60)
+        assert got.path.read_bytes() == DATA
+
+    served(1, body)
+
+
+def test_what_the_storage_has_need_not_stay_in_the_cache(url: str, tmp_path: Path) -> None:
+    (one,) = machines(url, tmp_path, "one")
+    assert one.pins(one.put(DATA)) == set()
+    assert one.pins(one.put(DATA + b"x", pin="mine")) == {"mine"}
+
+
 # --- what can be wrong with a URL -----------------------------------------------------------------------------------
 
 

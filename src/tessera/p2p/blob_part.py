@@ -28,6 +28,8 @@ ENTRY_BYTES = 4  # of the journal, for each chunk
 class PartialBlob:
     """Made by `BlobStore.resume`. Methods block, and may be called from several threads for different chunks.
 
+    Making it takes the room that the blob needs, and is quick; `check` reads what is here.
+
     Args:
         file: `<folder>/<id>.part`; the others lie beside it.
         commit: makes the finished file a blob of the store, and returns its path.
@@ -51,7 +53,6 @@ class PartialBlob:
                 self._fds.append(open_file(self._journal_path))
                 self._load()
                 os.ftruncate(self._fds[0], index.size)
-            self._check()
         except BaseException:
             self.close()
             raise
@@ -137,7 +138,8 @@ class PartialBlob:
             self._prefixes.append(said if said <= room else 0)
         self._here = sum(self._prefixes)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Keep the whole chunks that are right, and forget the others. Cost: one SHA-256 of what is here."""
         for number in range(len(self.index.chunks)):
             if self._prefixes[number] == self.index.chunk_size(number):
                 self.keep(number)

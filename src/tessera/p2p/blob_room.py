@@ -110,7 +110,7 @@ class Room:
 
         Raises: Unavailable with `need_bytes` and `have_bytes`; nothing was taken away then.
         """
-        with self._alone():
+        with self.alone():
             with disk(self._folder):
                 found = holdings(self._folder)
             own = found.pop(blob, None) if blob is not None else None
@@ -163,8 +163,11 @@ class Room:
         return self._quota is None or bool(holding.pins) or _in_use(self._folder, holding)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Two processes that make room at once would each count on what the other takes."""
+    def alone(self) -> Iterator[None]:
+        """No other process makes room, begins a fetch or drops one meanwhile.
+
+        Two that made room at once would each count on what the other takes.
+        """
         with disk(self._folder):
             fd = open_file(self._folder / LOCK)
         try:

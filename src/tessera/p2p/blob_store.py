@@ -4,8 +4,7 @@ The folder holds `<id>` and `<id>.index` for each blob; the index is written las
 A fetch under way is a `PartialBlob`, and goes on after an interruption. Every name is parsed as an id before it
 becomes a path, so no path leads outside. All methods block: call them from a thread when it matters.
 
-With a `backend`, the folder is its cache: what is put goes there as well, what is not here is fetched from there, and
-evicting loses nothing.
+With a `backend`, the folder is its cache: what is put goes there as well, and what is not here is fetched from there.
 """
 
 from __future__ import annotations
@@ -96,7 +95,8 @@ class BlobStore:
         """Keep a copy of these bytes, or of this file's.
 
         Args:
-            pin: keeps it from being evicted, since nobody else may have it; None to let it go like any other.
+            pin: keeps it from being evicted, since nobody else may have it; None to let it go like any other. The
+                default comes off again once a backend has it all.
 
         Raises: Invalid for a blob over 128 GiB; Missing for a file that is not there; Unavailable for a full disk, a
         quota that is used up, or a backend that does not answer (what was copied is then here, and `put` goes on).
@@ -117,7 +117,10 @@ class BlobStore:
         finally:
             os.close(fd)
             file.unlink(missing_ok=True)
-        self._upload(index)
+        if self._backend is not None:
+            self._upload(index, self._backend)
+            if pin == OWN:
+                self.unpin(index.id, OWN)
         return index.id
 
     def has(self, blob: BlobId) -> bool:
@@ -252,7 +255,13 @@ class BlobStore:
                     self._file(blob).replace(self._file(blob, PART))
                 if not self._file(blob, ".part-index").exists():
                     replace_file(self._file(blob, ".part-index"), data)
-            return PartialBlob(index, self._file(blob, PART), self._commit)
+            partial = PartialBlob(index, self._file(blob, PART), self._commit)
+        try:
+            partial.check()
+        except BaseException:
+            partial.close()
+            raise
+        return partial
 
     def started_index(self, blob: BlobId) -> BlobIndex | None:
         """The index of a fetch that was interrupted, so that no peer has to send it again."""
@@ -316,10 +325,8 @@ class BlobStore:
             sync_folder(self.folder)
         return self._file(index.id)
 
-    def _upload(self, index: BlobIndex) -> None:
-        backend, blob = self._backend, index.id
-        if backend is None:
-            return
+    def _upload(self, index: BlobIndex, backend: BlobBackend) -> None:
+        blob = index.id
         with suppress(Missing):
             if backend.index(blob) == index.to_bytes():
                 return
@@ -357,9 +364,10 @@ class BlobStore:
 
     def _drop_part(self, blob: BlobId) -> None:
         """What an interrupted fetch left; one that is under way ends by itself."""
-        if not is_held(self._file(blob, PART)):
-            for suffix in (PART, ".journal", ".part-index"):
-                self._file(blob, suffix).unlink(missing_ok=True)
+        with self._room.alone():
+            if not is_held(self._file(blob, PART)):
+                for suffix in (PART, ".journal", ".part-index"):
+                    self._file(blob, suffix).unlink(missing_ok=True)
 
     def _missing(self, blob: BlobId) -> Missing:
         return Missing(f"blob {blob[:16]}… is not in this store")

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Sequence
 
 import anyio
+import structlog
 from anyio import to_thread
 
-from tessera.core.errors import Late, Missing
+from tessera.core.errors import Late, Misbehaviour, Missing, Unavailable
 from tessera.core.ids import BlobId, parse_blob_id
 from tessera.p2p.blob_backend import open_blob_store
 from tessera.p2p.blob_fetch import Fetch, Fetched, Progress
@@ -22,6 +23,8 @@ from tessera.p2p.blob_wire import BLOBS, serve_blobs
 from tessera.p2p.transport import PeerRecord, Transport
 
 __all__ = ["BLOBS", "BlobStore", "Fetched", "Progress", "fetch", "open_blob_store", "serve_blobs"]
+
+log = structlog.get_logger()
 
 
 async def fetch(
@@ -66,7 +69,11 @@ async def _have(
     stopped = threading.Event()
     try:
         kept = await to_thread.run_sync(_kept, store, blob, stopped, abandon_on_cancel=True)
-    except Missing:
+    except (Missing, Unavailable, Misbehaviour) as error:
+        if not peers and not isinstance(error, Missing):
+            raise
+        if not isinstance(error, Missing):
+            log.warning("blob_storage_failed", blob=blob, code=error.code, reason=error.message)
         return await Fetch(transport, peers, blob, store, progress).run()
     finally:
         stopped.set()  # a thread that is left to itself ends after the batch that it waits for
