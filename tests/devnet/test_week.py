@@ -7,11 +7,15 @@ is not known then is on a machine that was off. A deadlock ends `run_virtual` wi
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Iterator
 
 import pytest
 import structlog
 
+from tessera.core.signing import verify_peer
+from tessera.p2p import flood_item
 from tessera.p2p.memory import run_virtual
 from week_world import CONFIG, Tally, Week
 
@@ -19,9 +23,14 @@ MALICIOUS = 3
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> None:
-    """A week of log lines would take longer than the week."""
+def _share_the_work_of_fifty_machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """They check the same signatures, which is a pure function: each is checked once. And no log, it would take longer
+    than the week."""
+    monkeypatch.setattr(flood_item, "verify_peer", functools.lru_cache(4096)(verify_peer))
+    before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.configure(**before)
 
 
 def simulate(seed: int, *, rows: int, days: int) -> Tally:
