@@ -349,6 +349,7 @@ class Pipeline:
         if not attempt.started:  # the run has gone on from here: whatever was ahead belongs to another past
             await to_thread.run_sync(self._checkpoints.drop_after, attempt.step)
             attempt.started = True
+            log.info("working", stage=self._stage, step=done)
         self.steps_done = max(self.steps_done, done)
         now = self._clock.time()
         self.last_step, attempt.stepped = (now, max(0.0, now - attempt.stepped)), now
