@@ -11,11 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from tessera.cli.options import AsJson
-from tessera.cli.settings import CommandPath
-from tessera.cli.tree import Configured, Setting, inspect_command, known_variables
-from tessera.core.errors import Invalid
+from tessera.cli.tree import Configured, Setting, find_command, inspect_command, known_variables
 
-__all__ = ["show_config"]
+__all__ = ["hides_secret", "show_config"]
 
 HIDDEN = "(not shown)"
 SECRET_WORDS = {"token", "secret", "database"}  # in a setting's name: its value may hold a password
@@ -34,7 +32,7 @@ def show_config(
     Later wins: default, config.toml in the configuration folder, config.toml in the state directory, variable, flag.
     """
     root: Configured = ctx.find_root().command  # type: ignore[assignment]
-    path, rest = _command(root, words or [])
+    path, rest = find_command(ctx, words) if words else ((), [])
     inspected = {
         command: inspect_command(ctx, command, rest) for command in ([path] if path else filter(None, root.known))
     }
@@ -85,28 +83,28 @@ def _near(name: str, known: set[str]) -> str:
     return f": did you mean {near[0]}?" if near else ""
 
 
+def hides_secret(setting: Setting) -> bool:
+    """Whether the value must not be shown as it is."""
+    return _shown(setting) != _as_text(setting.value)
+
+
 def _shown(setting: Setting) -> Any:
     """The value without what may be a secret: a token behind a relay's URL, a password in a database's."""
     value = setting.value
     if value and SECRET_WORDS & set(setting.key.split("_")):
         return HIDDEN
+    text = _as_text(value)
+    if isinstance(text, list):
+        return [_open_part(one) for one in text]
+    return _open_part(text) if isinstance(text, str) else text
+
+
+def _as_text(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_open_part(str(one)) for one in value]
-    return value if isinstance(value, bool | int | float | None) else _open_part(str(value))
+        return [str(one) for one in value]
+    return value if isinstance(value, bool | int | float | None) else str(value)
 
 
 def _open_part(text: str) -> str:
     url, mark, _ = text.partition("#")
     return f"{url}#{HIDDEN}" if mark and "://" in url else text
-
-
-def _command(root: Configured, words: list[str]) -> tuple[CommandPath, list[str]]:
-    """The command that the first of `words` name, and the rest."""
-    for count in range(len(words), 0, -1):
-        if tuple(words[:count]) in root.commands_below:
-            return tuple(words[:count]), words[count:]
-    if words:
-        near = difflib.get_close_matches(words[0], [path[0] for path in root.commands_below if path], n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
-        raise Invalid(f"there is no command {' '.join(words)!r}{hint}")
-    return (), []

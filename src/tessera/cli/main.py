@@ -21,6 +21,7 @@ from tessera.cli.log_view import show_logs
 from tessera.cli.options import AsJson, StateDir, choice, default_state_dir
 from tessera.cli.relay import relay
 from tessera.cli.run_app import run_app
+from tessera.cli.service import service_app
 from tessera.cli.tree import Configured
 
 __all__ = ["app"]
@@ -143,3 +144,4 @@ app.command("config", context_settings={"allow_extra_args": True, "ignore_unknow
 app.command()(relay)
 app.add_typer(run_app, name="run")
 app.add_typer(keys_app, name="keys")
+app.add_typer(service_app, name="service")

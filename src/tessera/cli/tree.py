@@ -7,10 +7,11 @@ be mended, 1 otherwise, 130 after Ctrl-C.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ from tessera.cli.options import choice, parse_size
 from tessera.cli.settings import FILE, CommandPath, Known, Layers, Settings, set_settings, user_file
 from tessera.core.errors import Invalid, TesseraError
 
-__all__ = ["Configured", "Inspected", "Setting", "fail", "inspect_command", "known_variables"]
+__all__ = ["Configured", "Inspected", "Setting", "fail", "find_command", "inspect_command", "known_variables"]
 
 PREFIX = "TESSERA"
 OTHER_VARIABLES = {"TESSERA_CONFIG_DIR"}
@@ -68,6 +69,16 @@ def fail(error: TesseraError) -> NoReturn:
     raise typer.Exit(2 if isinstance(error, Invalid) else 1)
 
 
+def find_command(ctx: Any, words: Sequence[str]) -> tuple[CommandPath, list[str]]:
+    """The command that the first of `words` name, and the rest. Raises `Invalid` when there is none."""
+    commands = ctx.find_root().command.commands_below
+    for count in range(len(words), 0, -1):
+        if tuple(words[:count]) in commands:
+            return tuple(words[:count]), list(words[count:])
+    near = difflib.get_close_matches("".join(words[:1]), [path[0] for path in commands if path], n=1)
+    raise Invalid(f"there is no command {' '.join(words)!r}" + (f": did you mean {near[0]}?" if near else ""))
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting of one command: its value, and where that comes from."""
@@ -108,7 +119,9 @@ def _inspect_root(root: Any) -> list[Setting]:
 def _inspect(root: Any, command: Any, path: CommandPath, words: list[str]) -> list[Setting]:
     inner = command.context_class(command, info_name=path[-1], parent=root, resilient_parsing=True)
     inner.default_map = _defaults(root.meta[_LAYERS], command, path)
+    inner.resilient_parsing = False  # an unknown option is an error here too
     opts, _, _ = command.make_parser(inner).parse_args(args=list(words))
+    inner.resilient_parsing = True  # but nothing is asked or demanded
     found = []
     for option in sorted(_options(command), key=lambda option: not option.is_eager):
         value, source = option.consume_value(inner, opts)
