@@ -8,7 +8,7 @@ again, and otherwise begins anew. Equal text gives equal shards, whether or not 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from tessera.models.dataset import (
 )  # fmt: skip
 from tessera.models.tokenizer import END, Tokenizer, train_tokenizer
 
-__all__ = ["Prepared", "Store", "prepare_dataset", "train_on"]
+__all__ = ["Prepared", "Progress", "Store", "prepare_dataset", "train_on"]
 
 log = structlog.get_logger()
 
@@ -46,6 +46,9 @@ _VALIDATION = 16  # one token in so many, when no document fell on that side
 _NOTE = "progress.json"
 _NOTE_LIMIT = 16 * 2**20
 _ASIDE = "validation.ids"
+
+
+Progress = Callable[[int, int], None]
 
 
 class Store(Protocol):
@@ -112,12 +115,14 @@ def prepare_dataset(
     folder: Path,
     description: str = "",
     shard_tokens: int = SHARD_TOKENS,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Tokenise `source` into shards; `store` keeps them and the index.
 
     Args:
         folder: where progress is noted; this preparation's alone, removed when it is complete.
         shard_tokens: most tokens of a shard.
+        progress: told now and then how many bytes of text and how many shards are done.
 
     Raises: Invalid: too little text, too many bad rows; Unavailable: the disk is full, and what was done is kept.
     """
@@ -126,7 +131,7 @@ def prepare_dataset(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         work = _Preparation(source, tokenizer, tokenizer_blob, store, folder, shard_tokens)
-        work.read()
+        work.read(progress or (lambda text_bytes, shards: None))
         prepared = work.finish(description or source.description)
         shutil.rmtree(folder)
         return prepared
@@ -153,8 +158,8 @@ class _Preparation:
         self._filled = 0
         self._text_bytes = self._done.text_bytes
 
-    def read(self) -> None:
-        """All pieces, from where the progress stands."""
+    def read(self, progress: Progress) -> None:
+        """All pieces, from where the last preparation stood."""
         for batch in _batches(self._pieces()):
             encoded = self._tokenizer.encode_all([piece.text for _, piece in batch])
             for (place, piece), ids in zip(batch, encoded, strict=True):
@@ -165,6 +170,7 @@ class _Preparation:
                 else:
                     self._add(part, place)
                 self._text_bytes += len(piece.text.encode())
+            progress(self._text_bytes, len(self._shards))
 
     def finish(self, description: str) -> Prepared:
         train = np.concatenate(self._buffer) if self._buffer else np.zeros(0, self._dtype)
