@@ -369,6 +369,7 @@ class ZmqLink:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._beat)
+                tasks.start_soon(self._offer)
                 await self._over.wait()
                 tasks.cancel_scope.cancel()
             return self._reason or "over"
@@ -402,12 +403,16 @@ class ZmqLink:
             self.post(pack(Kind.BYE))
 
     async def _beat(self) -> None:
-        """Shows that the connection is there at all; in between, offers what a full queue has not taken."""
+        """Shows that the connection is there at all: sending on one that is gone fails."""
         while self.alive:
             if not self._outbox:
                 self.post(pack(Kind.BEAT))
-            with anyio.move_on_after(BEAT_S):
-                await self._thick.wait()
+            await anyio.sleep(BEAT_S)
+
+    async def _offer(self) -> None:
+        """Offers the engine again what its full queue has not taken."""
+        while self.alive:
+            await self._thick.wait()
             stuck_at = anyio.current_time() + STUCK_S
             while self._outbox and self.alive:
                 if not self._try(self._outbox[0]):
