@@ -97,7 +97,7 @@ def data_show(
 def _owner(home: Home) -> str:
     """The account that a run of this directory pays for its text. Needs no passphrase."""
     home.keys.ensure("data-owner")
-    return home.keys.address("data-owner")
+    return next(entry.address for entry in home.keys.entries() if entry.name == "data-owner")
 
 
 def _facts(known: KnownSet) -> dict[str, object]:
@@ -121,7 +121,10 @@ def _show(home: Home, known: KnownSet, as_json: bool, *, sample: bool) -> None:
         ("owner", known.account),
         ("from", known.path),
         ("text", f"{known.text_bytes:,} bytes"),
-        ("tokens", f"{known.tokens:,} in {known.shards} shards, validation beside them"),
+        (
+            "tokens",
+            f"{known.tokens:,}, in {known.shards} shard{'s' if known.shards > 1 else ''} and one for validation",
+        ),
         ("tokenizer", f"{known.tokenizer} ({known.vocab_size:,} tokens)"),
     ):
         table.add_row(label, Text(value))
