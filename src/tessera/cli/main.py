@@ -129,11 +129,18 @@ def claim(state_dir: StateDir = default_state_dir("worker"), as_json: AsJson = F
 
 
 @app.command()
-def doctor(state_dir: StateDir = default_state_dir("up"), as_json: AsJson = False) -> None:
+def doctor(
+    relay: Annotated[
+        list[str] | None, typer.Option(help="A relay's URL, '#' and its token if it asks for one. Repeat for more.")
+    ] = None,
+    state_dir: StateDir = default_state_dir("worker"),
+    as_json: AsJson = False,
+) -> None:
     """What this machine can do, and what is wrong with its set-up."""
     from tessera.cli.doctor import run_doctor
+    from tessera.cli.settings import current_settings
 
-    run_doctor(state_dir, as_json)
+    run_doctor(state_dir, as_json, relays=relay or (), quota_bytes=current_settings().disk_quota_bytes)
 
 
 app.command()(backup)
