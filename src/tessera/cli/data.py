@@ -123,7 +123,7 @@ def _show(home: Home, known: KnownSet, as_json: bool, *, sample: bool) -> None:
         ("text", f"{known.text_bytes:,} bytes"),
         (
             "tokens",
-            f"{known.tokens:,}, in {known.shards} shard{'s' if known.shards > 1 else ''} and one for validation",
+            f"{known.tokens:,}, shards to train on: {known.shards}",
         ),
         ("tokenizer", f"{known.tokenizer} ({known.vocab_size:,} tokens)"),
     ):
