@@ -121,6 +121,16 @@ def test_settings_choose_level_and_form(state: Path, capsys: pytest.CaptureFixtu
     assert json.loads(line)["event"] == "loud"
 
 
+def test_a_file_keeps_more_than_a_terminal_shows(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("warning", state / "logs" / "host.log")
+    structlog.get_logger("tessera.test").info("epoch_posted")
+    structlog.get_logger("tessera.test").warning("peer_lost")
+    assert [event["event"] for event in _events(state / "logs" / "host.log")] == ["epoch_posted", "peer_lost"]
+    shown = capsys.readouterr().err
+    assert "peer_lost" in shown
+    assert "epoch_posted" not in shown
+
+
 def test_logs_are_shown_in_order_without_control_characters(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     set_settings(Settings(log_stderr=False))
     for name, words in (("worker", "from_a\x1b[2Jpeer"), ("host", "later")):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tessera.core.errors import Conflict, Invalid
-from tessera.training.files import drop_leftovers, write_atomic
+from tessera.training.files import drop_leftovers, keep_short, write_atomic
 from tessera.training.home import Home
 from tessera.training.migrations import Migration, migrate
 
@@ -134,3 +134,16 @@ def test_usage_says_what_takes_the_room(tmp_path: Path) -> None:
     usage = home.usage()
     assert {kind for kind, size in usage.items() if size >= 100_000} == {*files, "all"}
     assert usage["all"] == sum(size for kind, size in usage.items() if kind != "all")
+
+
+def test_a_log_of_another_process_stays_short(tmp_path: Path) -> None:
+    file = tmp_path / "worker.log"
+    with file.open("ab", buffering=0) as writer:  # as a child process has it
+        for number in range(100):
+            writer.write(b"%09d\n" % number)
+            keep_short(file, 200)
+        assert file.stat().st_size <= 200
+        assert (tmp_path / "worker.log.1").stat().st_size <= 210
+        assert file.read_bytes().endswith(b"000000099\n")
+        assert b"\0" not in file.read_bytes()
+    assert not keep_short(tmp_path / "none.log", 200)

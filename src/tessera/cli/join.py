@@ -67,7 +67,7 @@ def run_join(invitation: str, options: JoinOptions) -> None:
 def _join(invitation: str, options: JoinOptions, link: RankLink | None) -> None:
     if not options.yes and not sys.stdin.isatty():
         raise Invalid("nobody is here to be asked: add --yes to join without a question")
-    configure_logs("info")  # after the quiet default of all other commands
+    configure_logs("info", options.state_dir / "logs" / "worker.log")
     config = NodeConfig(
         bind=options.bind,
         threads=options.threads,

@@ -39,12 +39,14 @@ _SECRETS = re.compile(
 
 
 def configure_logs(level: str, file: Path | None = None) -> None:
-    """Log from `level` on, unless the settings say otherwise; into `file` as well. Third parties: warnings only.
+    """Log from `level` on, and into `file` from info on; `--log` overrules both. Third parties: warnings only.
 
     `file` lies in `<state directory>/logs`; it is made once the directory is one.
     """
     settings = current_settings()
-    number = logging.getLevelNamesMapping()[(settings.log or level).upper()]
+    shown = logging.getLevelNamesMapping()[(settings.log or level).upper()]
+    kept = logging.getLevelNamesMapping()[settings.log.upper()] if settings.log else min(shown, logging.INFO)
+    number = shown if file is None else min(shown, kept)
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -62,6 +64,7 @@ def configure_logs(level: str, file: Path | None = None) -> None:
     if settings.log_stderr or not handlers:
         last = _json_lines() if settings.log_format == "json" else _console()
         handlers.append(_formatted(logging.StreamHandler(sys.stderr), last, shared))
+        handlers[-1].setLevel(shown)
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if isinstance(handler.formatter, _Formatter)]:
         root.removeHandler(old)

@@ -74,6 +74,7 @@ def up(
     state_dir: StateDir = default_state_dir("up"),
 ) -> None:
     """A whole economy on this machine: chain, workers, training, shares, gateway, buyer, income."""
+    from tessera.cli.logs import configure_logs
     from tessera.cli.running import run_until_signal
     from tessera.cli.up import run_up
     from tessera.devnet.plan import UpConfig
@@ -83,6 +84,7 @@ def up(
         state_dir=state_dir, data=data, steps=steps, stages=stages, codec=kind, host=host, port=port,
         seats=seats, chain_url=chain, once=once,
     )  # fmt: skip
+    configure_logs("warning", state_dir / "logs" / "host.log")
     run_until_signal(lambda: run_up(config, as_json=as_json))
 
 

@@ -59,6 +59,7 @@ def run_create(
 ) -> None:
     """Open a run and host it until Ctrl-C: prints an invitation, seats who comes, settles, then sells the model."""
     from tessera.cli.join import parse_relay
+    from tessera.cli.logs import configure_logs
     from tessera.cli.running import run_until_signal
     from tessera.cli.up import run_up
     from tessera.devnet.plan import UpConfig
@@ -68,6 +69,7 @@ def run_create(
         state_dir=state_dir, manifest=manifest, own_workers=workers, bind=bind, port=port, host=host, chain_url=chain,
         database=database, requests=requests, once=once, relays=tuple((relay.url, relay.token) for relay in relays),
     )  # fmt: skip
+    configure_logs("warning", state_dir / "logs" / "host.log")
     run_until_signal(lambda: run_up(config, as_json=as_json))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["drop_leftovers", "write_atomic"]
+__all__ = ["drop_leftovers", "keep_short", "write_atomic"]
 
 LEFTOVER_S = 60.0  # a file being written is renamed within milliseconds; older ones belong to a process that is gone
 _TEMPORARY = re.compile(r"\.[\w.-]+\.[a-z0-9_]{8}")  # what `write_atomic` names them
@@ -48,3 +49,17 @@ def drop_leftovers(folder: Path, now: float | None = None) -> list[Path]:
                 file.unlink()
                 gone.append(file)
     return gone
+
+
+def keep_short(file: Path, limit_bytes: int) -> bool:
+    """Bound a file that another process appends to: over the limit, its content moves to `<name>.1` and it is emptied.
+
+    What is written between the copy and the emptying is lost: a log may lose lines, never grow without end. The writer
+    must have opened the file for appending. Returns whether it was too long. Raises `OSError`.
+    """
+    with suppress(FileNotFoundError):
+        if file.stat().st_size > limit_bytes:
+            shutil.copyfile(file, file.with_name(f"{file.name}.1"))
+            os.truncate(file, 0)
+            return True
+    return False
