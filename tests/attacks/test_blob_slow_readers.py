@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import pytest
 
 from blob_world import DATA, served, stores
 from tessera.core import encoding
 from tessera.core.ids import BlobId
+from tessera.p2p import memory_wire
 from tessera.p2p.blob_store import BlobStore
-from tessera.p2p.blob_wire import ANSWER_S, BLOBS, MAX_STREAMS, READ_BYTES
+from tessera.p2p.blob_wire import BLOBS, MAX_STREAMS, READ_BYTES, TAKE_S
 from tessera.p2p.blobs import fetch, serve_blobs
 from tessera.p2p.memory import MemoryNetwork
 from tessera.p2p.transport import Transport
@@ -43,7 +45,8 @@ class Watched:
         return Chunk()
 
 
-def test_slow_readers_hold_little_and_only_their_own_places(tmp_path: Path) -> None:
+def test_slow_readers_hold_little_and_only_their_own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_wire, "WINDOW", 1 << 16)  # less than a chunk, so that a reader can hold a writer up
     mine, theirs = stores(tmp_path, "mine", "theirs")
     blob, watched = theirs.put(DATA), Watched(theirs)
     request = encoding.encode({"blob": blob, "chunk": 0, "offset": 0})
@@ -55,7 +58,7 @@ def test_slow_readers_hold_little_and_only_their_own_places(tmp_path: Path) -> N
 
     async def body(network: MemoryNetwork, me: Transport, victim: Transport, attacker: Transport) -> None:
         serve_blobs(victim, watched)  # type: ignore[arg-type]
-        network.shape(victim.id, attacker.id, delay_s=0.01, rate_bytes_per_s=100.0)
+        network.wire(victim.id, attacker.id).rate_bytes_per_s = 100.0
         async with anyio.create_task_group() as tasks:
             for _ in range(3 * MAX_STREAMS):
                 tasks.start_soon(ask_and_wait, attacker, victim)
@@ -64,7 +67,8 @@ def test_slow_readers_hold_little_and_only_their_own_places(tmp_path: Path) -> N
             got = await fetch(me, [victim.record()], blob, mine, timeout_s=60)
             assert anyio.current_time() - started < 5
             assert got.path.read_bytes() == DATA
-            await anyio.sleep(ANSWER_S + 60)
+            assert watched.open == MAX_STREAMS
+            await anyio.sleep(TAKE_S + 10)
             assert watched.open == 0
             tasks.cancel_scope.cancel()
         assert watched.most_open <= MAX_STREAMS + 3

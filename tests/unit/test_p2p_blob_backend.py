@@ -98,6 +98,27 @@ def test_a_chunk_that_was_half_written_is_written_again(tmp_path: Path) -> None:
     assert other.path(blob).read_bytes() == DATA
 
 
+def test_an_index_that_was_half_written_is_no_blob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = machines(f"file://{tmp_path}/team", tmp_path, "one", "other")
+    files = one._backend._fs  # type: ignore[union-attr]
+
+    def breaks_off(path: str, data: bytes, **_: object) -> None:
+        Path(path).write_bytes(data[:20])
+        raise OSError("the cable is out")
+
+    pipe = files.pipe
+    monkeypatch.setattr(files, "pipe", lambda chunks: [Path(path).write_bytes(data) for path, data in chunks.items()])
+    monkeypatch.setattr(files, "pipe_file", breaks_off)
+    with pytest.raises(Unavailable, match="the cable is out"):
+        one.put(DATA)
+    monkeypatch.undo()
+    assert files.pipe == pipe
+    (blob,) = one.blobs()
+    assert not other.has(blob)
+    one.put(DATA)
+    assert other.has(blob)
+
+
 @pytest.mark.parametrize("what", ["chunk", "length", "index"])
 def test_a_storage_with_other_bytes_is_named_and_nothing_wrong_comes_out(tmp_path: Path, what: str) -> None:
     one, other = machines(f"file://{tmp_path}/team", tmp_path, "one", "other")

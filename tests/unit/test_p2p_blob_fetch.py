@@ -206,10 +206,9 @@ SIZE = encoding.encode({"size": CHUNK_BYTES})
         ((SIZE, b"x"), "a piece of 1 bytes"),
         ((SIZE, b"x" * 65_536, b""), "a piece of 0 bytes when 983040"),
         ((SIZE, b"x" * 65_537, b""), "65536 expected"),
-        ((SIZE, *(b"x" * 65_536 for _ in range(16)), b"more"), "when 0 of"),
         ((SIZE, *(b"x" * 65_536 for _ in range(16)), b""), "not chunk 0"),
     ],
-    ids=["short", "negative", "bool", "garbage", "crumbs", "early end", "long piece", "late end", "wrong bytes"],
+    ids=["short", "negative", "bool", "garbage", "crumbs", "early end", "long piece", "wrong bytes"],
 )
 def test_an_answer_that_breaks_the_rules_is_misbehaviour(
     tmp_path: Path, messages: tuple[bytes, ...], what: str
@@ -219,9 +218,23 @@ def test_an_answer_that_breaks_the_rules_is_misbehaviour(
 
     async def body(network: MemoryNetwork, me: Transport, peer: Transport) -> None:
         peer.serve(BLOBS, scripted(theirs.index(blob).to_bytes(), *messages))
-        with pytest.raises(Misbehaviour, match="wrong bytes came from") as caught:
+        with pytest.raises(Misbehaviour, match=what) as caught:
             await fetch(me, [peer.record()], blob, mine, timeout_s=60)
         assert caught.value.evidence == [peer.id]
+
+    served(1, body)
+
+
+def test_a_peer_that_goes_on_after_the_end_is_dropped_and_its_right_bytes_are_kept(tmp_path: Path) -> None:
+    mine, theirs = stores(tmp_path, "mine", "theirs")
+    blob = theirs.put(ONE_CHUNK)
+    pieces = [ONE_CHUNK[start : start + 65_536] for start in range(0, CHUNK_BYTES, 65_536)]
+
+    async def body(network: MemoryNetwork, me: Transport, peer: Transport) -> None:
+        peer.serve(BLOBS, scripted(theirs.index(blob).to_bytes(), SIZE, *pieces, b"more"))
+        got = await fetch(me, [peer.record()], blob, mine, timeout_s=60)
+        assert got.dropped == (peer.id,)
+        assert got.path.read_bytes() == ONE_CHUNK
 
     served(1, body)
 
@@ -278,14 +291,14 @@ def test_a_cancelled_fetch_has_written_what_came(tmp_path: Path) -> None:
         counting, seen = Counting(me), [0]
         with pytest.raises(Late):
             await fetch(
-                counting, [peer.record()], blob, mine, timeout_s=0.8, progress=lambda here, _: seen.append(here)  # type: ignore[arg-type]
+                counting, [peer.record()], blob, mine, timeout_s=0.3, progress=lambda here, _: seen.append(here)  # type: ignore[arg-type]
             )  # fmt: skip
         partial = mine.resume(theirs.index(blob))
         assert partial.here_bytes == seen[-1] > 0
-        assert counting.received_bytes - partial.here_bytes < 4 * 4096 + 2000
+        assert counting.received_bytes - partial.here_bytes < 3 * 4096 + 1500
         partial.close()
 
-    served(1, body, rate_bytes_per_s=2e6)
+    served(1, body, rate_bytes_per_s=10e6)
 
 
 def test_progress_ends_with_everything(tmp_path: Path) -> None:
@@ -325,9 +338,9 @@ def test_a_disk_that_fills_up_ends_the_fetch_blames_nobody_and_loses_nothing(
         serve_blobs(peer, theirs)
         monkeypatch.setattr(blob_part, "write_all", fills_up)
         started = anyio.current_time()
-        with pytest.raises(Unavailable, match="No space left on device; free some space"):
+        with pytest.raises(Unavailable, match=r"^cannot write in .*: No space left on device; free some space"):
             await fetch(me, [peer.record()], blob, mine, timeout_s=60)
-        assert anyio.current_time() - started < 5, "no use in trying again"
+        assert anyio.current_time() - started < 0.5, "no use in trying again"
         monkeypatch.setattr(blob_part, "write_all", write_all)
         got = await fetch(me, [peer.record()], blob, mine, timeout_s=60)
         assert got.kept_bytes > 2_000_000

@@ -357,8 +357,8 @@ class Fetch:
         blob, liars = f"blob {self._blob[:16]}…", self._liars()
         errors = [source.error for source in self._sources if source.error is not None]
         if liars:
-            names = ", ".join(f"{peer[:16]}…" for peer in liars)
-            return Misbehaviour(f"no peer is left for {blob}; wrong bytes came from {names}", evidence=list(liars))
+            what = "; ".join(error.message for error in errors if isinstance(error, Misbehaviour))
+            return Misbehaviour(f"no peer is left for {blob}; wrong bytes came: {what[:1000]}", evidence=list(liars))
         if errors and all(isinstance(error, Missing) for error in errors):
             return Missing(f"none of {len(errors)} peers has {blob}")
         reasons = "; ".join(error.message for error in errors)
