@@ -6,10 +6,10 @@ Time is cut into ticks. A tick says something when bulk transfers wanted to send
 - below the limit that stood, something behind us is slower than we thought;
 - at the limit, the limit was the bottleneck, and the tick says nothing about the uplink.
 
-The estimate is the largest of the last `MEMORY` ticks that said something, so one bad second does not lower it. A limit
-that is never exceeded would hide an uplink that is faster than it, so now and then a tick probes above the estimate; as
-long as that finds more, the next probes go further, and a tick below the estimate afterwards drains the queue that a
-fruitless probe has built.
+The estimate is the largest of what the last `MEMORY` probes found, or of `MEMORY` ticks in a row below the limit: one
+bad second does not lower it. A limit that is never exceeded would hide an uplink that is faster than it, so now and then
+a tick probes above the estimate; as long as that finds more, the next tick does too, and one well below the estimate
+then drains the queue that a fruitless probe has built.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ BUSY = 0.9  # the part of a tick in which bulk must want to send, for the tick t
 CRUISE = 0.8  # of the estimate: what bulk may use, so that small messages find the queue empty
 CRUISE_TICKS = 10
 PROBE = 1.25  # a probe leaves a queue of at most 0.25 × TICK_S
-GROW = 2.0  # the probe after one that found more
 DRAIN = 0.5
 FOUND = 1.05  # × estimate: an acknowledged rate from which on a probe has found more
 SHORT = 0.9  # × limit: a rate under which the limit was not the bottleneck
 STEADY = 1.25  # without a limit: growth from tick to tick under which the rate has settled
-MEMORY = 3
+MEMORY = 4
 
 
 class _Phase(Enum):
@@ -46,6 +45,7 @@ class UplinkEstimate:
         self.bytes_per_s: float | None = None
         self._phase, self._gain, self._left = _Phase.UNLIMITED, CRUISE, 0
         self._heard: deque[float] = deque(maxlen=MEMORY)
+        self._short: list[float] = []  # the ticks in a row in which the limit was not the bottleneck
         self._before: float | None = None  # the rate of the last busy tick without a limit
 
     @property
@@ -73,18 +73,23 @@ class UplinkEstimate:
             self._enter(_Phase.DRAINING, DRAIN, 1)
 
     def _cruised(self, rate: float, busy: bool, estimate: float) -> None:
-        if rate > estimate or (busy and rate < SHORT * self._gain * estimate):
+        if rate > estimate:
             self._hear(rate)
-        if busy:
-            self._left -= 1
-            if self._left <= 0:
-                self._enter(_Phase.PROBING, PROBE, 1)
+        if not busy:
+            return
+        self._short = [*self._short, rate] if 0 < rate < SHORT * self._gain * estimate else []
+        if len(self._short) == MEMORY:
+            self._heard.extend(self._short)
+            self.bytes_per_s, self._short = max(self._heard), []
+        self._left -= 1
+        if self._left <= 0:
+            self._enter(_Phase.PROBING, PROBE, 1)
 
     def _probed(self, rate: float, busy: bool, estimate: float) -> None:
         if busy and rate > 0:
             self._hear(rate)
         if busy and rate >= FOUND * estimate:
-            self._enter(_Phase.PROBING, GROW, 1)
+            self._enter(_Phase.PROBING, PROBE, 1)
         else:
             self._enter(_Phase.DRAINING, DRAIN, 1)
 
