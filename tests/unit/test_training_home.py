@@ -134,6 +134,9 @@ def test_usage_says_what_takes_the_room(tmp_path: Path) -> None:
     usage = home.usage()
     assert {kind for kind, size in usage.items() if size >= 100_000} == {*files, "all"}
     assert usage["all"] == sum(size for kind, size in usage.items() if kind != "all")
+    assert home.blob_quota(None) is None
+    assert home.blob_quota(10**9) == 10**9 - (usage["all"] - usage["blobs"])
+    assert home.blob_quota(1000) == 1 << 20  # what a blob store needs to work at all
 
 
 def test_a_log_of_another_process_stays_short(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tessera import __version__
 from tessera.cli import work
 from tessera.cli.backup import backup, restore
 from tessera.cli.config import show_config
+from tessera.cli.data import data_app
 from tessera.cli.keys import keys_app
 from tessera.cli.log_view import show_logs
 from tessera.cli.options import AsJson, StateDir, choice, default_state_dir
@@ -152,5 +153,6 @@ app.command("config", context_settings={"allow_extra_args": True, "ignore_unknow
                                         "allow_interspersed_args": False})(show_config)  # fmt: skip
 app.command()(relay)
 app.add_typer(run_app, name="run")
+app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
 app.add_typer(service_app, name="service")

@@ -105,6 +105,13 @@ class Home:
                     continue
         return {**sizes, "all": sum(sizes.values())}
 
+    def blob_quota(self, quota_bytes: int | None) -> int | None:
+        """What a quota for the whole directory leaves for blobs, now; never less than 1 MiB, None = no limit."""
+        if quota_bytes is None:
+            return None
+        usage = self.usage()
+        return max(1 << 20, quota_bytes - (usage["all"] - usage["blobs"]))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process. Raises `Conflict` when another process holds it."""
