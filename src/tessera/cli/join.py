@@ -15,6 +15,7 @@ from rich.table import Table
 from tessera.cli.logs import configure_logs
 from tessera.cli.options import choice, parse_size
 from tessera.cli.running import run_until_signal
+from tessera.cli.settings import current_settings
 from tessera.cli.status import duration
 from tessera.core.errors import Invalid
 from tessera.devnet.node import NodeConfig, run_node
@@ -83,6 +84,7 @@ def _join(invitation: str, options: JoinOptions, link: RankLink | None) -> None:
             device=options.device,
             memory_limit=parse_size("--memory-limit", options.memory_limit) if options.memory_limit else 0,
             parallel=choice("--parallel", options.parallel, get_args(Parallel)),
+            quota_bytes=current_settings().disk_quota_bytes,
             claim_above=options.claim_above,
         ),
     )

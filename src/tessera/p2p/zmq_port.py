@@ -59,7 +59,7 @@ class ZmqPort:
                 except zmq.Again:
                     return False
                 self._on_message(parts)
-                if self._closed:
+                if self.closed:
                     return False
             return True
         finally:
@@ -79,13 +79,17 @@ class ZmqPort:
             self._look_again()
         return True
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._socket.close()
 
     def _look_again(self) -> None:
-        if not self._due and self._socket.EVENTS & zmq.POLLIN:
+        if not self._due and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self._due = True
             asyncio.get_running_loop().call_soon(self._pump_later)
 

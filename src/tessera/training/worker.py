@@ -66,6 +66,7 @@ class WorkerConfig:
     device: str = "auto"  # cpu, cuda, mps, or auto
     memory_limit: int = 0  # bytes of each device's memory that are lent; 0 = what is free
     parallel: Parallel = "auto"  # several devices: replicate the stage on each, or shard it
+    quota_bytes: int | None = None  # most of the disk for blobs; None = what the schedule needs soon, and no limit
     claim_above: int = 1  # units of the coin that are worth a transaction
 
 
@@ -184,7 +185,7 @@ class Worker:
         _check_remembered(folder, roster)
         chain = RpcChain(peer_rpc(self._transport, lambda: self._host.invitation.host))
         await self._host.patiently(lambda: self._check_chain(manifest, roster, chain))
-        blobs = BlobStore(self._home.blobs)
+        blobs = BlobStore(self._home.blobs, quota_bytes=self._config.quota_bytes)
         serve_blobs(self._transport, blobs)
         batches = await self._host.patiently(lambda: self._open_data(manifest, roster, blobs, folder))
         trainer = await to_thread.run_sync(self._build_trainer, manifest, stage)
