@@ -1,7 +1,6 @@
 """`tessera keys`, as typed; and where its passphrase comes from."""
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import structlog
 from eth_account import Account as EthAccount
 from typer.testing import CliRunner
 
+from tessera.cli.logs import forget_logs
 from tessera.cli.main import app
 from tessera.core.signing import AccountKey
 from tessera.training import backup_stream, sealing
@@ -27,10 +27,9 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TESSERA_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr("sys.argv", ["tessera"])
     yield
+    forget_logs()
     structlog.reset_defaults()
     use_passphrases(None)
-    root = logging.getLogger()
-    root.handlers = [handler for handler in root.handlers if handler.__class__.__module__ != "logging"]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import structlog
 
 from tessera.cli import logs
 from tessera.cli.log_view import show_logs
-from tessera.cli.logs import configure_logs
+from tessera.cli.logs import configure_logs, forget_logs
 from tessera.cli.settings import Settings, set_settings
 from tessera.core.errors import Missing
 
@@ -23,11 +23,8 @@ INVITATION = "tessera1" + "Qx7" * 30
 def _as_before() -> Iterator[None]:
     yield
     set_settings(Settings())
-    configure_logs("warning")  # closes the file
+    forget_logs()
     structlog.reset_defaults()
-    root = logging.getLogger()
-    root.handlers = [handler for handler in root.handlers if handler.__class__.__module__ != "logging"]
-    logging.getLogger("tessera").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`tessera service`: the unit, line by line, and what may not get into it."""
 
-import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import structlog
 from typer.testing import CliRunner
 
 from tessera.cli import service
+from tessera.cli.logs import forget_logs
 from tessera.cli.main import app
 from tessera.cli.unit_file import UnitFile
 from tessera.core.errors import Invalid
@@ -30,10 +30,9 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("sys.argv", ["tessera"])
     monkeypatch.setattr(service, "_systemctl", lambda system, *words: "inactive")
     yield
+    forget_logs()
     structlog.reset_defaults()
     use_passphrases(None)
-    root = logging.getLogger()
-    root.handlers = [handler for handler in root.handlers if handler.__class__.__module__ != "logging"]
 
 
 @pytest.fixture

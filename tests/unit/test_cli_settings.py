@@ -1,7 +1,6 @@
 """Every command's settings: which layer wins, what is refused, and what `tessera config` says about it."""
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from tessera.cli.config import show_config
+from tessera.cli.logs import forget_logs
 from tessera.cli.main import app as tessera
 from tessera.cli.options import StateDir, parse_size
 from tessera.cli.settings import current_settings
@@ -59,10 +59,9 @@ def config_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setattr("sys.argv", ["tessera"])
     seen.clear()
     yield folder
+    forget_logs()
     structlog.reset_defaults()
     use_passphrases(None)
-    logging.getLogger().handlers = [h for h in logging.getLogger().handlers if "cli.logs" not in type(h).__module__]
-    logging.getLogger("tessera").setLevel(logging.NOTSET)
 
 
 def call(*words: object, env: dict[str, str] | None = None, app: typer.Typer | None = None) -> Any:

@@ -19,7 +19,7 @@ import structlog
 
 from tessera.cli.settings import current_settings
 
-__all__ = ["FILE_BYTES", "KEPT", "configure_logs", "redact"]
+__all__ = ["FILE_BYTES", "KEPT", "configure_logs", "forget_logs", "redact"]
 
 FILE_BYTES = 5_000_000
 KEPT = 4  # full files beside the one that is written
@@ -65,15 +65,23 @@ def configure_logs(level: str, file: Path | None = None) -> None:
         last = _json_lines() if settings.log_format == "json" else _console()
         handlers.append(_formatted(logging.StreamHandler(sys.stderr), last, shared))
         handlers[-1].setLevel(shown)
+    forget_logs()
+    root = logging.getLogger()
+    for handler in handlers:
+        root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("tessera").setLevel(number)
+
+
+def forget_logs() -> None:
+    """Undo what `configure_logs` did, and close its file."""
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if isinstance(handler.formatter, _Formatter)]:
         root.removeHandler(old)
         if isinstance(old, _StateLog):
             old.close()
-    for handler in handlers:
-        root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    logging.getLogger("tessera").setLevel(number)
+    logging.getLogger("tessera").setLevel(logging.NOTSET)
 
 
 def redact(logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
