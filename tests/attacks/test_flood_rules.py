@@ -44,7 +44,7 @@ async def attacked(config: FloodConfig = TIGHT) -> AsyncIterator[tuple[FloodWorl
             await anyio.sleep(5)
             yield world, victim, friend, liar
             friend.publish("end", b"still here")
-            await anyio.sleep(200)
+            await anyio.sleep(60)
             assert payloads(victim, "end") == [b"still here"]
             assert world.guilty() <= {ATTACKER.id}
 
@@ -239,12 +239,12 @@ def test_a_member_that_calls_too_often_is_throttled_and_then_dropped() -> None:
 
 
 def test_a_member_that_says_too_much_loses_only_its_own_words() -> None:
-    """10,000 items, all in order: the victim keeps an origin's allowance, and fetches no faster than it refills."""
+    """5,000 items, all in order: the victim keeps an origin's allowance, and fetches no faster than it refills."""
 
     async def main() -> None:
         async with attacked() as (world, victim, friend, liar):
             friend.publish("news", b"small and true")
-            items = [liar.item(n, bytes(500), topic="spam", ttl_s=86_400) for n in range(1, 10_001)]
+            items = [liar.item(n, bytes(500), topic="spam", ttl_s=86_400) for n in range(1, 5_001)]
             for start in range(0, len(items), 500):
                 await liar.offer(victim_of(world), *(item.id for item in items[start : start + 500]))
                 await anyio.sleep(3)
@@ -319,13 +319,12 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=[name.replace(" ", "_") for name in LIES])
 def test_a_malformed_comparison_bars_the_liar(lie: Callable[[bytes], bytes]) -> None:
-    async def attack(world: FloodWorld, victim: Flood, liar: Liar) -> None:
-        liar.lie = lie
-        await anyio.sleep(900)  # until the victim compares with it
-
     async def main() -> None:
-        async with attacked() as (world, victim, _, liar):
-            await attack(world, victim, liar)
+        async with attacked() as (world, _, _, liar):
+            liar.lie = lie
+            with anyio.fail_after(900):  # until somebody compares with it
+                while not world.faults:
+                    await anyio.sleep(10)
             assert world.guilty() == {ATTACKER.id}
 
     run_virtual(main)
@@ -349,13 +348,13 @@ def test_endless_differences_end() -> None:
     async def main() -> None:
         async with attacked() as (_, victim, friend, liar):
             liar.lie = cut_for_ever
-            await anyio.sleep(600)
+            await anyio.sleep(150)
             friend.publish("news", b"meanwhile")
             await anyio.sleep(5)
             assert payloads(victim) == [b"meanwhile"]
 
     run_virtual(main)
-    assert 64 < asked < 600 / 15 * 2 * 64 * 64
+    assert 64 < asked < 150 / 15 * 2 * 64 * 64
 
 
 def test_claims_to_hold_what_it_does_not_cost_the_liar_its_place() -> None:

@@ -60,7 +60,7 @@ def exchange(one: FloodState, other: FloodState) -> int:
 
 
 @given(st.lists(ITEMS, max_size=30) | st.lists(DENSE, max_size=8), st.randoms(use_true_random=False))
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_members_that_talk_until_there_is_no_news_hold_the_same(items: list[Item], rng: random.Random) -> None:
     """Whatever each heard first, in whatever order, lies and all."""
     states = [FloodState() for _ in range(3)]
