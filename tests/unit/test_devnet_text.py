@@ -54,6 +54,6 @@ def test_baselines_count_a_bounded_part(folder: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_text_without_a_whole_window_to_validate_on_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "text", {"a.txt": b"the same again\n" * 2000})
+    write(tmp_path / "text", {"a.txt": b"x" * 30_000})
     with pytest.raises(Invalid, match="shorter than one window of 256"):
         prepare_text(tmp_path / "text", BlobStore(tmp_path / "blobs"), tmp_path / "text.json")
