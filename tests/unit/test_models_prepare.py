@@ -103,7 +103,7 @@ class Killed:
         return "reader"
 
 
-@pytest.mark.parametrize("every", [7, 60, 200])
+@pytest.mark.parametrize("every", [7, pytest.param(60, marks=pytest.mark.slow), 200])
 def test_killed_again_and_again_it_ends_with_the_same_shards(
     every: int, folder: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
