@@ -126,7 +126,8 @@ def test_what_cannot_work_is_said_in_one_line(tmp_path: Path) -> None:
         (up(tmp_path / "c", "--stages", 1), "at least 2 stages"),
         (up(tmp_path / "d", "--codec", "zip"), "--codec is one of codec, reparam, dense"),
         (up(tmp_path / "e", "--chain", "http://127.0.0.1:9"), "no EVM node answers"),
-        (command("join", "tessera1AAAA", "--state-dir", tmp_path / "f"), "damaged or cut short"),
+        (command("join", "tessera1AAAA", "--yes", "--state-dir", tmp_path / "f"), "damaged or cut short"),
+        (command("join", "tessera1AAAA", "--state-dir", tmp_path / "f"), "add --yes to join without a question"),
         (command("shares", "--state-dir", tmp_path / "g"), "no Tessera state"),
         (command("run", "show", empty), "cannot read"),
     ]
@@ -147,7 +148,7 @@ def _each_is_said_in_one_line(cases: list[tuple[list[str], str]], tmp_path: Path
 
 def test_a_manifest_is_described_before_it_is_run(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    made = run(command("run", "create", file, "--data", TEXT, "--steps", 50, "--state-dir", tmp_path / "s"), tmp_path)
+    made = run(command("run", "draft", file, "--data", TEXT, "--steps", 50, "--state-dir", tmp_path / "s"), tmp_path)
     assert made.returncode == 0, made.stderr
     shown = last_object(run(command("run", "show", file, "--json"), tmp_path).stdout)
     assert shown["run_id"] in made.stdout
@@ -168,7 +169,9 @@ def _with_strangers(tmp_path: Path, *more: object) -> dict[str, object]:
         for name in ("first", "second"):
             home = tmp_path / name
             home.mkdir()
-            joins.append(started(command("join", invitation, "--state-dir", home / "state"), home, home / "log"))
+            joins.append(
+                started(command("join", invitation, "--yes", "--state-dir", home / "state"), home, home / "log")
+            )
         with joins[0] as first, joins[1] as second:
             assert process.wait(2 * PATIENCE_S) == 0, (tmp_path / "up.log").read_text()
             assert first.wait(20) == 0

@@ -155,7 +155,7 @@ def list_invitations(state_dir: Path, run: str, database: str, as_json: bool) ->
 
 def _manifest(what: str, state_dir: Path) -> Manifest:
     file = Path(what)
-    if not file.is_file():
+    if not what or not file.exists():
         home = Home.existing(state_dir)
         file = home.run_folder(_find(home, what)) / "manifest.json"
     try:

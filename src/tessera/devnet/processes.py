@@ -13,8 +13,10 @@ from pathlib import Path
 import anyio
 import anyio.abc
 import structlog
+from anyio import to_thread
 
 from tessera.core.errors import Unavailable
+from tessera.training.files import keep_short
 
 __all__ = ["WorkerProcesses"]
 
@@ -25,6 +27,8 @@ LONGEST_PAUSE_S = 30.0
 EARLY_DEATHS = 4  # in a row: then something is wrong that starting again does not mend
 HEALTHY_S = 30.0  # a process that lived this long starts again without a pause
 STOP_S = 5.0
+LOG_LOOK_S = 30.0
+LOG_BYTES = 5_000_000
 ALONE = ("--yes", "--probe-seconds", "0")  # nobody is there to be asked
 
 
@@ -40,6 +44,7 @@ class WorkerProcesses:
         async with anyio.create_task_group() as tasks:
             for number in range(self._count):
                 tasks.start_soon(self._keep_alive, number)
+                tasks.start_soon(self._keep_log_short, number)
             try:
                 yield
             finally:
@@ -60,6 +65,11 @@ class WorkerProcesses:
             pause_s = FIRST_PAUSE_S if early_deaths == 0 else min(2 * pause_s, LONGEST_PAUSE_S)
             await anyio.sleep(pause_s)
 
+    async def _keep_log_short(self, number: int) -> None:
+        while True:
+            await anyio.sleep(LOG_LOOK_S)
+            await to_thread.run_sync(keep_short, self._log_file(number), LOG_BYTES)
+
     async def _run_once(self, number: int) -> int:
         state = self._folder / f"worker-{number}"
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +80,7 @@ class WorkerProcesses:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(),
+                env=self._environment(),
                 start_new_session=True,  # Ctrl-C is for the parent, which stops us in order
             )
         try:
@@ -79,17 +89,20 @@ class WorkerProcesses:
             with anyio.CancelScope(shield=True):
                 await _stop(process)
 
+    def _environment(self) -> dict[str, str]:
+        """One thread for each process: four of them share the machine's cores. What the owner has set for workers of his
+        own, hours for one, is not for these.
+        """
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("TESSERA_JOIN_")}
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return {**kept, **threads, "TESSERA_CONFIG_DIR": str(self._folder)}
+
     def _last_words(self, number: int) -> str:
         lines = self._log_file(number).read_text(errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else "it wrote nothing"
 
     def _log_file(self, number: int) -> Path:
         return self._folder / f"worker-{number}.log"
-
-
-def _environment() -> dict[str, str]:
-    """One thread for each process: four of them share the machine's cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 async def _stop(process: anyio.abc.Process) -> None:

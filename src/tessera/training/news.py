@@ -38,6 +38,7 @@ BATCH_STEPS = 10  # of receipts in one item: two for each step and neighbour mak
 BATCH_LIMIT = 16 * 1024  # bytes
 RECEIPTS_TTL_S = 2 * 3600.0
 LOOK_S = 2.0
+REMEMBERED = 16  # workers who left
 INBOX = 64  # items that wait for their signatures to be checked; more are asked of the neighbours when they are missed
 
 
@@ -64,9 +65,7 @@ class News:
     ) -> None:
         self._manifest, self._transport, self._key, self._book = manifest, transport, key, book
         self._roster, self._moved, self._steps_done = roster, moved, steps_done
-        self._flood = Flood(
-            transport, manifest.run_id, lambda: roster().records, key, clock, random.Random(key.id), FloodConfig()
-        )
+        self._flood = Flood(transport, manifest.run_id, self._members, key, clock, random.Random(key.id), FloodConfig())
         self._flood.subscribe(SEATS, self._on_seat)
         self._flood.subscribe(RECEIPTS, self._on_receipts)
         self._inbox_in, self._inbox = anyio.create_memory_object_stream[Item](INBOX)
@@ -81,6 +80,11 @@ class News:
             while True:
                 self._tell_receipts()
                 await anyio.sleep(LOOK_S)
+
+    def _members(self) -> list[PeerRecord]:
+        """The workers, and the last who left: what they signed still counts."""
+        roster = self._roster()
+        return [*roster.records, *(past.seat.record for past in roster.past[-REMEMBERED:])]
 
     # --- telling ----------------------------------------------------------------------------------------------------
 
@@ -137,7 +141,7 @@ class News:
         if not isinstance(rows, list):
             raise Invalid("receipts come as a list")
         receipts = [Receipt.from_row(self._manifest.run_id, row) for row in rows]
-        members = {seat.peer for seat in self._roster().seats}
+        members = {record.id for record in self._members()}
         for receipt in receipts:
             if receipt.signer != item.origin or receipt.worker not in members:
                 raise Misbehaviour("a receipt that its teller has not signed, or of a stranger", evidence=item.origin)

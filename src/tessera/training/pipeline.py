@@ -292,6 +292,8 @@ class Pipeline:
             self.trained = anyio.Event()
         if not self.trained.is_set():  # else it is loaded, and may be serving
             await to_thread.run_sync(self._load, attempt.step)
+            if attempt.step < steps:  # fetching may take a while, and in a session a neighbour waits for us
+                await self._batches.ready(attempt.step)
         if self._stage + 1 < self._manifest.model.stages:
             below = self._roster().seats[self._stage + 1].record
             attempt.down = await self._transport.open(below, PIPELINE, timeout_s=CALL_S)

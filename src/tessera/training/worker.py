@@ -66,7 +66,7 @@ class WorkerConfig:
     device: str = "auto"  # cpu, cuda, mps, or auto
     memory_limit: int = 0  # bytes of each device's memory that are lent; 0 = what is free
     parallel: Parallel = "auto"  # several devices: replicate the stage on each, or shard it
-    quota_bytes: int | None = None  # most of the disk for blobs; None = what the schedule needs soon, and no limit
+    quota_bytes: int | None = None  # most of the disk for the state directory; None = no limit
     claim_above: int = 1  # units of the coin that are worth a transaction
 
 
@@ -149,6 +149,7 @@ class Worker:
         self._closed = anyio.Event()
         self._settled = False
         self._claimable = 0
+        self._seated: Seated | None = None
 
     async def run(self) -> None:
         parts = await self._sit_down()
@@ -185,7 +186,7 @@ class Worker:
         _check_remembered(folder, roster)
         chain = RpcChain(peer_rpc(self._transport, lambda: self._host.invitation.host))
         await self._host.patiently(lambda: self._check_chain(manifest, roster, chain))
-        blobs = BlobStore(self._home.blobs, quota_bytes=self._config.quota_bytes)
+        blobs = BlobStore(self._home.blobs, quota_bytes=self._home.blob_quota(self._config.quota_bytes))
         serve_blobs(self._transport, blobs)
         batches = await self._host.patiently(lambda: self._open_data(manifest, roster, blobs, folder))
         trainer = await to_thread.run_sync(self._build_trainer, manifest, stage)
@@ -193,7 +194,7 @@ class Worker:
         if successor:
             roster = await self._take_over(manifest, stage, checkpoints, chain)
         remember_run(folder, manifest, roster)
-        seated = Seated(manifest, stage, roster, self._transport, chain, trainer, blobs)
+        seated = self._seated = Seated(manifest, stage, roster, self._transport, chain, trainer, blobs)
         return self._set_to_work(seated, folder, checkpoints, batches)
 
     def _set_to_work(self, seated: Seated, folder: Path, checkpoints: Checkpoints, batches: NamedBatches) -> _Parts:
@@ -286,15 +287,13 @@ class Worker:
 
     async def _open_data(self, manifest: Manifest, roster: Roster, blobs: BlobStore, folder: Path) -> NamedBatches:
         """The run's text, from whoever has it: tokenizer and indexes now, shards when they are due."""
-        others = (record for record in roster.records if record.id != self._transport.id)
-        peers = list({record.id: record for record in (*self._host.invitation.peers, *others)}.values())
         pin = f"run-{manifest.run_id[:16]}"
 
         async def bring(blob: BlobId) -> Path:
             await to_thread.run_sync(blobs.pin, blob, pin)
             if not await to_thread.run_sync(blobs.is_here, blob):
                 log.info("fetching", blob=blob)
-                await fetch(self._transport, peers, blob, blobs, timeout_s=FETCH_S)
+                await fetch(self._transport, self._sources(roster), blob, blobs, timeout_s=FETCH_S)
             return await to_thread.run_sync(blobs.path, blob)
 
         def release(blob: BlobId) -> None:
@@ -304,6 +303,12 @@ class Worker:
 
         await bring(manifest.tokenizer)
         return await open_batches(manifest, bring, release, folder)
+
+    def _sources(self, roster: Roster) -> list[PeerRecord]:
+        """Who may have the run's text: the host, and the workers where they are now."""
+        workers = self._seated.roster if self._seated is not None else roster
+        known = {record.id: record for record in (*self._host.invitation.peers, *workers.records)}
+        return [record for peer, record in known.items() if peer != self._transport.id]
 
     def _build_trainer(self, manifest: Manifest, stage: int) -> StageTrainer:
         schedule, config = manifest.schedule, self._config
