@@ -6,6 +6,8 @@ import math
 import random
 import statistics
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
 
 import anyio
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from p2p_world import key, serve_all
 from tessera.core.errors import Invalid
 from tessera.p2p.calls import call
+from tessera.p2p.iroh_meter import IrohMeter
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, run_virtual
 from tessera.p2p.pacer import BULK_PIECE, Pacer
 from tessera.p2p.transport import PeerRecord, Stream
@@ -20,11 +23,12 @@ from tessera.p2p.uplink import CRUISE, TICK_S, UplinkEstimate
 
 MB = 1_000_000
 LINK = 10.0 * MB  # 80 Mb/s
+THEM = key(2).id
 
 
 async def send(pacer: Pacer, pieces: int, size: int, *, bulk: bool, log: list[float] | None = None) -> None:
     for _ in range(pieces):
-        async with pacer.sending(size, bulk=bulk):
+        async with pacer.sending(size, THEM, bulk=bulk):
             if log is not None:
                 log.append(anyio.current_time())
 
@@ -54,7 +58,7 @@ def test_no_window_of_any_length_holds_more_than_the_cap_allows() -> None:
     async def chat(pacer: Pacer, bulk: bool) -> None:
         for _ in range(150):
             size = rng.randrange(1, pacer.piece_bytes(1 << 20, bulk=bulk) + 1)
-            async with pacer.sending(size, bulk=bulk):
+            async with pacer.sending(size, THEM, bulk=bulk):
                 sent.append((anyio.current_time(), size))
             if rng.random() < 0.1:
                 await anyio.sleep(rng.random() / 10)
@@ -96,7 +100,7 @@ def test_bulk_streams_share_evenly_however_many_come_and_whenever() -> None:
         async def stream(number: int, start_s: float) -> None:
             await anyio.sleep(start_s)
             while True:
-                async with pacer.sending(8_000, bulk=True):
+                async with pacer.sending(8_000, THEM, bulk=True):
                     counts[number] += 1
 
         with anyio.move_on_after(2.0001):
@@ -123,13 +127,13 @@ def test_a_small_message_waits_for_one_piece_of_bulk_at_most() -> None:
             for _ in range(200):
                 await anyio.sleep(0.02 * rng.random())
                 started = anyio.current_time()
-                async with pacer.sending(1_000, bulk=False):
+                async with pacer.sending(1_000, THEM, bulk=False):
                     waits.append(anyio.current_time() - started)
             tasks.cancel_scope.cancel()
 
     async def send(pacer: Pacer, pieces: int, size: int) -> None:
         for _ in range(pieces):
-            async with pacer.sending(size, bulk=True):
+            async with pacer.sending(size, THEM, bulk=True):
                 pass
 
     run_virtual(main)
@@ -340,28 +344,69 @@ def test_the_estimate_hears_only_ticks_that_say_something() -> None:
     for _ in range(50):
         estimate.tick(1, 100.0, 0)
     assert estimate.bytes_per_s == pytest.approx(450 / TICK_S), "idle ticks say nothing"
+    before = estimate.limit
+    assert before is not None
+    estimate.tick(before * TICK_S, TICK_S, 0, clear=True)
+    assert estimate.bytes_per_s == pytest.approx(450 / TICK_S), "the limit is below the estimate"
     estimate.tick(0, TICK_S, TICK_S)
     assert estimate.bytes_per_s == pytest.approx(450 / TICK_S), "a peer that fell silent says nothing of the uplink"
+
+
+def test_what_is_acknowledged_was_sent_one_round_trip_ago() -> None:
+    """An uplink of 1 MB/s with a queue before it: the queue takes what is sent too fast, and the round trip grows."""
+
+    class Connection:
+        sent, lost, trip_ms = 0, 0, 100
+
+        def stats(self) -> Any:
+            return SimpleNamespace(udp_tx_bytes=self.sent, lost_bytes=self.lost)
+
+        def rtt(self) -> int:
+            return self.trip_ms
+
+    async def main() -> None:
+        connection = Connection()
+        meter = IrohMeter(connection)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(meter.run)
+            for _ in range(200):  # 2 s at the uplink's rate
+                await anyio.sleep(0.01)
+                connection.sent += 10_000
+            assert meter() == pytest.approx(1_900_000, abs=15_000)
+            for step in range(100):  # 1 s at twice that: the queue grows by as much
+                await anyio.sleep(0.01)
+                connection.sent += 20_000
+                connection.trip_ms = max(100, 50 + 5 * step)  # of what arrives now, which half the queue was before
+            assert meter() == pytest.approx(2_900_000, abs=60_000)
+            connection.lost += 1_000_000
+            before = meter()
+            connection.trip_ms = 10_000
+            assert meter() == before, "it never falls"
+            tasks.cancel_scope.cancel()
+
+    run_virtual(main)
 
 
 def test_a_link_that_ends_in_the_middle_of_a_tick_is_counted_once() -> None:
     async def main() -> None:
         pacer = Pacer()
         acknowledged = {"one": 500, "two": 0}
-        end_one = pacer.add_meter(lambda: acknowledged["one"])
-        pacer.add_meter(lambda: acknowledged["two"])
+        end_one = pacer.add_meter(THEM, lambda: acknowledged["one"])
+        pacer.add_meter(THEM, lambda: acknowledged["two"])
 
-        async def second(size: int) -> None:
-            async with pacer.sending(1, bulk=True):
+        async def tick(ends: bool) -> None:
+            async with pacer.sending(1, THEM, bulk=True):
                 await anyio.sleep(TICK_S / 2)
-                acknowledged["one"] += size
-                end_one()
-                end_one()
-                acknowledged["two"] += size
+                acknowledged["one"] += 1000
+                if ends:
+                    end_one()
+                    end_one()
+                    acknowledged["one"] += 70_000  # nobody's business any more
+                acknowledged["two"] += 1000
                 await anyio.sleep(TICK_S / 2)
 
-        await second(1000)
-        await second(1000)
+        await tick(ends=False)
+        await tick(ends=True)
         assert pacer.uplink_bytes_per_s is not None
         assert pacer.uplink_bytes_per_s == pytest.approx(2000 / TICK_S)
 

@@ -166,7 +166,7 @@ class FramedStream:
         if self._pacer is None:
             await self._channel.write(piece)
         else:
-            async with self._pacer.sending(len(piece), bulk=self._bulk):
+            async with self._pacer.sending(len(piece), self._peer, bulk=self._bulk):
                 await self._channel.write(piece)
         self._sent += len(piece)
 

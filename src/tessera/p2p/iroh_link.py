@@ -22,6 +22,7 @@ import tessera.p2p.iroh_fast  # noqa: F401 - must come before anything is sent
 from tessera.core.errors import Unavailable
 from tessera.core.ids import PeerId, parse_peer_id
 from tessera.p2p.framing import PIECE, READ_AHEAD, FramedStream
+from tessera.p2p.iroh_meter import IrohMeter
 from tessera.p2p.pacer import Pacer
 from tessera.p2p.switchboard import hello
 
@@ -192,17 +193,16 @@ class IrohLink:
 
     async def run(self, on_stream: Callable[[IrohChannel, PeerId], None]) -> str:
         """Returns why the link ended."""
-        end_meter = self._pacer.add_meter(self._acknowledged) if self._pacer is not None else None
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._beat)
+                if self._pacer is not None:
+                    tasks.start_soon(self._measure, self._pacer)
                 reason = await self._accept(on_stream)
                 tasks.cancel_scope.cancel()
             return reason
         finally:
             self.close("over")
-            if end_meter is not None:
-                end_meter()
             for task in list(self._reads):
                 task.cancel()
 
@@ -220,12 +220,13 @@ class IrohLink:
             self.alive = False
             self._connection.close(0, reason.encode()[:100])
 
-    def _acknowledged(self) -> int:
-        """What we sent and the peer received, our engine's headers included. QUIC sends what acknowledgements make room
-        for, so this runs ahead of them by one congestion window at most.
-        """
-        stats = self._connection.stats()
-        return int(stats.udp_tx_bytes) - int(stats.lost_bytes)
+    async def _measure(self, pacer: Pacer) -> None:
+        meter = IrohMeter(self._connection)
+        end = pacer.add_meter(self.peer, meter)
+        try:
+            await meter.run()
+        finally:
+            end()
 
     async def _accept(self, on_stream: Callable[[IrohChannel, PeerId], None]) -> str:
         while True:

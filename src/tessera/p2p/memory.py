@@ -8,7 +8,7 @@ its silence is noticed when a fault is made, not by polling.
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
 import anyio
@@ -69,12 +69,9 @@ class MemoryNetwork:
             self._ports += 1
             transport = MemoryTransport(self, key, f"node:{self._ports}", tasks, pacer)
             self._listeners[transport.address] = transport
-            end_meter = pacer.add_meter(lambda: self.delivered(key.id)) if pacer is not None else None
             try:
                 yield transport
             finally:
-                if end_meter is not None:
-                    end_meter()
                 with anyio.CancelScope(shield=True):
                     await transport.close()
 
@@ -140,10 +137,6 @@ class MemoryNetwork:
                 return transport
         return None
 
-    def delivered(self, peer: PeerId) -> int:
-        """Bytes of `peer`'s that others have read."""
-        return sum(wire.delivered_bytes for (writer, _), wire in self._wires.items() if writer == peer)
-
     def reachable(self, a: PeerId, b: PeerId) -> bool:
         return not (self.wire(a, b).cut or self.wire(b, a).cut)
 
@@ -168,6 +161,7 @@ class MemoryTransport:
         self._presence = PresenceBoard()
         self._links: dict[PeerId, MemoryLink] = {}
         self._dialling: dict[PeerId, anyio.Event] = {}
+        self._meters: dict[PeerId, Callable[[], None]] = {}  # what ends them
         self._open = True
 
     @property
@@ -222,6 +216,8 @@ class MemoryTransport:
                     await link.flush(self)
             for link in links:
                 link.end(f"{self.id[:16]}… closed the link", spare_finished=True)
+            for end_meter in self._meters.values():
+                end_meter()
         await self._tasks.close()
 
     # --- for the network --------------------------------------------------------------------------------------------
@@ -246,6 +242,9 @@ class MemoryTransport:
         if old is not None:
             old.end("the peer came back on another link")
         self._presence.set(peer, "up")
+        if self._pacer is not None and peer not in self._meters:
+            wire = self._network.wire(self.id, peer)
+            self._meters[peer] = self._pacer.add_meter(peer, lambda: wire.delivered_bytes)
 
     def dismiss(self, peer: PeerId, link: MemoryLink) -> None:
         if self._links.get(peer) is link:

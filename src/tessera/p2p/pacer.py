@@ -18,11 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import anyio
 import anyio.lowlevel
 
 from tessera.core.errors import Invalid
+from tessera.core.ids import PeerId
 from tessera.p2p.uplink import CRUISE, TICK_S, UplinkEstimate
 
 __all__ = ["BULK_PIECE", "Pacer"]
@@ -31,6 +33,9 @@ BULK_PIECE = 64 * 1024  # bytes
 SMALLEST_PIECE = 4 * 1024
 PIECE_S = 0.01  # a piece takes the uplink no longer than this, where it is slower than 6.5 MB/s
 MIN_UPLINK = 1_000  # bytes per second
+USED = 0.9  # of the limit: a tick in which it counts as used up
+TAKEN = 0.88  # of what a peer was sent: all of it, but for what is on its way
+LARGE = 0.1  # of everything that was sent: the least that says something of a peer
 EPSILON = 1e-3  # bytes: what rounding may leave
 SHORTEST_S = 1e-6  # a sleep that moves the clock, whatever the clock shows
 
@@ -53,8 +58,8 @@ class Pacer:
         self._bulk = _Bucket(self.bulk_bytes_per_s, now)
         self._all = _Bucket(lambda: self._cap, now)
         self._bulk_turn, self._turn = anyio.Lock(), anyio.Lock()  # queues: what is waited for is the wire
-        self._meters: list[Callable[[], int]] = []
-        self._acknowledged = 0.0
+        self._meters: list[_Meter] = []
+        self._sent: dict[PeerId, int] = {}  # in this tick
         self._senders, self._busy_s = 0, 0.0
         self._tick_at: float | None = None
         self._busy_at = 0.0
@@ -76,10 +81,11 @@ class Pacer:
         return min(most, BULK_PIECE, max(SMALLEST_PIECE, int(rate * PIECE_S)))
 
     @asynccontextmanager
-    async def sending(self, size: int, *, bulk: bool) -> AsyncIterator[None]:
-        """Waits until `size` bytes may go; the body writes them. Cancelled while it waits, it has used nothing."""
+    async def sending(self, size: int, peer: PeerId, *, bulk: bool) -> AsyncIterator[None]:
+        """Waits until `size` bytes may go to `peer`; the body writes them. Whoever stops waiting has used nothing."""
         if not bulk:
             await self._pass(size)
+            self._count_sent(size, peer)
             yield
             return
         self._count_sender(1)
@@ -88,6 +94,7 @@ class Pacer:
                 await self._bulk.wait(size)
                 await self._pass(size)
                 self._bulk.take(size)
+            self._count_sent(size, peer)
             yield
         finally:
             self._count_sender(-1)
@@ -100,23 +107,22 @@ class Pacer:
 
     # --- measuring --------------------------------------------------------------------------------------------------
 
-    def add_meter(self, acknowledged: Callable[[], int]) -> Callable[[], None]:
-        """Count what a link's peer has acknowledged: `acknowledged()` is the sum so far, in bytes, and never falls.
+    def add_meter(self, peer: PeerId, acknowledged: Callable[[], int]) -> Callable[[], None]:
+        """Count what `peer` has acknowledged on a link: `acknowledged()` is the sum so far, in bytes, and never falls.
 
         Returns: what ends it.
         """
-        start = acknowledged()
-
-        def meter() -> int:
-            return acknowledged() - start
+        meter = _Meter(peer, acknowledged, acknowledged())
 
         def end() -> None:
-            if meter in self._meters:
-                self._meters.remove(meter)
-                self._acknowledged -= meter()  # its part of the sum since the tick began stays in the sum
+            meter.end()
 
         self._meters.append(meter)
         return end
+
+    def _count_sent(self, size: int, peer: PeerId) -> None:
+        if self._cap is None:
+            self._sent[peer] = self._sent.get(peer, 0) + size
 
     def _count_sender(self, change: int) -> None:
         if self._cap is not None:
@@ -126,14 +132,49 @@ class Pacer:
             self._busy_s += now - self._busy_at
         self._senders, self._busy_at = self._senders + change, now
         if self._tick_at is None:
-            self._tick_at, self._acknowledged = now, self._sum()
+            self._tick_at = now
+            self._taken()
         elif now - self._tick_at >= TICK_S:
-            acknowledged = self._sum()
-            self._estimate.tick(max(0.0, acknowledged - self._acknowledged), now - self._tick_at, self._busy_s)
-            self._tick_at, self._acknowledged, self._busy_s = now, acknowledged, 0.0
+            self._tick(now - self._tick_at)
+            self._tick_at, self._busy_s = now, 0.0
 
-    def _sum(self) -> float:
-        return float(sum(meter() for meter in self._meters))
+    def _tick(self, elapsed_s: float) -> None:
+        taken, sent, limit = self._taken(), self._sent, self._estimate.limit
+        self._sent = {}
+        total = sum(sent.values())
+        used_up = limit is not None and total >= USED * limit * elapsed_s
+        clear = used_up and any(
+            size >= LARGE * total and taken.get(peer, 0) >= TAKEN * size for peer, size in sent.items()
+        )
+        self._estimate.tick(sum(taken.values()), elapsed_s, self._busy_s, clear=clear)
+
+    def _taken(self) -> dict[PeerId, int]:
+        """What each peer has acknowledged since the last call."""
+        taken: dict[PeerId, int] = {}
+        for meter in self._meters:
+            taken[meter.peer] = taken.get(meter.peer, 0) + meter.since()
+        self._meters = [meter for meter in self._meters if not meter.over]
+        return taken
+
+
+@dataclass(slots=True)
+class _Meter:
+    peer: PeerId
+    acknowledged: Callable[[], int]
+    told: int
+    over: bool = False
+
+    def since(self) -> int:
+        """What is new since the last call."""
+        now = self.acknowledged()
+        new, self.told = max(0, now - self.told), max(now, self.told)
+        return new
+
+    def end(self) -> None:
+        """What it shows now is its last word, which the tick that is under way still counts."""
+        if not self.over:
+            last = self.acknowledged()
+            self.over, self.acknowledged = True, lambda: last
 
 
 class _Bucket:

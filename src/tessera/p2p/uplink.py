@@ -3,13 +3,15 @@
 Time is cut into ticks. A tick says something when bulk transfers wanted to send during all of it:
 
 - without a limit, or with one above the estimate (a *probe*), what was acknowledged is what the uplink can do;
+- unless the limit was used up and some peer took all that it was sent (the tick is *clear*): then the uplink carried
+  the limit, and whoever took less is slow himself;
 - below the limit that stood, something behind us is slower than we thought;
 - at the limit, the limit was the bottleneck, and the tick says nothing about the uplink.
 
-The estimate is the largest of what the last `MEMORY` probes found, or of `MEMORY` ticks in a row below the limit: one
-bad second does not lower it. A limit that is never exceeded would hide an uplink that is faster than it, so now and then
-a tick probes above the estimate; as long as that finds more, the next tick does too, and one well below the estimate
-then drains the queue that a fruitless probe has built.
+The estimate is the larger of what the last `MEMORY` probes found, or the largest of `SHORTS` ticks in a row below the
+limit: one bad second does not lower it. A limit that is never exceeded would hide an uplink that is faster than it, so
+now and then a tick probes above the estimate; as long as that finds more, the next tick does too, and one well below
+the estimate then drains the queue that a fruitless probe has built.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ DRAIN = 0.5
 FOUND = 1.05  # × estimate: an acknowledged rate from which on a probe has found more
 SHORT = 0.9  # × limit: a rate under which the limit was not the bottleneck
 STEADY = 1.25  # without a limit: growth from tick to tick under which the rate has settled
-MEMORY = 4
+MEMORY = 2  # probes
+SHORTS = 4  # ticks
 
 
 class _Phase(Enum):
@@ -53,9 +56,11 @@ class UplinkEstimate:
         """What bulk may send now, in bytes per second; None is no limit."""
         return None if self.bytes_per_s is None else self._gain * self.bytes_per_s
 
-    def tick(self, acknowledged: float, elapsed_s: float, busy_s: float) -> None:
+    def tick(self, acknowledged: float, elapsed_s: float, busy_s: float, *, clear: bool = False) -> None:
         """`acknowledged` bytes in `elapsed_s`, during `busy_s` of which bulk wanted to send."""
         rate, busy = acknowledged / elapsed_s, busy_s >= BUSY * elapsed_s
+        if clear and busy and self.bytes_per_s is not None:
+            rate = max(rate, self._gain * self.bytes_per_s)
         if self.bytes_per_s is None:
             self._first(rate, busy)
             return
@@ -69,7 +74,7 @@ class UplinkEstimate:
     def _first(self, rate: float, busy: bool) -> None:
         before, self._before = self._before, rate if busy else None
         if before is not None and busy and 0 < rate < STEADY * before:
-            self._hear(max(rate, before))
+            self._hear(rate)
             self._enter(_Phase.DRAINING, DRAIN, 1)
 
     def _cruised(self, rate: float, busy: bool, estimate: float) -> None:
@@ -78,9 +83,10 @@ class UplinkEstimate:
         if not busy:
             return
         self._short = [*self._short, rate] if 0 < rate < SHORT * self._gain * estimate else []
-        if len(self._short) == MEMORY:
-            self._heard.extend(self._short)
-            self.bytes_per_s, self._short = max(self._heard), []
+        if len(self._short) == SHORTS:
+            self._heard.clear()
+            self._hear(max(self._short))
+            self._short = []
         self._left -= 1
         if self._left <= 0:
             self._enter(_Phase.PROBING, PROBE, 1)

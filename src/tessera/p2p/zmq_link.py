@@ -365,7 +365,9 @@ class ZmqLink:
 
     async def run(self) -> str:
         """Returns why the link ended."""
-        end_meter = self._pacer.add_meter(lambda: self.acknowledged_bytes) if self._pacer is not None else None
+        end_meter = (
+            self._pacer.add_meter(self.peer, lambda: self.acknowledged_bytes) if self._pacer is not None else None
+        )
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._beat)
