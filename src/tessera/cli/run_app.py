@@ -52,6 +52,8 @@ def run_create(
     host: Annotated[str, typer.Option(help="Address that page, gateway and JSON-RPC listen on.")] = "127.0.0.1",
     chain: Annotated[str | None, typer.Option(help="JSON-RPC URL of an EVM network. Default: embedded.")] = None,
     database: Annotated[str, typer.Option(help="URL of every table. Default: files in the state directory.")] = "",
+    engine: Annotated[str, typer.Option(help="Of the links: iroh, or zmq inside a network of one's own.")] = "iroh",
+    blobs: Annotated[str, typer.Option(help="Where data lies: any fsspec URL, s3://bucket/path. Default: here.")] = "",
     requests: Annotated[int, typer.Option(help="Paid requests of a first buyer, once it is trained.")] = 0,
     once: Annotated[bool, typer.Option(help="End after one round of payments.")] = False,
     as_json: AsJson = False,
@@ -67,7 +69,8 @@ def run_create(
     relays = [parse_relay(text) for text in relay or ()]
     config = UpConfig(
         state_dir=state_dir, manifest=manifest, own_workers=workers, bind=bind, port=port, host=host, chain_url=chain,
-        database=database, requests=requests, once=once, relays=tuple((relay.url, relay.token) for relay in relays),
+        database=database, engine=choice("--engine", engine, ("iroh", "zmq")), blobs=blobs, requests=requests,
+        once=once, relays=tuple((relay.url, relay.token) for relay in relays),
     )  # fmt: skip
     configure_logs("warning", state_dir / "logs" / "host.log")
     run_until_signal(lambda: run_up(config, as_json=as_json))

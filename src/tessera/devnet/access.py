@@ -19,7 +19,7 @@ from tessera.core.errors import Conflict, Missing, TesseraError, Unavailable
 from tessera.core.signing import PeerKey
 from tessera.devnet.invitations import last_invitation
 from tessera.devnet.ledger import open_ledger
-from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.engines import engine_of, start_transport
 from tessera.training.book import ReceiptBook
 from tessera.training.epochs import EpochLeaves
 from tessera.training.home import Home, write_atomic
@@ -92,7 +92,13 @@ async def _operators_chain(stack: AsyncExitStack, home: Home) -> RpcChain:
 
 async def _members_chain(stack: AsyncExitStack, home: Home) -> RpcChain:
     invitation = last_invitation(home, SystemClock(), even_expired=True)
-    start = IrohTransport.start(PeerKey.generate(), bind=invitation.listen_on)
+    start = start_transport(
+        engine_of(invitation.host),
+        PeerKey.generate(),
+        bind=invitation.listen_on,
+        relays=invitation.relays,
+        clock=SystemClock(),
+    )
     transport = await stack.enter_async_context(start)
     return RpcChain(peer_rpc(transport, lambda: invitation.host))
 

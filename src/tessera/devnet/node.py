@@ -17,7 +17,8 @@ from tessera.devnet.preview import Preview, make_preview, measure
 from tessera.models.decode import StageDecoder
 from tessera.models.device import keep_freed_memory, pick_device
 from tessera.models.parallel_link import RankLink
-from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.engines import engine_of, start_transport
+from tessera.p2p.pacer import Pacer
 from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
 from tessera.serving.shards import ShardConfig, serve_decode
@@ -78,10 +79,15 @@ async def run_node(
     device = pick_device(config.worker.device)
     with home.locked():
         invitation = _read_invitation(home, invitation_text, clock)
-        bind = config.bind or invitation.listen_on
-        async with IrohTransport.start(
-            home.peer_key, bind=bind, relays=_relays(invitation, config), clock=clock
-        ) as transport:
+        start = start_transport(
+            engine_of(invitation.host),
+            home.peer_key,
+            bind=config.bind or invitation.listen_on,
+            relays=_relays(invitation, config),
+            clock=clock,
+            pacer=Pacer(config.uplink_bytes_s),
+        )
+        async with start as transport:
             host = HostLink(transport, invitation, patience_s=config.patience_s, clock=clock)
             offer = await host.patiently(lambda: look(host))
             pace = None

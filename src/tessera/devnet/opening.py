@@ -24,8 +24,8 @@ from tessera.devnet.run import Run
 from tessera.devnet.tables import RunTables
 from tessera.devnet.text import Text, prepare_text, text_of
 from tessera.models.config import ModelSpec
-from tessera.p2p.blobs import BlobStore, serve_blobs
-from tessera.p2p.iroh_transport import IrohTransport
+from tessera.p2p.blobs import BlobStore, open_blob_store, serve_blobs
+from tessera.p2p.engines import start_transport
 from tessera.p2p.pacer import Pacer
 from tessera.p2p.relay.url import RelayUrl
 from tessera.training.book import ReceiptBook, SeatBook
@@ -66,14 +66,16 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         await ensure_funded(ledger, people.operator)
         coin = await ensure_coin(ledger, people.operator, home.path / "coins.json")
         tell("reading and tokenising the text")
-        blobs = BlobStore(home.blobs)
+        blobs = open_blob_store(config.blobs, cache=home.blobs) if config.blobs else BlobStore(home.blobs)
         manifest, text = await to_thread.run_sync(_describe, config, home, ledger.chain_id, people, blobs)
         tables = _open_folder(home, manifest, config.database)
         board, book, seats = _open_tables(manifest, tables, stack)
         relays = tuple(RelayUrl(url, token) for url, token in config.relays)
         own = config.workers(manifest.model.stages)
         bind = _bind(config, alone=own == manifest.model.stages)
-        start = IrohTransport.start(home.peer_key, bind=bind, relays=relays, clock=clock, pacer=Pacer())
+        start = start_transport(
+            config.engine, home.peer_key, bind=bind, relays=relays, clock=clock, pacer=Pacer(), online_s=RELAY_S
+        )
         transport = await stack.enter_async_context(start)
         host = RunHost(
             manifest,
@@ -89,9 +91,6 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         serve_blobs(transport, blobs)
         serve_rpc(transport, ledger.exchange)
         host.serve()
-        if relays:
-            tell("waiting for a relay")
-            await transport.online(RELAY_S)
         door = Door(home, seats, manifest.run_id, ledger.chain_id, transport.record(), clock, relays)
         invitation = door.standing(max(1, manifest.model.stages - own))
         if own:
@@ -154,10 +153,12 @@ def _open_tables(manifest: Manifest, tables: RunTables, stack: AsyncExitStack) -
 
 
 def _bind(config: UpConfig, *, alone: bool) -> str:
-    """Where peers reach us: the gateway's port, in UDP, so that an invitation outlives a restart."""
+    """Where peers reach us: the gateway's port, in UDP, so that an invitation outlives a restart; for zmq, which takes
+    TCP, the one after the page's and the chain's."""
     if config.bind:
         return config.bind
-    return f"{'127.0.0.1' if alone else EVERY_ADDRESS}:{config.port}"
+    beside = 2 if config.engine == "zmq" and config.port else 0
+    return f"{'127.0.0.1' if alone else EVERY_ADDRESS}:{config.port + beside}"
 
 
 def _count_params(spec: ModelSpec) -> int:

@@ -13,6 +13,7 @@ from tessera.devnet.text import VALIDATION_WINDOWS, Text
 from tessera.models.config import ModelSpec
 from tessera.models.device import fast_compute
 from tessera.models.presets import DEFAULT_BATCH, Compute, Kind, default_spec
+from tessera.p2p.engines import Engine
 from tessera.training.manifest import Allocation, DataRecipe, DataSet, Manifest, Part, Schedule
 
 __all__ = ["UpConfig", "make_manifest"]
@@ -44,6 +45,8 @@ class UpConfig:
     manifest: Path | None = None  # run this manifest instead of the preset; its stages, steps and data then count
     relays: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # URL and token ("" = none), best first
     database: str = field(default="", repr=False)  # URL of every table; "" = SQLite files in the state directory
+    engine: Engine = "iroh"  # of the links; zmq inside a network of one's own
+    blobs: str = field(default="", repr=False)  # fsspec URL where data and tokenizers lie; "" = the state directory
     own_workers: int | None = None  # worker processes started here; None = every stage that is no open seat
 
     def __post_init__(self) -> None:

@@ -90,9 +90,8 @@ class WorkerProcesses:
                 await _stop(process)
 
     def _environment(self) -> dict[str, str]:
-        """One thread for each process: four of them share the machine's cores. What the owner has set for workers of his
-        own, hours for one, is not for these.
-        """
+        """One thread for each process: they share the machine's cores. What the owner has set for a worker of his own,
+        hours for one, is not for these."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("TESSERA_JOIN_")}
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         return {**kept, **threads, "TESSERA_CONFIG_DIR": str(self._folder)}
