@@ -23,8 +23,9 @@ from tessera.p2p.framing import frame_header
 from tessera.p2p.switchboard import hello
 from tessera.p2p.transport import PeerRecord, Stream, Transport
 from tessera.p2p.versions import PRODUCT, VERSION
+from tessera.p2p.zmq_channel import WINDOW
 from tessera.p2p.zmq_keys import DOMAIN, CurveKeys, curve_key, greeting, parse_greeting
-from tessera.p2p.zmq_link import STREAMS_PER_END, WINDOW
+from tessera.p2p.zmq_link import STREAMS_PER_END
 from tessera.p2p.zmq_transport import LINKS_PER_PEER, ZmqTransport
 from tessera.p2p.zmq_wire import FRAME, Kind, pack, pack_number, unpack
 

@@ -387,6 +387,20 @@ def test_what_is_acknowledged_was_sent_one_round_trip_ago() -> None:
     run_virtual(main)
 
 
+def test_links_that_come_and_go_without_bulk_leave_nothing_behind() -> None:
+    async def main() -> None:
+        pacer = Pacer()
+        for number in range(100):
+            end = pacer.add_meter(key(number).id, lambda: 0)
+            async with pacer.sending(10, key(number).id, bulk=False):
+                pass
+            end()
+        assert not pacer._meters
+        assert not pacer._sent
+
+    run_virtual(main)
+
+
 def test_a_link_that_ends_in_the_middle_of_a_tick_is_counted_once() -> None:
     async def main() -> None:
         pacer = Pacer()

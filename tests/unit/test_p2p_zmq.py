@@ -24,8 +24,9 @@ from tessera.p2p.memory import run_virtual
 from tessera.p2p.pacer import Pacer
 from tessera.p2p.transport import PeerRecord, Stream
 from tessera.p2p.zmq_address import is_socket, parse_bind, reachable
+from tessera.p2p.zmq_channel import BULK_WINDOW, WINDOW, ZmqChannel
 from tessera.p2p.zmq_keys import CurveKeys
-from tessera.p2p.zmq_link import BULK_WINDOW, STREAMS_PER_END, WINDOW, ZmqChannel, ZmqLink
+from tessera.p2p.zmq_link import STREAMS_PER_END, ZmqLink
 from tessera.p2p.zmq_transport import ZmqTransport
 
 pytestmark = pytest.mark.anyio

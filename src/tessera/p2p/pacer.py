@@ -116,12 +116,14 @@ class Pacer:
 
         def end() -> None:
             meter.end()
+            if not self._senders and meter in self._meters:  # no tick is under way that needs its last word
+                self._meters.remove(meter)
 
         self._meters.append(meter)
         return end
 
     def _count_sent(self, size: int, peer: PeerId) -> None:
-        if self._cap is None:
+        if self._cap is None and self._senders:  # while nobody sends bulk, there is nothing to measure
             self._sent[peer] = self._sent.get(peer, 0) + size
 
     def _count_sender(self, change: int) -> None:
@@ -157,7 +159,7 @@ class Pacer:
         return taken
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Meter:
     peer: PeerId
     acknowledged: Callable[[], int]

@@ -1,9 +1,9 @@
 """`Transport` on zmq's CURVE: for peers on one network or in one data centre, where nothing stands between them.
 
-Encrypted and authenticated like iroh, about twice as fast on one machine, and plain TCP; but it dials addresses
-only, so a peer behind a router cannot be reached. Links are kept as iroh's are: one for each pair of peers, dialled by
-whoever needs it first and used both ways; when both dial at once there may be two, never more. A dead link is dropped
-and dialled again by the next `open`, and a newer record with other addresses is dialled at once.
+Encrypted and authenticated like iroh, over plain TCP and with less work for each byte; but it dials addresses only, so
+a peer behind a router cannot be reached. Links are kept as iroh's are: one for each pair of peers, dialled by whoever
+needs it first and used both ways; when both dial at once there may be two, never more. A dead link is dropped and
+dialled again by the next `open`, and a newer record with other addresses is dialled at once.
 
 Everybody may connect, unless `admit` names who may. zmq gathers a message of many parts before it shows any of them,
 and sets no limit to their number: where strangers can reach the port, admit members only.
@@ -32,10 +32,11 @@ from tessera.p2p.presence import PresenceBoard
 from tessera.p2p.switchboard import Switchboard
 from tessera.p2p.transport import MAX_ADDRS, RECORD_TTL_S, Handler, PeerRecord, Presence, Stream
 from tessera.p2p.zmq_address import is_socket, parse_bind, reachable
+from tessera.p2p.zmq_channel import ZmqChannel
 from tessera.p2p.zmq_dealer import ZmqDealer
 from tessera.p2p.zmq_door import RouteOutlet, ZmqDoor
 from tessera.p2p.zmq_keys import CurveKeys
-from tessera.p2p.zmq_link import ZmqChannel, ZmqLink
+from tessera.p2p.zmq_link import ZmqLink
 
 __all__ = ["ZmqTransport"]
 
