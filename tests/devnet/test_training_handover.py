@@ -97,6 +97,7 @@ def test_a_stage_changes_hands_in_the_middle_and_nothing_is_lost(stage: int, tmp
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_leaver_who_stays_after_all_keeps_his_seat(tmp_path: Path) -> None:
     async def main() -> None:
         run = WholeRun(write_data(tmp_path), tmp_path)
@@ -114,6 +115,7 @@ def test_a_leaver_who_stays_after_all_keeps_his_seat(tmp_path: Path) -> None:
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_successor_who_goes_away_leaves_everything_as_it_was(tmp_path: Path) -> None:
     """He dies after the leaver has stopped for him; the leaver goes on, and the next successor gets the stage."""
 
@@ -158,6 +160,7 @@ def test_a_host_that_restarts_in_between_finds_the_successor_on_the_chain(tmp_pa
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_the_leavers_book_holds_every_receipt_of_the_steps_that_he_is_paid_for(tmp_path: Path) -> None:
     async def main() -> None:
         run = WholeRun(write_data(tmp_path), tmp_path)

@@ -105,6 +105,7 @@ def test_a_wrong_clock_is_told_before_a_seat_is_taken(ahead_s: int, tmp_path: Pa
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_an_owner_pauses_and_resumes(tmp_path: Path) -> None:
     async def main() -> None:
         run = WholeRun(write_data(tmp_path), tmp_path)
@@ -125,6 +126,7 @@ def test_an_owner_pauses_and_resumes(tmp_path: Path) -> None:
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_paused_run_stands_still_everywhere_and_goes_on(tmp_path: Path) -> None:
     async def main() -> None:
         run = WholeRun(write_data(tmp_path), tmp_path)
