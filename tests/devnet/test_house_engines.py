@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from economy_world import TEXT, command, last_object, run, started, until
 
 
