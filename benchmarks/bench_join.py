@@ -30,6 +30,7 @@ from typing import Any
 import anyio
 from blob_figures import blob_mb_s_ratio, resume_bytes_ratio
 
+from tessera.cli.logs import configure_logs
 from tessera.p2p.relay.measure import measure_links
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,8 +47,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller blobs, fewer steps")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args()
+    configure_logs("warning")
     result: dict[str, Any] = {}
-    joins = [measure_join(steps=15 if arguments.quick else 60) for _ in range(1 if arguments.quick else 3)]
+    joins = [measure_join(steps=10 if arguments.quick else 60) for _ in range(1 if arguments.quick else 3)]
     result |= sorted(joins, key=lambda join: join["forecast_ratio"])[len(joins) // 2]
     result["join_s"] = max(join["join_s"] for join in joins)
     result |= {key: value for key, value in resume_bytes_ratio(quick=arguments.quick).items() if key in FIGURES}

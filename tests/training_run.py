@@ -36,8 +36,9 @@ from tessera.training.pipeline import Pipeline
 from tessera.training.protocols import CONTROL, EPOCH, JOIN
 from tessera.training.receipts import Receipt
 from tessera.training.roster import Roster, Seat, seat_binding
+from tessera.training.seating import Seated, WorkerConfig
 from tessera.training.sensors import FakeSensors, Sensors
-from tessera.training.worker import Seated, Worker, WorkerConfig
+from tessera.training.worker import Worker
 from training_world import FakeBatches, FakeTrainer, Told, account_keys, all_receipts, peer_keys
 
 OPERATOR = AccountKey(b"\x31" * 32)

@@ -24,7 +24,7 @@ from tessera.training.invitation import Invitation
 from tessera.training.manifest import DataRecipe, DataSet, Manifest, Schedule
 from tessera.training.roster import Roster
 from tessera.training.rpc_link import serve_rpc
-from tessera.training.worker import Seated
+from tessera.training.seating import Seated
 from training_run import HOST_KEY, OPERATOR, Ledger, invitation_to, make_worker, seat_book
 from training_world import DATA_OWNER, small_manifest
 

@@ -24,7 +24,8 @@ from tessera.training.manifest import Manifest
 from tessera.training.protocols import JOIN, RUN, SMALL
 from tessera.training.roster import Seat, seat_binding
 from tessera.training.rpc_link import serve_rpc
-from tessera.training.worker import Seated, Worker
+from tessera.training.seating import Seated
+from tessera.training.worker import Worker
 from training_run import HOST_KEY, Ledger, hosted, invitation_to, make_worker
 from training_world import account_keys, peer_keys, small_manifest
 

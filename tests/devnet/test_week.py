@@ -60,6 +60,6 @@ def test_a_day_of_twenty_strangers_loses_no_share() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", [2, 3, 4])
+@pytest.mark.parametrize("seed", [2, 3])
 def test_a_week_of_fifty_strangers_loses_no_share(seed: int) -> None:
     simulate(seed, rows=10, days=7)

@@ -26,7 +26,7 @@ from tessera.p2p.relay.bucket import parse_rate
 from tessera.p2p.relay.url import RelayUrl
 from tessera.training.gate import GateConfig
 from tessera.training.home import Home
-from tessera.training.worker import WorkerConfig
+from tessera.training.seating import WorkerConfig
 
 __all__ = ["JoinOptions", "parse_relay", "run_join", "show_preview"]
 

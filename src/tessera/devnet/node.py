@@ -27,8 +27,9 @@ from tessera.training.home import Home
 from tessera.training.invitation import Invitation
 from tessera.training.joining import HostLink, Offer, Pace, look
 from tessera.training.roster import Roster, recall_run
+from tessera.training.seating import Seated, WorkerConfig
 from tessera.training.sensors import MachineSensors
-from tessera.training.worker import Seated, Worker, WorkerConfig
+from tessera.training.worker import Worker
 
 __all__ = ["LiveRoster", "NodeConfig", "run_node"]
 
