@@ -114,27 +114,35 @@ def test_the_commands_and_the_example_work_while_it_is_up(tmp_path: Path) -> Non
 
 
 def test_what_cannot_work_is_said_in_one_line(tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letters.txt").write_text("mine")
     cases = [
-        (up(tmp_path / "a", "--data", empty), "nothing to learn from"),
-        (up(tmp_path / "b", "--data", tmp_path / "nowhere"), "no such file or folder"),
+        (up(tmp_path / "a", "--data", tmp_path / "nowhere"), "no such file or folder"),
         (up(foreign), "not a Tessera state directory"),
+        (command("join", "tessera1AAAA", "--yes", "--state-dir", tmp_path / "f"), "damaged or cut short"),
+    ]
+    with Home(tmp_path / "h").locked():
+        cases.append((up(tmp_path / "h"), "is in use by process"))
+        _each_is_said_in_one_line(cases, tmp_path)
+
+
+@pytest.mark.slow
+def test_more_that_cannot_work_is_said_in_one_line(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = [
+        (up(tmp_path / "a", "--data", empty), "nothing to learn from"),
         (up(tmp_path / "c", "--stages", 1), "at least 2 stages"),
         (up(tmp_path / "d", "--codec", "zip"), "--codec is one of codec, reparam, dense"),
         (up(tmp_path / "e", "--chain", "http://127.0.0.1:9"), "no EVM node answers"),
-        (command("join", "tessera1AAAA", "--yes", "--state-dir", tmp_path / "f"), "damaged or cut short"),
         (command("join", "tessera1AAAA", "--state-dir", tmp_path / "f"), "add --yes to join without a question"),
         (command("shares", "--state-dir", tmp_path / "g"), "no Tessera state"),
         (command("run", "show", empty), "cannot read"),
     ]
-    with socket.create_server(("127.0.0.1", 0)) as taken, Home(tmp_path / "h").locked():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         cases.append((up(tmp_path / "i", "--port", port), f"port {port} on 127.0.0.1 is in use"))
-        cases.append((up(tmp_path / "h"), "is in use by process"))
         _each_is_said_in_one_line(cases, tmp_path)
 
 

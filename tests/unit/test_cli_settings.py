@@ -181,7 +181,8 @@ def test_config_says_what_is_in_force_and_where_it_comes_from(config_dir: Path, 
     assert rows["disk_quota"] == (None, "default", "")
     assert rows["relay"][0] == ["https://relay.example#(not shown)"]
     assert found["files"] == [str(config_dir / "config.toml"), str(tmp_path / "config.toml")]
-    assert found["unread_variables"] == ["TESSERA_JOIN_TREADS"]
+    tools = {"TESSERA_ANVIL", "TESSERA_AXE"}  # where CI keeps what some tests use
+    assert set(found["unread_variables"]) - tools == {"TESSERA_JOIN_TREADS"}
     shown = call("config", env=env)
     assert "did you mean TESSERA_JOIN_THREADS?" in " ".join(shown.output.split())
     assert "letmein" not in shown.output
