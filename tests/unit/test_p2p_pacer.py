@@ -387,6 +387,30 @@ def test_what_is_acknowledged_was_sent_one_round_trip_ago() -> None:
     run_virtual(main)
 
 
+def test_a_link_whose_path_is_gone_is_measured_as_before() -> None:
+    """The engine knows no round trip before the first path is chosen, and none once the link is over."""
+
+    class Connection:
+        round_trip_ms: int | None = None
+
+        def stats(self) -> Any:
+            return SimpleNamespace(udp_tx_bytes=5_000, lost_bytes=0)
+
+        def rtt(self) -> int | None:
+            return self.round_trip_ms
+
+    async def main() -> None:
+        connection = Connection()
+        meter = IrohMeter(connection)
+        assert meter() == 0
+        connection.round_trip_ms = 10
+        assert meter() == 5_000
+        connection.round_trip_ms = None
+        assert meter() == 5_000
+
+    run_virtual(main)
+
+
 def test_links_that_come_and_go_without_bulk_leave_nothing_behind() -> None:
     async def main() -> None:
         pacer = Pacer()

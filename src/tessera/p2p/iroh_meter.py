@@ -40,7 +40,9 @@ class IrohMeter:
     def __call__(self) -> int:
         """Bytes so far, the engine's headers included. Never falls."""
         self._look()
-        self._told = max(self._told, int(self._sent_at(self._now() - self._connection.rtt() / 1000)))
+        rtt_ms = self._connection.rtt()
+        if rtt_ms is not None:  # None while no path is selected: before the first, and once the link is over
+            self._told = max(self._told, int(self._sent_at(self._now() - rtt_ms / 1000)))
         return self._told
 
     def _look(self) -> None:
