@@ -24,7 +24,7 @@ from netns import RELAY_ADDRESS, Machine, Recorder, machines_behind_a_relay, mac
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
-STEPS = 240
+STEPS = 400
 NAME = "a-name-that-nobody-else-uses"
 TOKEN = "only-for-the-invited"
 PATIENCE_S = 200.0
@@ -125,11 +125,13 @@ def live_together(creator: Person, second: Person, third: Person, fourth: Person
     second.join()  # with what lies in its directory
     until(lambda: third.step() >= before + 20, "it goes on after a worker came back", PATIENCE_S)
 
+    creator.type("run", "pause")  # the run waits: however fast the machine, it does not end before the successor is here
     third.type("leave", "--no-wait")
     printed = creator.type("run", "invite", "--hours", 1)
     fourth.join(re.search(r"tessera1\S+", printed)[0])  # type: ignore[index]
     assert third.ended() == 0, third.log[-2000:]
-    until(lambda: fourth.step() > 0, f"the successor works: {fourth.log[-800:]}", PATIENCE_S)
+    until(lambda: fourth.step() > 0, f"the successor has the stage: {fourth.log[-800:]}", PATIENCE_S)
+    creator.type("run", "resume")
 
     assert creator.ended() == 0, creator.log[-2000:]
     assert second.ended() == 0, second.log[-2000:]
