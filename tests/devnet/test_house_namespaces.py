@@ -125,7 +125,7 @@ def live_together(creator: Person, second: Person, third: Person, fourth: Person
     second.join()  # with what lies in its directory
     until(lambda: third.step() >= before + 20, "it goes on after a worker came back", PATIENCE_S)
 
-    creator.type("run", "pause")  # the run waits: however fast the machine, it does not end before the successor is here
+    creator.type("run", "pause")  # however fast the machine, the run does not end before the successor is here
     third.type("leave", "--no-wait")
     printed = creator.type("run", "invite", "--hours", 1)
     fourth.join(re.search(r"tessera1\S+", printed)[0])  # type: ignore[index]
