@@ -11,18 +11,19 @@ arrived, not with what was announced; a message is taken out of it whole or not 
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import anyio
 
 from tessera.core import encoding
-from tessera.core.errors import Conflict, Invalid, Misbehaviour, TesseraError, Unavailable, from_dict
+from tessera.core.errors import Conflict, Invalid, Late, Misbehaviour, TesseraError, Unavailable, from_dict
 from tessera.core.ids import PeerId
 from tessera.p2p.pacer import Pacer
 from tessera.p2p.transport import MAX_MESSAGE
 from tessera.p2p.versions import seen_from_here
 
-__all__ = ["HEADER_BYTES", "READ_AHEAD", "Channel", "FramedStream", "frame_header"]
+__all__ = ["HEADER_BYTES", "READ_AHEAD", "Channel", "FramedStream", "frame_header", "open_in_time"]
 
 HEADER_BYTES = 4
 LAST = 1 << 31
@@ -278,3 +279,26 @@ class FramedStream:
                     await self._channel.stop(0)
         except (TimeoutError, TesseraError):
             await self.abort()
+
+
+async def open_in_time(
+    make: Callable[[], Awaitable[FramedStream]], peer: PeerId, protocol: str, *, timeout_s: float, confirm: bool
+) -> FramedStream:
+    """What `Transport.open` promises, around what each engine does: the stream of `make`, with the peer's consent if
+    that is wanted. A stream that does not get so far, whatever happens, is dropped.
+
+    Raises: Late; whatever `make` raises, or the peer's refusal.
+    """
+    stream: FramedStream | None = None
+    try:
+        with anyio.fail_after(timeout_s):
+            stream = await make()
+            if confirm:
+                await stream.consent()
+    except BaseException as error:
+        if stream is not None:
+            await stream.abort()
+        if isinstance(error, TimeoutError):
+            raise Late(f"{peer[:16]}… did not open {protocol} within {timeout_s:g} s") from None
+        raise
+    return stream

@@ -23,11 +23,11 @@ import iroh.iroh_ffi as iroh
 import structlog
 
 from tessera.core.clock import Clock, SystemClock
-from tessera.core.errors import Invalid, Late, TesseraError, Unavailable
+from tessera.core.errors import Invalid, TesseraError, Unavailable
 from tessera.core.ids import PeerId
 from tessera.core.signing import PeerKey
 from tessera.p2p.background import Background, background
-from tessera.p2p.framing import FramedStream
+from tessera.p2p.framing import FramedStream, open_in_time
 from tessera.p2p.iroh_link import IrohChannel, IrohLink, iroh_reason
 from tessera.p2p.pacer import Pacer
 from tessera.p2p.presence import PresenceBoard
@@ -147,19 +147,9 @@ class IrohTransport:
     ) -> Stream:
         """See `Transport.open`. Cost: the dial when no link stands, then one round trip with `confirm`, else none."""
         self._check_target(peer)
-        stream: FramedStream | None = None
-        try:
-            with anyio.fail_after(timeout_s):
-                stream = await self._open(peer, protocol, bulk, confirm)
-                if confirm:
-                    await stream.consent()
-        except TimeoutError:
-            await _drop(stream)
-            raise Late(f"{peer.id[:16]}… did not open {protocol} within {timeout_s:g} s") from None
-        except BaseException:
-            await _drop(stream)
-            raise
-        return stream
+        return await open_in_time(
+            lambda: self._open(peer, protocol, bulk, confirm), peer.id, protocol, timeout_s=timeout_s, confirm=confirm
+        )
 
     async def online(self, timeout_s: float) -> bool:
         """Whether this node listens at one of its relays, waiting for that up to `timeout_s`."""
@@ -399,8 +389,3 @@ def _on_loopback(addr: str) -> bool:
 
 def _wild(addr: str) -> bool:
     return addr.startswith(("0.0.0.0:", "[::]:"))
-
-
-async def _drop(stream: FramedStream | None) -> None:
-    if stream is not None:
-        await stream.abort()

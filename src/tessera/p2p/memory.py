@@ -14,11 +14,11 @@ from contextlib import aclosing, asynccontextmanager
 import anyio
 
 from tessera.core.clock import Clock, SystemClock
-from tessera.core.errors import Invalid, Late, Unavailable
+from tessera.core.errors import Invalid, Unavailable
 from tessera.core.ids import PeerId
 from tessera.core.signing import PeerKey
 from tessera.p2p.background import Background, background
-from tessera.p2p.framing import FramedStream
+from tessera.p2p.framing import FramedStream, open_in_time
 from tessera.p2p.memory_link import MemoryLink
 from tessera.p2p.memory_wire import MemoryChannel, Uplink, Wire
 from tessera.p2p.pacer import Pacer
@@ -184,22 +184,15 @@ class MemoryTransport:
     ) -> Stream:
         self._check_target(peer)
         greeting = hello(protocol, bulk=bulk, confirm=confirm)
-        stream: FramedStream | None = None
-        try:
-            with anyio.fail_after(timeout_s):
-                link = await self._link_to(peer)
-                channel = await link.channel(self)
-                stream = FramedStream(channel, peer.id, consented=False, pacer=self._pacer, bulk=bulk)
-                stream.cork(greeting)
-                if confirm:
-                    await stream.consent()
-        except TimeoutError:
-            await _drop(stream)
-            raise Late(f"{peer.id[:16]}… did not open {protocol} within {timeout_s:g} s") from None
-        except BaseException:
-            await _drop(stream)
-            raise
-        return stream
+
+        async def new_stream() -> FramedStream:
+            link = await self._link_to(peer)
+            channel = await link.channel(self)
+            stream = FramedStream(channel, peer.id, consented=False, pacer=self._pacer, bulk=bulk)
+            stream.cork(greeting)
+            return stream
+
+        return await open_in_time(new_stream, peer.id, protocol, timeout_s=timeout_s, confirm=confirm)
 
     async def watch(self, peer: PeerId) -> AsyncIterator[Presence]:
         async with aclosing(self._presence.watch(peer)) as states:
@@ -292,8 +285,3 @@ class MemoryTransport:
                 return link if link is not None and other in link.ends else MemoryLink(self._network, self, other)
             await anyio.sleep_forever()
         raise Unavailable(f"{peer.id[:16]}… does not answer at {', '.join(peer.addrs)}", peer=peer.id)
-
-
-async def _drop(stream: FramedStream | None) -> None:
-    if stream is not None:
-        await stream.abort()

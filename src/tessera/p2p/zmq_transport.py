@@ -22,11 +22,11 @@ import zmq
 from anyio import to_thread
 
 from tessera.core.clock import Clock, SystemClock
-from tessera.core.errors import Invalid, Late, Refused, TesseraError, Unavailable
+from tessera.core.errors import Invalid, Refused, TesseraError, Unavailable
 from tessera.core.ids import PeerId
 from tessera.core.signing import PeerKey
 from tessera.p2p.background import Background, background
-from tessera.p2p.framing import FramedStream
+from tessera.p2p.framing import FramedStream, open_in_time
 from tessera.p2p.pacer import Pacer
 from tessera.p2p.presence import PresenceBoard
 from tessera.p2p.switchboard import Switchboard
@@ -126,19 +126,9 @@ class ZmqTransport:
     ) -> Stream:
         """See `Transport.open`. Cost: the dial when no link stands, then one round trip with `confirm`, else none."""
         self._check_target(peer)
-        stream: FramedStream | None = None
-        try:
-            with anyio.fail_after(timeout_s):
-                stream = await self._open(peer, protocol, bulk, confirm)
-                if confirm:
-                    await stream.consent()
-        except TimeoutError:
-            await _drop(stream)
-            raise Late(f"{peer.id[:16]}… did not open {protocol} within {timeout_s:g} s") from None
-        except BaseException:
-            await _drop(stream)
-            raise
-        return stream
+        return await open_in_time(
+            lambda: self._open(peer, protocol, bulk, confirm), peer.id, protocol, timeout_s=timeout_s, confirm=confirm
+        )
 
     async def watch(self, peer: PeerId) -> AsyncIterator[Presence]:
         async with aclosing(self._presence.watch(peer)) as states:
@@ -307,8 +297,3 @@ def _bound(
 def _sockets(peer: PeerRecord) -> list[str]:
     """The addresses of a record that can be dialled; one that is malformed does not spoil the others."""
     return [rest for rest in peer.rests(SCHEME) if is_socket(rest)]
-
-
-async def _drop(stream: FramedStream | None) -> None:
-    if stream is not None:
-        await stream.abort()
