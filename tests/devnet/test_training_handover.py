@@ -178,3 +178,30 @@ def test_the_leavers_book_holds_every_receipt_of_the_steps_that_he_is_paid_for(t
             assert mine >= {(s, d) for s in range(past.until_step) for d in ("forward", "backward")}
 
     run_virtual(main)
+
+
+def test_what_the_leaver_signed_last_is_with_the_others_when_he_is_gone(tmp_path: Path) -> None:
+    """In a pause, his last receipts may lie unread with his neighbours: they would be lost with him."""
+
+    async def main() -> None:
+        run = WholeRun(write_data(tmp_path), tmp_path)
+        async with run.open() as tasks:
+            leaver, successor = run.workers[0], Life(run, STAGES)
+            await run.at_step(4)
+            run.host.phase = "paused"  # stage 1 ends a step before stage 0, and holds its breath
+            await anyio.sleep(5)
+            await announced(leaver)
+            tasks.start_soon(successor.live)
+            await gone(leaver)
+            (past,) = run.host.roster().past
+            signed, kept = set(), set()
+            for life in run.workers:
+                book = ReceiptBook(folder_of(life) / "book.sqlite")
+                for receipt in book.of_steps(run.manifest.run_id, range(past.until_step)):
+                    if receipt.signer == leaver.home.peer_key.id:
+                        (signed if life is leaver else kept).add(receipt)
+                book.close()
+            assert len(signed) == past.until_step >= 4
+            assert kept == signed
+
+    run_virtual(main)
