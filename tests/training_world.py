@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import anyio
 
-from tessera.core.errors import Conflict, TesseraError
-from tessera.core.ids import PeerId
+from tessera.core.errors import Conflict
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.models.config import CodecConfig, ModelConfig, ModelSpec
-from tessera.p2p.memory import MemoryNetwork, VirtualClock
-from tessera.p2p.transport import Stream
-from tessera.training.book import ReceiptBook
-from tessera.training.frames import Frame, Kind
 from tessera.training.manifest import Allocation, DataRecipe, DataSet, Manifest, Part, Schedule
-from tessera.training.receipts import Direction, Receipt, expected_receipts
-from tessera.training.session import Batches, Session, Trainer
 
 LINK = "tessera/test-link/1"
 
@@ -62,27 +52,14 @@ def small_manifest(stages: int = 4, steps: int = 6, epoch_steps: int = 3) -> Man
     )
 
 
-def all_receipts(manifest: Manifest, keys: list[PeerKey], steps: range) -> list[Receipt]:
-    """Every receipt that honest neighbours sign in `steps`."""
-    by_id: dict[PeerId, PeerKey] = {key.id: key for key in keys}
-    peers = [key.id for key in keys]
-    return [
-        Receipt(manifest.run_id, step, peers[stage], signer, direction, manifest.tokens_per_step, bytes(32)).signed_by(
-            by_id[signer]
-        )
-        for step in steps
-        for stage in range(len(peers))
-        for direction, signer in expected_receipts(peers, stage)
-    ]
-
-
 # --- a trainer that computes nothing ----------------------------------------------------------------------------------
 
 
 class FakeTrainer:
     """A stage whose messages are hashes of their names, and whose parameters are a hash of all that went through.
 
-    Two trainers that saw the same bytes in the same order are equal. Refuses calls that a real one refuses.
+    Two trainers are equal that saw the same bytes in each step, in whatever order, and whoever of a stage did it. Refuses
+    calls that a real one refuses, and a microbatch that two of a stage have in their sums.
     """
 
     def __init__(self, manifest: Manifest, stage: int) -> None:
@@ -90,34 +67,57 @@ class FakeTrainer:
         self.step, self.params = 0, b"fresh"
         self.busy = 0  # calls that are running now
         self.before_call: Callable[[str, int, int], None] = lambda name, step, index: None
-        self._open: dict[int, bytes] = {}
-        self._seen = hashlib.sha256()
+        self._open: dict[int, str] = {}
+        self._sums: dict[str, str] = {}
 
     def payload_limit(self, batch: int, length: int) -> int:
         return batch * length * self.manifest.model.message_bytes_per_token()
 
     def forward(self, step: int, index: int, ids: Any, payload: bytes | None) -> bytes | None:
         with self._working("forward", step, index):
-            if step != self.step or index in self._open:
+            if step != self.step or index in self._open or str(index) in self._sums:
                 raise Conflict(f"microbatch {index} of step {step} at step {self.step}")
-            self._open[index] = payload or b""
-            self._seen.update(b"F" + bytes(str(ids), "ascii") + (payload or b""))
+            self._open[index] = hashlib.sha256(str(ids).encode() + (payload or b"")).hexdigest()
             return None if self._last else self._message("forward", step, index)
 
     def backward(self, step: int, index: int, payload: bytes | None) -> bytes | None:
         with self._working("backward", step, index):
-            del self._open[index]
-            self._seen.update(b"B" + (payload or b""))
+            seen = self._open.pop(index) + hashlib.sha256(payload or b"").hexdigest()
+            self._sums[str(index)] = hashlib.sha256(seen.encode()).hexdigest()
             return None if self.stage == 0 else self._message("backward", step, index)
 
+    def loss_of(self, index: int) -> float:
+        return (5.0 - 0.1 * self.step) * self.manifest.tokens_per_microbatch
+
+    def drop(self, step: int, index: int) -> None:
+        del self._open[index]
+
+    def gradient(self) -> bytes:
+        with self._working("gradient", self.step, 0):
+            if self._open:
+                raise Conflict(f"{len(self._open)} microbatches in flight")
+            return json.dumps(self._sums).encode()
+
     def finish_step(self, step: int, tokens: int) -> float | None:
+        if tokens != len(self._sums) * self.manifest.tokens_per_microbatch:
+            raise Conflict(f"step {step} of {tokens} tokens, {len(self._sums)} microbatches are here")
+        return self.finish_step_with(step, [json.dumps(self._sums).encode()])
+
+    def finish_step_with(self, step: int, parts: Sequence[bytes]) -> float | None:
         with self._working("finish_step", step, 0):
-            if self._open or step != self.step or tokens != self.manifest.tokens_per_step:
-                raise Conflict(f"step {step} of {tokens} tokens cannot end, {len(self._open)} in flight")
-            self.params = hashlib.sha256(self.params + self._seen.digest()).digest()
+            if self._open or step != self.step:
+                raise Conflict(f"step {step} cannot end at step {self.step}, {len(self._open)} in flight")
+            sums = [item for part in parts for item in json.loads(part).items()]
+            assert len(dict(sums)) == len(sums), "a microbatch counts twice"
+            self.params = hashlib.sha256(self.params + str(sorted(sums)).encode()).digest()
+            self.counted = sorted(int(index) for index, _ in sums)
             self.step += 1
             self.reset_step()
             return 5.0 - 0.1 * step if self._last else None
+
+    def skip_step(self, step: int) -> None:
+        self.step += 1
+        self.reset_step()
 
     def evaluate(self, ids: Any, payload: bytes | None) -> bytes | tuple[float, int]:
         with self._working("evaluate", self.step, 0):
@@ -125,7 +125,7 @@ class FakeTrainer:
 
     def reset_step(self) -> None:
         self._open.clear()
-        self._seen = hashlib.sha256()
+        self._sums = {}
 
     def save(self) -> bytes:
         with self._working("save", self.step, 0):
@@ -181,151 +181,15 @@ class FakeBatches:
 
 @dataclass
 class Told:
-    """`SessionEvents` that remembers."""
+    """A pipeline's `Watcher` that remembers, and calls back."""
 
     losses: list[tuple[int, float | None]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
-    wire: dict[str, int] = field(default_factory=dict)
+    on_step: Callable[[int], None] = lambda step: None
 
-    async def step_done(self, step: int, loss: float | None, wire: dict[str, int]) -> None:
+    def step_done(self, step: int, loss: float | None) -> None:
         self.losses.append((step, loss))
-        self.wire = wire
+        self.on_step(step)
 
     def validated(self, steps: int, loss: float) -> None:
         self.validations.append((steps, loss))
-
-
-# --- sessions ---------------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def linked(keys: Sequence[PeerKey], delay_s: float = 0.0) -> AsyncIterator[list[tuple[Stream, Stream]]]:
-    """A stream between each two neighbours: the upper's end, the lower's end."""
-    network = MemoryNetwork(random.Random(0), delay_s=delay_s, clock=VirtualClock())
-    async with AsyncExitStack() as stack:
-        transports = [await stack.enter_async_context(network.start(key)) for key in keys]
-        over, pairs = anyio.Event(), []
-        stack.callback(over.set)
-        for upper, lower in itertools.pairwise(transports):
-            arrived, ends = anyio.Event(), list[Stream]()
-
-            async def hold(stream: Stream, ends: list[Stream] = ends, arrived: anyio.Event = arrived) -> None:
-                ends.append(stream)
-                arrived.set()
-                await over.wait()
-
-            lower.serve(LINK, hold)
-            stream = await upper.open(lower.record(), LINK, timeout_s=5)
-            await arrived.wait()
-            pairs.append((stream, ends[0]))
-        yield pairs
-
-
-@dataclass
-class Stage:
-    """One stage's session with everything that it touches."""
-
-    session: Session
-    trainer: Any
-    book: ReceiptBook
-    told: Told
-
-
-def make_stage(
-    manifest: Manifest,
-    keys: Sequence[PeerKey],
-    stage: int,
-    folder: Path,
-    *,
-    up: Stream | None,
-    down: Stream | None,
-    trainer: Trainer | None = None,
-    batches: Batches | None = None,
-    first_step: int = 0,
-    wait_s: float = 120.0,
-) -> Stage:
-    trainer = trainer or FakeTrainer(manifest, stage)
-    book, told = ReceiptBook(folder / f"book-{stage}.sqlite"), Told()
-    session = Session(
-        manifest=manifest,
-        stage=stage,
-        key=keys[stage],
-        trainer=trainer,
-        batches=batches or FakeBatches(),
-        book=book,
-        events=told,
-        up=(keys[stage - 1].id, up) if up is not None else None,
-        down=(keys[stage + 1].id, down) if down is not None else None,
-        first_step=first_step,
-        wait_s=wait_s,
-    )
-    return Stage(session, trainer, book, told)
-
-
-async def train_together(stages: Sequence[Stage]) -> None:
-    async with anyio.create_task_group() as tasks:
-        for stage in stages:
-            tasks.start_soon(stage.session.run)
-
-
-class Neighbour:
-    """The other end of a link, played by a test."""
-
-    def __init__(self, manifest: Manifest, key: PeerKey, other: PeerId, stream: Stream) -> None:
-        self.manifest, self.key, self.other, self.stream = manifest, key, other, stream
-        self.size = manifest.tokens_per_microbatch * manifest.model.message_bytes_per_token()
-        self.heard: dict[int, Any] = {}
-
-    async def send(
-        self, kind: Kind, step: int, index: int, payload: bytes | None = None, *, last: bool = False
-    ) -> None:
-        payload = bytes(self.size) if payload is None else payload
-        await self.stream.send(Frame(kind, step, index, payload).to_bytes(), last=last)
-
-    async def recv(self, kind: Kind) -> Frame:
-        """The next frame, which must be of `kind`; receipts on the way are passed over."""
-        while True:
-            frame = Frame.parse(await self.stream.recv(1 << 20))
-            if frame.kind in (Kind.FORWARD, Kind.GRADIENT):
-                self.heard.setdefault(frame.step, hashlib.sha256()).update(frame.payload)
-            if frame.kind is kind:
-                return frame
-            assert frame.kind is Kind.RECEIPT, f"{frame.kind} came, {kind} was expected"
-
-    async def recv_forwards(self) -> None:
-        """The validation windows that come first, and a step's microbatches, as far as they come."""
-        for _ in range(FakeBatches.validation_count):
-            await self.recv(Kind.EVALUATE)
-        for _ in range(self.manifest.schedule.microbatches):
-            await self.recv(Kind.FORWARD)
-
-    async def send_gradients(self, step: int) -> None:
-        for index in range(self.manifest.schedule.microbatches):
-            await self.send(Kind.GRADIENT, step, index)
-
-    def receipt(self, step: int, direction: Direction = "forward", **changes: Any) -> bytes:
-        """Our honest receipt for what was heard in `step`, as it travels; `changes` make it dishonest."""
-        facts = {"tokens": self.manifest.tokens_per_step, "digest": self.heard[step].digest(), **changes}
-        signed = Receipt(self.manifest.run_id, step, self.other, self.key.id, direction, **facts).signed_by(self.key)
-        return signed.digest + signed.signature
-
-
-async def first_failure(*functions: Callable[[], Awaitable[None]], within_s: float = 1000) -> TesseraError:
-    """What `functions`, run together, fail with."""
-    try:
-        async with anyio.create_task_group() as tasks:
-            for function in functions:
-                tasks.start_soon(function)
-            await anyio.sleep(within_s)
-            tasks.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        return _first(group)
-    raise AssertionError(f"nothing failed in {within_s} s")
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> TesseraError:
-    error = group.exceptions[0]
-    if isinstance(error, BaseExceptionGroup):
-        return _first(error)
-    assert isinstance(error, TesseraError), error
-    return error

@@ -1,8 +1,10 @@
-"""What crosses a boundary link: frames of 8 header bytes and a payload, in both directions of one stream.
+"""What crosses a boundary link: frames of 12 header bytes and a payload, in both directions of one stream.
 
-down:  FORWARD  codes of one microbatch      EVALUATE  the same for a validation window      DONE  no more steps
-up:    GRADIENT codes of one microbatch
-both:  RECEIPT  digest (32 bytes) and signature (64 bytes) of one step
+down:  FORWARD   codes of one microbatch      EVALUATE  the same for a validation window, which nobody answers
+up:    GRADIENT  codes of one microbatch
+both:  RECEIPT   microbatches, digest, version and signature of one step
+
+A frame names the term of the lead who asked for it, so that what an earlier one asked for is never counted.
 """
 
 from __future__ import annotations
@@ -13,10 +15,9 @@ from enum import Enum
 
 from tessera.core.errors import Misbehaviour
 
-__all__ = ["RECEIPT_BYTES", "Frame", "Kind"]
+__all__ = ["Frame", "Kind"]
 
-HEADER = struct.Struct(">cxHI")  # kind, padding, index, step
-RECEIPT_BYTES = 32 + 64
+HEADER = struct.Struct(">cxHII")  # kind, padding, index, step, term
 
 
 class Kind(Enum):
@@ -24,26 +25,26 @@ class Kind(Enum):
     GRADIENT = b"G"
     EVALUATE = b"E"
     RECEIPT = b"R"
-    DONE = b"D"
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
     kind: Kind
+    term: int
     step: int
     index: int
     payload: bytes = b""
 
     def to_bytes(self) -> bytes:
-        return HEADER.pack(self.kind.value, self.index, self.step) + self.payload
+        return HEADER.pack(self.kind.value, self.index, self.step, self.term) + self.payload
 
     @classmethod
     def parse(cls, data: bytes) -> Frame:
         """Raises `Misbehaviour` for a frame that no honest peer sends."""
         if len(data) < HEADER.size:
             raise Misbehaviour(f"a frame of {len(data)} bytes, at least {HEADER.size} expected", evidence=data.hex())
-        kind, index, step = HEADER.unpack_from(data)
+        kind, index, step, term = HEADER.unpack_from(data)
         try:
-            return cls(Kind(kind), step, index, data[HEADER.size :])
+            return cls(Kind(kind), term, step, index, data[HEADER.size :])
         except ValueError as error:
             raise Misbehaviour(f"a frame of unknown kind {kind!r}", evidence=data[: HEADER.size].hex()) from error

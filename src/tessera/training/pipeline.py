@@ -1,60 +1,51 @@
-"""A worker's training life: sessions come and go, checkpoints stay.
+"""A worker's training life: he follows a lead, leads himself when it is his turn, and keeps checkpoints.
 
-Stage 0 drives: it asks everybody which checkpoints they hold, picks the newest that all have, tells each stage to load
-it, last stage first, and starts. Whatever breaks, the links close one after another, and stage 0 tries again. So a dead
-worker makes training pause, and a restarted one makes it go on from the last common checkpoint.
+The first worker of stage 0 who is here leads. When he is gone, the next one notices that nobody does, and takes over. So
+a dead worker of any stage costs no step while another one of his stage is here; else training waits for him, and goes on
+from the newest checkpoint that every stage has.
 
-Invariants: one attempt at a time touches the trainer, and a newer one takes over only when the older has let go;
-an older number never replaces a newer one; later checkpoints are forgotten only once the run has really gone on from an
-earlier one, that is, when the first step of a session is done.
+Invariants: one loop touches the trainer; a worker follows one lead at a time; only workers of stage 0 lead, and only with
+so many others that nobody else can.
 
-Each worker has a gate: while it is shut (its owner wants the machine, the run is paused, the disk is full) he holds his
-breath between two steps for a while, then lets the session go; it starts again when all gates are open.
+Each worker has a gate: while it is shut (its owner wants the machine, the run is paused, the disk is full) he gets no more
+work; a stage whose workers all rest makes the run wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import anyio
-import anyio.abc
 import structlog
 from anyio import to_thread
 
 from tessera.core import encoding
 from tessera.core.clock import Clock
-from tessera.core.errors import Conflict, Invalid, Late, Misbehaviour, Refused, TesseraError, Unavailable
+from tessera.core.errors import Conflict, Late, Misbehaviour, Refused, TesseraError, Unavailable
 from tessera.core.ids import PeerId
 from tessera.core.signing import PeerKey
-from tessera.p2p.calls import call, serve_calls
-from tessera.p2p.transport import Stream, Transport
+from tessera.p2p.transport import PeerRecord, Stream, Transport
 from tessera.training.book import ReceiptBook
+from tessera.training.boundary import Boundary
 from tessera.training.checkpoints import Checkpoints
+from tessera.training.control import Line, Message, StreamLine, local_pair
+from tessera.training.crew import Crew
+from tessera.training.follower import Exchange, Follower, SavedTrainer
+from tessera.training.lead import Lead
 from tessera.training.manifest import Manifest
-from tessera.training.protocols import CALL_S, CONTROL, PIPELINE, SMALL, WORK_S
-from tessera.training.roster import Roster
-from tessera.training.session import Batches, Session, Trainer
+from tessera.training.protocols import CALL_S, CONTROL, SMALL
+from tessera.training.roster import Roster, Seat
+from tessera.training.state_transfer import StateDonor, fetch_state
+from tessera.training.work import Batches, StageWork
 
-__all__ = ["Pipeline", "SavedTrainer"]
+__all__ = ["Pipeline"]
 
 log = structlog.get_logger()
 
-CHECKPOINT_EVERY = 10  # steps
 RETRY_S = 1.0
-RETRY_MISBEHAVIOUR_S = 5.0
-HOLD_S = 60.0  # how long a shut gate holds a session up before it ends; a neighbour waits twice as long
-ABORT_S = 2.0  # how long a broken session may take to drop its links
-MAX_NUMBER = 2**53  # of a session; milliseconds since 1970, unless a clock went backwards
-
-
-class SavedTrainer(Trainer, Protocol):
-    """A trainer whose state can be put on disk."""
-
-    def save(self) -> bytes: ...
-    def load(self, data: bytes) -> None: ...
-    def reset_step(self) -> None: ...
+LOOK_S = 0.25  # between two looks at whether anybody leads, and at the gate
+LEAD_S = 5.0  # without a lead, times our rank among the workers of stage 0, before we take over
 
 
 class Watcher(Protocol):
@@ -75,29 +66,13 @@ class Gate(Protocol):
     async def wait_open(self) -> None: ...
 
 
-@dataclass(slots=True, eq=False)
-class _Attempt:
-    """One try at a session: where its upstream link will arrive, how to stop it, and what became of it."""
-
-    number: int
-    step: int
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    up: Stream | None = None
-    down: Stream | None = None
-    arrived: anyio.Event = field(default_factory=anyio.Event)  # the link from above is here
-    ready: anyio.Event = field(default_factory=anyio.Event)  # checkpoint loaded and link below open, or failed
-    over: anyio.Event = field(default_factory=anyio.Event)  # nothing of it touches the trainer any more
-    failure: TesseraError | None = None
-    started: bool = False  # its first step is done
-    stepped: float = 0.0  # when its last step was done, seconds since 1970
-
-
 class Pipeline:
-    """Trains this worker's stage of `manifest`, as driver (stage 0) or follower.
+    """Trains this worker's stage of `manifest`.
 
     Args:
         roster: the newest roster that is known.
-        refresh: fetch it again, because a peer may have come back at another address.
+        refresh: fetch it again, because a peer may have come, or come back at another address.
+        version: a commitment to the parameters as they are, for receipts.
     """
 
     def __init__(
@@ -111,22 +86,45 @@ class Pipeline:
         batches: Batches,
         book: ReceiptBook,
         checkpoints: Checkpoints,
+        exchange: Exchange,
         roster: Callable[[], Roster],
         refresh: Callable[[], Awaitable[None]],
         watcher: Watcher,
         gate: Gate,
         clock: Clock,
+        version: Callable[[], bytes],
     ) -> None:
-        self._gate, self._frozen = gate, False
-        self._manifest, self._stage, self._key, self._transport = manifest, stage, key, transport
-        self._trainer, self._batches, self._book, self._checkpoints = trainer, batches, book, checkpoints
-        self._roster, self._refresh, self._watcher, self._clock = roster, refresh, watcher, clock
-        self._attempt: _Attempt | None = None
-        self._last_number = -1
-        self._earlier_wire = (0, 0)
-        self._session_wire = (0, 0)
-        self.sessions = 0
-        self.trouble = "starting"  # why no session runs; empty while one does
+        self._manifest, self._stage, self._me, self._transport = manifest, stage, key.id, transport
+        self._trainer, self._checkpoints, self._batches = trainer, checkpoints, batches
+        self._roster, self._refresh, self._watcher, self._gate, self._clock = roster, refresh, watcher, gate, clock
+        self._work = StageWork(
+            manifest,
+            stage=stage,
+            key=key,
+            trainer=trainer,
+            batches=batches,
+            book=book,
+            roster=roster,
+            say=lambda message: self._follower.say(message),
+            boundary=self._boundary,
+            version=version,
+        )
+        self._follower = Follower(
+            key.id,
+            self._work,
+            trainer,
+            checkpoints,
+            exchange,
+            steps=manifest.schedule.steps,
+            fetch=self._fetch_state,
+            committed=self._committed,
+            trained=self._set_trained,
+            rests=lambda: gate.reason,
+        )
+        self._donor = StateDonor(transport, admitted=self._of_my_stage, copy=self._follower.copy)
+        self._stepped = 0.0
+        self._leading: Lead | None = None
+        self.trouble = "starting"  # why nothing is trained; empty while something is
         self.last_step: tuple[float, float] | None = None  # seconds since 1970, and how many it took
         self.steps_done = max(checkpoints.steps(), default=0)
         self.trained = anyio.Event()
@@ -135,253 +133,212 @@ class Pipeline:
 
     @property
     def wire(self) -> tuple[int, int]:
-        """Bytes and tokens that crossed the boundary below, both directions together, over all sessions."""
-        return self._earlier_wire[0] + self._session_wire[0], self._earlier_wire[1] + self._session_wire[1]
+        """Bytes and tokens that crossed the boundary below, both directions together."""
+        boundary = self._work.boundary
+        return boundary.bytes_below, boundary.frames_below * self._manifest.tokens_per_microbatch
+
+    @property
+    def sessions(self) -> int:
+        """Terms that this worker took part in."""
+        return self._work.terms
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether the stage stays in step without us."""
+        return not self._follower.alone
 
     async def run(self) -> None:
-        """Serve the others and, at stage 0, drive; until cancelled."""
+        """Work, serve the others and lead when it is our turn; until cancelled."""
+        if self._manifest.schedule.steps in self._checkpoints.steps():
+            await self._resume_finished()
         async with anyio.create_task_group() as tasks:
-            self._tasks = tasks
-            if self._stage > 0 and self._manifest.schedule.steps in self._checkpoints.steps():
-                await self._resume_finished()  # before anybody can start a session on the same trainer
-            self._transport.serve(PIPELINE, self._accept)
-            serve_calls(self._transport, CONTROL, self._control, request_limit=SMALL)
+            tasks.start_soon(self._compute)
+            tasks.start_soon(self._watch_gate)
+            self._donor.serve()
+            self._transport.serve(CONTROL, self._accept)
             if self._stage == 0:
-                await self._drive()
+                await self._stand_by_to_lead()
             await anyio.sleep_forever()
 
-    async def freeze(self) -> None:
-        """Stop, and start nothing until `thaw`: the checkpoints stay as they are."""
-        self._frozen = True
-        if self._attempt is not None:
-            self._attempt.scope.cancel()
-            await self._attempt.over.wait()
+    # --- working ----------------------------------------------------------------------------------------------------
 
-    def thaw(self) -> None:
-        self._frozen = False
-
-    # --- driving ----------------------------------------------------------------------------------------------------
-
-    async def _drive(self) -> None:
-        while not self.trained.is_set():
-            pause_s = RETRY_S
+    async def _compute(self) -> None:
+        """Keep the loop going. What it cannot survive (training diverged, the disk is full) is tried again later."""
+        while True:
             try:
-                self._check_free()
-                step, number = await self._next_session()
-                for stage in reversed(range(1, self._manifest.model.stages)):
-                    await self._ask(stage, {"op": "start", "session": number, "step": step}, WORK_S)
-                attempt = await self._start(number, step)
-                await attempt.over.wait()
-                if attempt.failure is not None:
-                    raise attempt.failure
-            except TesseraError as error:
-                log.info("pipeline_not_ready", code=error.code, reason=error.message)
+                await self._work.run()
+            except BaseExceptionGroup as group:
+                error = _named(group)
+                if not isinstance(error, TesseraError):
+                    raise
+                log.warning("work_broke_off", stage=self._stage, code=error.code, reason=error.message)
                 self.trouble = error.message
-                pause_s = RETRY_MISBEHAVIOUR_S if isinstance(error, Misbehaviour) else RETRY_S
-            if not self.trained.is_set():
-                await anyio.sleep(pause_s)
-                await self._gate.wait_open()
-                await self._refresh()
+            self._work.clear()
+            self._follower.fall_behind()
+            await anyio.sleep(RETRY_S)
+            await self._gate.wait_open()
 
-    async def _next_session(self) -> tuple[int, int]:
-        """The newest step of which every worker holds a checkpoint, and a number that none of them has seen."""
-        common, last = set(self._checkpoints.steps()), self._last_number
-        for stage in range(1, self._manifest.model.stages):
-            reply = await self._ask(stage, {"op": "status"}, CALL_S)
-            steps, seen = reply.get("steps"), reply.get("session")
-            if not isinstance(steps, list) or not all(type(step) is int for step in steps):
-                raise Misbehaviour(f"stage {stage} answers its status with {str(steps)[:80]}")
-            if type(seen) is not int or not -1 <= seen < MAX_NUMBER:
-                raise Misbehaviour(f"stage {stage} says that its last session was {str(seen)[:80]}")
-            common, last = common & set(steps), max(last, seen)
-        if not common:
-            raise Conflict("the workers hold no common checkpoint")
-        return max(common), max(last + 1, int(self._clock.time() * 1000))
+    async def _committed(self, step: int, loss: float | None) -> None:
+        now = self._clock.time()
+        if step == self.steps_done or self._stepped == 0.0:
+            log.info("working", stage=self._stage, step=step + 1) if self._stepped == 0.0 else None
+        self.last_step, self._stepped = (now, max(0.0, now - (self._stepped or now))), now
+        self.steps_done = max(self.steps_done, step + 1)
+        self.trouble = ""
+        self._watcher.step_done(step + 1, loss if self._leading is not None else None)
 
-    async def _ask(self, stage: int, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        record = self._roster().seats[stage].record
-        reply, _ = await call(self._transport, record, CONTROL, request, timeout_s=timeout_s, reply_limit=SMALL)
-        return reply
-
-    # --- following --------------------------------------------------------------------------------------------------
-
-    async def _control(self, peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-        if self._roster().stage_of(peer) != 0:
-            raise Refused("only stage 0 drives the pipeline", rule="driver")
-        if request.get("op") == "status":
-            return {"steps": self._checkpoints.steps(), "session": self._last_number}, b""
-        if request.get("op") == "start":
-            number, step = request.get("session"), request.get("step")
-            if type(number) is not int or type(step) is not int or not 0 <= number < MAX_NUMBER:
-                raise Invalid("a session starts with two integers: session and step")
-            await self._refresh()
-            await self._start(number, step)
-            return {}, b""
-        raise Invalid(f"unknown operation {str(request.get('op'))[:40]!r}")
-
-    async def _accept(self, stream: Stream) -> None:
-        """The link from the stage above arrives; hold it until the session is over."""
-        if self._stage == 0 or stream.peer != self._roster().peers[self._stage - 1]:
-            raise Refused("only the stage above may open this link", rule="neighbour")
-        with anyio.move_on_after(CALL_S) as scope:
-            hello = encoding.decode(await stream.recv(SMALL), SMALL)
-        if scope.cancelled_caught:
-            raise Late(f"the stage above did not name its session within {CALL_S:.0f} s")
-        attempt = self._attempt
-        expected = None if attempt is None else {"run_id": self._manifest.run_id, "session": attempt.number}
-        if attempt is None or hello != expected or attempt.arrived.is_set() or attempt.over.is_set():
-            raise Conflict("no session waits for this link")
-        attempt.up = stream
-        attempt.arrived.set()
-        await attempt.over.wait()
-
-    # --- sessions ---------------------------------------------------------------------------------------------------
-
-    async def _start(self, number: int, step: int) -> _Attempt:
-        """Begin an attempt in the background; return when its checkpoint is loaded and its link below open.
-
-        The attempt before it is stopped, whatever it was doing. Raises what kept this one from becoming ready.
-        """
-        self._check_free()
-        if number <= self._last_number:
-            raise Conflict(f"session {number} is not newer than {self._last_number}")
-        before, attempt = self._attempt, _Attempt(number, step)
-        self._last_number, self._attempt = number, attempt
-        self._tasks.start_soon(self._run_attempt, attempt, before)
-        await attempt.ready.wait()
-        if attempt.failure is not None:
-            raise attempt.failure
-        return attempt
-
-    def _check_free(self) -> None:
-        if self._frozen:
-            raise Unavailable(f"stage {self._stage} is being handed over", retry_after_s=RETRY_S)
-        if self._gate.reason:
-            raise Unavailable(f"stage {self._stage} pauses: {self._gate.reason}", retry_after_s=RETRY_S)
-
-    async def _run_attempt(self, attempt: _Attempt, before: _Attempt | None) -> None:
-        try:
-            if before is not None:
-                before.scope.cancel()
-                with anyio.CancelScope(shield=True):  # it still holds the trainer; it ends with its present call
-                    await before.over.wait()
-            with attempt.scope:
-                await self._open(attempt)
-                attempt.ready.set()
-                await self._train(attempt)
-            if attempt.scope.cancelled_caught:
-                attempt.failure = Conflict(f"session {attempt.number} gave way to a newer one")
-        except TesseraError as error:
-            attempt.failure = error
-            log.warning("session_broken", stage=self._stage, code=error.code, reason=error.message)
-            self.trouble = error.message
-        finally:
-            with anyio.move_on_after(ABORT_S, shield=True):
-                for stream in (attempt.up, attempt.down):
-                    if stream is not None:
-                        await stream.abort()  # nothing to abort when both sides said their last
-            earlier, present = self._earlier_wire, self._session_wire
-            self._earlier_wire, self._session_wire = (earlier[0] + present[0], earlier[1] + present[1]), (0, 0)
-            attempt.over.set()
-            attempt.ready.set()
-
-    async def _open(self, attempt: _Attempt) -> None:
-        """Load the step and dial the stage below."""
-        steps = self._manifest.schedule.steps
-        if attempt.step < steps:
+    def _set_trained(self, trained: bool) -> None:
+        if trained:
+            self.trained.set()
+        elif self.trained.is_set():
             self.trained = anyio.Event()
-        if not self.trained.is_set():  # else it is loaded, and may be serving
-            await to_thread.run_sync(self._load, attempt.step)
-            if attempt.step < steps:  # fetching may take a while, and in a session a neighbour waits for us
-                await self._batches.ready(attempt.step)
-        if self._stage + 1 < self._manifest.model.stages:
-            below = self._roster().seats[self._stage + 1].record
-            attempt.down = await self._transport.open(below, PIPELINE, timeout_s=CALL_S)
-            hello = {"run_id": self._manifest.run_id, "session": attempt.number}
-            with anyio.move_on_after(CALL_S):
-                await attempt.down.send(encoding.encode(hello))
-                return
-            raise Late(f"stage {self._stage + 1} did not take our hello within {CALL_S:.0f} s")
-
-    def _load(self, step: int) -> None:
-        self._trainer.reset_step()
-        self._trainer.load(self._checkpoints.load(step))
 
     async def _resume_finished(self) -> None:
-        """A stage that was trained and then restarted can serve at once, whether or not stage 0 is here."""
+        """A stage that was trained and then restarted can serve at once, whether or not the others are here."""
+        steps = self._manifest.schedule.steps
         try:
-            await to_thread.run_sync(self._load, self._manifest.schedule.steps)
+            await to_thread.run_sync(lambda: self._trainer.load(self._checkpoints.load(steps)))
         except TesseraError as error:
             log.warning("checkpoint_unusable", stage=self._stage, code=error.code, reason=error.message)
             return
+        self._follower.resume(steps)
         self.trained.set()
 
-    async def _train(self, attempt: _Attempt) -> None:
-        if self._stage > 0:
-            with anyio.move_on_after(WORK_S) as scope:
-                await attempt.arrived.wait()
-            if scope.cancelled_caught:
-                raise Late("the stage above never opened its link")
-        log.info("session_started", stage=self._stage, step=attempt.step)
-        self.sessions += 1
-        self.trouble, attempt.stepped = "", self._clock.time()
-        peers = self._roster().peers
-        session = Session(
-            manifest=self._manifest,
-            stage=self._stage,
-            key=self._key,
-            trainer=self._trainer,
-            batches=self._batches,
-            book=self._book,
-            events=_Events(self, attempt),
-            up=(peers[self._stage - 1], attempt.up) if attempt.up is not None else None,
-            down=(peers[self._stage + 1], attempt.down) if attempt.down is not None else None,
-            first_step=attempt.step,
+    async def _watch_gate(self) -> None:
+        told = self._gate.reason
+        while True:
+            await anyio.sleep(LOOK_S)
+            if self._gate.reason != told:
+                told = self._gate.reason
+                log.info("paused", stage=self._stage, reason=told) if told else log.info("goes_on", stage=self._stage)
+                self._follower.say({"op": "gate", "reason": told})
+
+    # --- neighbours and peers of our stage --------------------------------------------------------------------------
+
+    def _boundary(self, **more: Any) -> Boundary:
+        return Boundary(
+            self._transport,
+            self._manifest.run_id,
+            record=lambda peer: self._record(peer, self._stage + 1),
+            above=lambda peer: self._record(peer, self._stage - 1) is not None,
+            **more,
         )
+
+    def _record(self, peer: PeerId, stage: int) -> PeerRecord | None:
+        if not 0 <= stage < self._manifest.model.stages:
+            return None
+        return next((seat.record for seat in self._roster().of_stage(stage) if seat.peer == peer), None)
+
+    def _of_my_stage(self, peer: PeerId) -> bool:
+        return self._record(peer, self._stage) is not None
+
+    async def _fetch_state(self, donor: PeerId) -> tuple[int, bytes]:
+        record = self._record(donor, self._stage)
+        if record is None:
+            await self._refresh()
+            raise Unavailable(f"{donor[:16]}… has no seat in our stage")
+        return await fetch_state(self._transport, record)
+
+    # --- following --------------------------------------------------------------------------------------------------
+
+    async def _accept(self, stream: Stream) -> None:
+        """A worker of stage 0 wants to lead."""
+        if self._record(stream.peer, 0) is None:
+            await self._refresh()
+        if self._record(stream.peer, 0) is None:
+            raise Refused("only workers of stage 0 lead", rule="lead")
+        with anyio.move_on_after(CALL_S) as scope:
+            hello = encoding.decode(await stream.recv(SMALL), SMALL)
+        if scope.cancelled_caught:
+            raise Late(f"the lead did not say hello within {CALL_S:.0f} s")
+        if not isinstance(hello, dict) or hello.get("run_id") != self._manifest.run_id:
+            raise Conflict("this worker is in another run")
+        if self._follower.lead not in (None, stream.peer):
+            refused = {"op": "refused", "lead": self._follower.lead}
+            await stream.send(encoding.encode(refused), last=True)
+            return
+        log.info("follows", stage=self._stage, lead=stream.peer)
+        await self._follow(stream.peer, StreamLine(stream))
+
+    async def _follow(self, lead: PeerId, line: Line) -> None:
         try:
-            await session.run()
+            await self._follower.follow(lead, line)
         except BaseExceptionGroup as group:
-            raise _named(group) from group
-        self.trained.set()
+            error = _named(group)
+            if not isinstance(error, TesseraError):
+                raise
+            log.info("lead_gone", stage=self._stage, lead=lead, code=error.code, reason=error.message)
+            self.trouble = f"nobody leads: {error.message}"
 
-    # --- what a session tells ---------------------------------------------------------------------------------------
+    # --- leading ----------------------------------------------------------------------------------------------------
 
-    async def _step_done(self, attempt: _Attempt, step: int, loss: float | None, wire: dict[str, int]) -> None:
-        done = step + 1
-        if not attempt.started:  # the run has gone on from here: whatever was ahead belongs to another past
-            await to_thread.run_sync(self._checkpoints.drop_after, attempt.step)
-            attempt.started = True
-            log.info("working", stage=self._stage, step=done)
-        self.steps_done = max(self.steps_done, done)
-        now = self._clock.time()
-        self.last_step, attempt.stepped = (now, max(0.0, now - attempt.stepped)), now
-        self._session_wire = (wire.get("bytes", 0), wire.get("tokens", 0))
-        if done % CHECKPOINT_EVERY == 0 or done == self._manifest.schedule.steps:
-            await to_thread.run_sync(lambda: self._checkpoints.save(done, self._trainer.save()))
-        self._watcher.step_done(done, loss)
-        if self._gate.reason:
-            await self._hold()
+    async def _stand_by_to_lead(self) -> None:
+        alone_since = anyio.current_time()
+        while True:
+            await anyio.sleep(LOOK_S)
+            if self._follower.lead is not None:
+                alone_since = anyio.current_time()
+                continue
+            peers = [seat.peer for seat in self._roster().of_stage(0)]
+            rank = peers.index(self._me) if self._me in peers else len(peers)
+            if anyio.current_time() - alone_since >= LEAD_S * rank:
+                await self._try_to_lead()
+                alone_since = anyio.current_time()
 
-    async def _hold(self) -> None:
-        log.info("paused", stage=self._stage, reason=self._gate.reason)
-        with anyio.move_on_after(HOLD_S):
-            await self._gate.wait_open()
-        self._check_free()
-        log.info("goes_on", stage=self._stage)
+    async def _try_to_lead(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            crew = Crew(self._roster, self._dial)
+            self._lead_tasks = tasks
+            self._leading = lead = Lead(
+                self._manifest,
+                crew,
+                majority=self._majority,
+                events=self,
+                now=anyio.current_time,
+                next_term=lambda: max([self._follower.term, *(m.term for m in crew.members.values())]) + 1,
+                refresh=self._refresh,
+                validation_count=self._batches.validation_count,
+            )
+            tasks.start_soon(crew.run)
+            try:
+                await lead.run()
+            except TesseraError as error:
+                log.info("leads_no_more", code=error.code, reason=error.message)
+                self.trouble = error.message
+            self._leading = None
+            tasks.cancel_scope.cancel()
+        await anyio.sleep(RETRY_S)
 
+    async def _dial(self, seat: Seat) -> tuple[Line, Message]:
+        if seat.peer == self._me:
+            ours, his = local_pair()
+            self._lead_tasks.start_soon(self._follow, self._me, his)
+            return ours, await ours.first()
+        stream = await self._transport.open(seat.record, CONTROL, timeout_s=CALL_S)
+        try:
+            with anyio.fail_after(CALL_S):
+                await stream.send(encoding.encode({"run_id": self._manifest.run_id}))
+                state = encoding.decode(await stream.recv(SMALL), SMALL)
+        except TimeoutError:
+            await stream.abort()
+            raise Late(f"{seat.peer[:16]}… did not answer our hello within {CALL_S:.0f} s") from None
+        if not isinstance(state, dict):
+            raise Misbehaviour("a worker answers a hello with his state", evidence=seat.peer)
+        if state.get("op") == "refused":
+            raise Conflict("the worker follows another lead", lead=state.get("lead"))
+        return StreamLine(stream), state
 
-@dataclass(frozen=True, slots=True)
-class _Events:
-    """What one attempt's session tells the pipeline."""
+    def _majority(self, here: set[PeerId]) -> bool:
+        """Whether nobody else can have as many: more than half of the seats, or half with the first of them."""
+        seats = [seat.peer for seat in self._roster().seats]
+        return 2 * len(here) > len(seats) or (2 * len(here) == len(seats) and seats[0] in here)
 
-    pipeline: Pipeline
-    attempt: _Attempt
-
-    async def step_done(self, step: int, loss: float | None, wire: dict[str, int]) -> None:
-        await self.pipeline._step_done(self.attempt, step, loss, wire)
+    def leading(self, trouble: str) -> None:
+        if trouble:
+            self.trouble = trouble
 
     def validated(self, steps: int, loss: float) -> None:
-        self.pipeline._watcher.validated(steps, loss)
+        self._watcher.validated(steps, loss)
 
 
 def _named(group: BaseExceptionGroup[BaseException]) -> BaseException:

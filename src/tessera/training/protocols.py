@@ -3,11 +3,13 @@
 JOIN = "tessera/join/2"  # to the host: what is there to do, give me a seat
 RUN = "tessera/run/2"  # to the host: roster, reports
 RPC = "tessera/rpc/1"  # to the host: JSON-RPC of the run's chain
-CONTROL = "tessera/control/1"  # from stage 0: which checkpoints, start a session
-PIPELINE = "tessera/pipeline/1"  # a boundary link
+CONTROL = "tessera/control/2"  # from the lead to each worker: who serves what, when a step ends
+STATE = "tessera/state/1"  # among the workers of a stage: parameters and optimiser, for one who joins
+PIPELINE = "tessera/pipeline/2"  # a boundary link
 EPOCH = "tessera/epoch/1"  # among workers: receipts, votes, leaves
 HANDOVER = "tessera/handover/1"  # a stage changes hands: its state, and the others' signatures
 
 CALL_S = 10.0  # an answer that needs no work
+QUIET_S = 120.0  # how long a neighbour who owes something may be silent
 WORK_S = 90.0  # an answer that loads a checkpoint or deploys a contract
 SMALL = 64 * 1024  # bytes of an ordinary request or reply

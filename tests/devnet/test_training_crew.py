@@ -1,0 +1,220 @@
+"""Several workers for each stage: nobody's death costs a step, and nothing is counted twice or lost."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import pytest
+
+from crew_world import CrewWorld
+from tessera.p2p.memory import run_virtual
+from training_world import small_manifest
+
+STEPS = 25
+MANIFEST = small_manifest(steps=STEPS, epoch_steps=5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    async def main() -> list[bytes]:
+        world = CrewWorld(MANIFEST, tmp_path_factory.mktemp("undisturbed"))
+        async with world.alive():
+            await world.trained(within_s=60)
+            assert [node.pipeline.sessions for node in world.nodes] == [1] * 4
+            assert [step for step, _ in world.nodes[0].told.losses] == list(range(1, STEPS + 1))
+            assert [step for step, _ in world.nodes[0].told.validations] == [*range(0, STEPS, 2), STEPS]
+            assert all(loss == pytest.approx(5.0 - 0.1 * (step - 1)) for step, loss in world.nodes[0].told.losses)
+            assert all(node.pipeline.steps_done == STEPS for node in world.nodes)
+            await anyio.sleep(2)  # the last receipts
+            return [world.params(stage)[0] for stage in range(4)]
+
+    return run_virtual(main)
+
+
+def test_every_microbatch_is_paid_for_at_every_stage(tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path)
+        async with world.alive():
+            await world.trained()
+            await anyio.sleep(2)
+        for stage in range(4):
+            assert world.credit_of(stage, range(STEPS)) == STEPS * 3
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_more_workers_come_to_the_same_parameters(replicas: int, undisturbed: list[bytes], tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path, replicas)
+        async with world.alive():
+            await world.trained()
+            await anyio.sleep(2)
+            for stage in range(4):
+                assert world.params(stage) == [undisturbed[stage]] * replicas
+        for stage in range(4):
+            assert world.credit_of(stage, range(STEPS)) == STEPS * 3
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("victim", range(8))
+def test_a_dying_worker_costs_no_step(victim: int, undisturbed: list[bytes], tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path, 2)
+        async with world.alive():
+            await world.at_step(7)
+            world.nodes[victim].kill()
+            await world.trained()
+            await anyio.sleep(2)
+            for stage in range(4):
+                assert set(world.params(stage)) == {undisturbed[stage]}
+            for node in world.nodes:
+                if node.number != victim:
+                    assert [step for step, _ in node.told.losses] == list(range(1, STEPS + 1))
+        for stage in range(4):
+            assert world.credit_of(stage, range(STEPS)) == STEPS * 3
+
+    run_virtual(main)
+
+
+def test_workers_who_come_later_get_in_step_and_work(tmp_path: Path) -> None:
+    manifest = small_manifest(steps=120, epoch_steps=5)
+
+    async def main() -> None:
+        world = CrewWorld(manifest, tmp_path, delay_s=0.02)
+        async with world.alive() as tasks:
+            await world.at_step(7)
+            late = [world.add(stage) for stage in (2, 0, 3)]
+            for worker in late:
+                await world.start(tasks, worker)
+            await world.trained()
+            await anyio.sleep(2)
+            for stage in range(4):
+                assert len(set(world.params(stage))) == 1
+            assert world.nodes[0].pipeline.sessions == 1
+            for worker in late:
+                assert len(worker.told.losses) > 50
+                assert worker.pipeline.may_leave
+            assert not world.nodes[1].pipeline.may_leave
+        for stage in range(4):
+            assert world.credit_of(stage, range(120)) == 120 * 3
+        paid = {receipt.worker for receipt in world.receipts(range(120))}
+        assert {worker.key.id for worker in late} <= paid
+
+    run_virtual(main)
+
+
+def test_a_stage_that_is_gone_comes_back_from_its_checkpoint(undisturbed: list[bytes], tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path)
+        async with world.alive() as tasks:
+            await world.at_step(17)
+            world.nodes[2].kill()
+            await anyio.sleep(30)
+            await world.start(tasks, world.nodes[2])
+            await world.trained()
+            for stage in range(4):
+                assert set(world.params(stage)) == {undisturbed[stage]}
+
+    run_virtual(main)
+
+
+def test_all_workers_restarted_at_once_go_on_from_the_last_checkpoint(undisturbed: list[bytes], tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path)
+        async with world.alive():
+            await world.at_step(17)
+        async with world.alive():
+            await world.trained()
+            again = [step for step, _ in world.nodes[2].told.losses][-15:]
+            assert again == list(range(11, STEPS + 1))
+            for stage in range(4):
+                assert set(world.params(stage)) == {undisturbed[stage]}
+
+    run_virtual(main)
+
+
+def test_a_cut_cable_between_two_neighbours(undisturbed: list[bytes], tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path)
+        async with world.alive():
+            await world.at_step(12)
+            world.network.partition(world.nodes[1].key.id, world.nodes[2].key.id)
+            await anyio.sleep(200)
+            assert not world.nodes[0].pipeline.trained.is_set()
+            world.network.heal(world.nodes[1].key.id, world.nodes[2].key.id)
+            await world.trained()
+            for stage in range(4):
+                assert set(world.params(stage)) == {undisturbed[stage]}
+
+    run_virtual(main)
+
+
+def test_a_cut_cable_is_gone_around(undisturbed: list[bytes], tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path, 2)
+        async with world.alive():
+            await world.at_step(7)
+            world.network.partition(world.nodes[1].key.id, world.nodes[2].key.id)
+            await world.trained(within_s=200)
+            for stage in range(4):
+                assert set(world.params(stage)) == {undisturbed[stage]}
+
+    run_virtual(main)
+
+
+def test_workers_killed_and_restarted_again_and_again(undisturbed: list[bytes], tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path, 2)
+        rng = random.Random(7)
+        async with world.alive() as tasks:
+            for step in range(3, STEPS - 3, 3):
+                await world.at_step(step)
+                node = world.nodes[rng.randrange(8)]
+                node.kill()
+                await anyio.sleep(5)
+                await world.start(tasks, node)
+                await anyio.sleep(10)
+            await world.trained()
+            await anyio.sleep(5)
+            for stage in range(4):
+                assert set(world.params(stage)) == {undisturbed[stage]}
+        for stage in range(4):
+            assert world.credit_of(stage, range(STEPS)) == STEPS * 3
+
+    run_virtual(main)
+
+
+def test_a_stage_whose_only_worker_rests_makes_the_run_wait(undisturbed: list[bytes], tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path)
+        gate = world.nodes[2].gate = Shut()
+        async with world.alive():
+            await world.at_step(5)
+            gate.reason = "somebody is at the keyboard"
+            await anyio.sleep(300)
+            steps = world.nodes[0].pipeline.steps_done
+            await anyio.sleep(300)
+            assert world.nodes[0].pipeline.steps_done == steps < STEPS
+            assert "keyboard" in world.nodes[0].pipeline.trouble
+            gate.reason = ""
+            await world.trained()
+            for stage in range(4):
+                assert set(world.params(stage)) == {undisturbed[stage]}
+
+    run_virtual(main)
+
+
+@dataclass
+class Shut:
+    """A gate that a test opens and shuts."""
+
+    reason: str = ""
+
+    async def wait_open(self) -> None:
+        while self.reason:
+            await anyio.sleep(1)
