@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anyio
 
@@ -67,6 +68,7 @@ class Node:
     told: Told = field(default_factory=Told)
     book: ReceiptBook = field(init=False)
     gate: Gate = field(default_factory=AlwaysOpen)
+    slowness: float = 1.0
 
     @property
     def key(self) -> PeerKey:
@@ -106,11 +108,18 @@ class Node:
                         gate=self.gate,
                         clock=world.clock,
                         version=lambda: NO_VERSION,
+                        compute=self.compute,
                     )
                     self.up.set()
                     await self.pipeline.run()
         finally:
             self.book.close()
+
+    async def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A call of the trainer, or of the disk, in virtual time."""
+        name = getattr(function, "__name__", "")
+        await anyio.sleep(self.world.compute_s.get(name, 0.0) * self.slowness)
+        return function(*arguments)
 
     def kill(self) -> None:
         """Like SIGKILL: nobody is told."""
@@ -123,14 +132,26 @@ class CrewWorld:
 
     Args:
         replicas: workers of each stage.
+        compute_s: virtual seconds of each call of a trainer, by its name.
     """
 
     def __init__(
-        self, manifest: Manifest, folder: Path, replicas: int = 1, *, clock: Clock | None = None, delay_s: float = 0.005
+        self,
+        manifest: Manifest,
+        folder: Path,
+        replicas: int = 1,
+        *,
+        clock: Clock | None = None,
+        delay_s: float = 0.005,
+        rate_bytes_per_s: float | None = None,
+        compute_s: dict[str, float] | None = None,
     ) -> None:
+        self.compute_s = compute_s or {}
         self.manifest, self.folder = manifest, folder
         self.clock = clock or VirtualClock()
-        self.network = MemoryNetwork(random.Random(0), delay_s=delay_s, clock=VirtualClock())
+        self.network = MemoryNetwork(
+            random.Random(0), delay_s=delay_s, rate_bytes_per_s=rate_bytes_per_s, clock=VirtualClock()
+        )
         stages = manifest.model.stages
         self.nodes = [Node(self, number, number % stages) for number in range(stages * replicas)]
         self.board = Board()

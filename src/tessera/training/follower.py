@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import anyio
 import anyio.abc
 import structlog
-from anyio import to_thread
 
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, TesseraError
 from tessera.core.ids import PeerId
@@ -132,7 +131,7 @@ class Follower:
         done, copied = anyio.Event(), list[tuple[int, bytes]]()
 
         async def job() -> None:
-            copied.append((self.work.step, await to_thread.run_sync(self._trainer.save)))
+            copied.append((self.work.step, await self.work.compute(self._trainer.save)))
             done.set()
 
         self.work.do(job)
@@ -185,7 +184,7 @@ class Follower:
         """Go back to a checkpoint of ours. One that is damaged is dropped, and the lead hears it."""
         step, past = _integer(message, "step"), _integer(message, "past")
         try:
-            await to_thread.run_sync(lambda: self._trainer.load(self._checkpoints.load(step)))
+            await self.work.compute(lambda: self._trainer.load(self._checkpoints.load(step)))
         except (Invalid, Missing) as error:
             log.warning("checkpoint_unusable", step=step, code=error.code, reason=error.message)
             self.in_step = self._ready = False
@@ -286,12 +285,12 @@ class Follower:
         await self.work.commit(parts)
         self._parts = None
         if self._loaded_at is not None:  # the run has gone on from here: whatever was ahead belongs to another past
-            await to_thread.run_sync(self._checkpoints.drop_after, self._loaded_at)
+            await self.work.compute(self._checkpoints.drop_after, self._loaded_at)
             self._loaded_at = None
         done = step + 1
         if done % CHECKPOINT_EVERY == 0 or done == self._steps:
-            state = await to_thread.run_sync(self._trainer.save)
-            await to_thread.run_sync(self._checkpoints.save, done, state)
+            state = await self.work.compute(self._trainer.save)
+            await self.work.compute(self._checkpoints.save, done, state)
             self.say({"op": "checkpoint", "step": done})
         await self._committed(step, loss if isinstance(loss, float) else None)
         if not self._ready:
@@ -325,13 +324,13 @@ class Follower:
 
     async def _take_state(self, step: int, data: bytes, past: int) -> None:
         try:
-            await to_thread.run_sync(self._trainer.load, data)
+            await self.work.compute(self._trainer.load, data)
         except Invalid as error:
             raise Misbehaviour(f"the donor's state cannot be used: {error.message}") from error
         self._be_in_step(step, past)
         self._loaded_at = None
-        await to_thread.run_sync(self._checkpoints.drop_after, -1)
-        await to_thread.run_sync(self._checkpoints.save, step, data)
+        await self.work.compute(self._checkpoints.drop_after, -1)
+        await self.work.compute(self._checkpoints.save, step, data)
         self.say({"op": "checkpoint", "step": step})
         log.info("state_taken", step=step)
         await self._catch_up()
@@ -344,7 +343,7 @@ class Follower:
             if parts is None:
                 self.fall_behind()
                 return
-            await to_thread.run_sync(self._trainer.reset_step)
+            await self.work.compute(self._trainer.reset_step)
             await self._step(step, parts, None)
         self.say({"op": "in_step", "step": self.work.step})
 

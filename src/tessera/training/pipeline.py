@@ -37,7 +37,7 @@ from tessera.training.manifest import Manifest
 from tessera.training.protocols import CALL_S, CONTROL, SMALL
 from tessera.training.roster import Roster, Seat
 from tessera.training.state_transfer import StateDonor, fetch_state
-from tessera.training.work import Batches, StageWork
+from tessera.training.work import Batches, Compute, StageWork
 
 __all__ = ["Pipeline"]
 
@@ -73,6 +73,7 @@ class Pipeline:
         roster: the newest roster that is known.
         refresh: fetch it again, because a peer may have come, or come back at another address.
         version: a commitment to the parameters as they are, for receipts.
+        compute: how a call of the trainer is made, beside the event loop.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Pipeline:
         gate: Gate,
         clock: Clock,
         version: Callable[[], bytes],
+        compute: Compute = to_thread.run_sync,
     ) -> None:
         self._manifest, self._stage, self._me, self._transport = manifest, stage, key.id, transport
         self._trainer, self._checkpoints, self._batches = trainer, checkpoints, batches
@@ -108,6 +110,7 @@ class Pipeline:
             say=lambda message: self._follower.say(message),
             boundary=self._boundary,
             version=version,
+            compute=compute,
         )
         self._follower = Follower(
             key.id,

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import anyio
 import structlog
-from anyio import to_thread
 
 from tessera.core.errors import Invalid, Misbehaviour, TesseraError
 from tessera.core.ids import PeerId
@@ -31,7 +30,7 @@ from tessera.training.receipts import RECEIPT_PAYLOAD_BYTES, Direction, Receipt,
 from tessera.training.roster import Roster
 from tessera.training.step_log import Passage, StepLog
 
-__all__ = ["Batches", "StageWork", "Trainer"]
+__all__ = ["Batches", "Compute", "StageWork", "Trainer"]
 
 log = structlog.get_logger()
 
@@ -71,6 +70,7 @@ class Batches(Protocol):
 
 
 Job = Callable[[], Awaitable[None]]
+Compute = Callable[..., Awaitable[Any]]  # (function, *arguments) -> its result
 Neighbours = tuple[PeerId | None, PeerId | None]  # who sends a microbatch to us, and whom we send it to
 
 
@@ -81,6 +81,7 @@ class StageWork:
         roster: the present one.
         say: tell the lead something; never waits.
         version: of the parameters, for receipts: the commitment to what this step is computed with.
+        compute: how a call that takes a while is made, beside the event loop.
     """
 
     def __init__(
@@ -96,10 +97,11 @@ class StageWork:
         say: Callable[[dict[str, Any]], None],
         boundary: Callable[..., Boundary],
         version: Callable[[], bytes],
+        compute: Compute,
         wait_s: float = QUIET_S,
     ) -> None:
         self._manifest, self._stage, self._key = manifest, stage, key
-        self._last = manifest.model.stages - 1
+        self._last, self.compute = manifest.model.stages - 1, compute
         self._trainer, self._batches, self._book = trainer, batches, book
         self._roster, self._say, self._version = roster, say, version
         schedule = manifest.schedule
@@ -148,13 +150,13 @@ class StageWork:
 
     async def open(self, term: int, step: int) -> None:
         """A new term begins with `step`: whatever an earlier one had asked for is dropped."""
-        await to_thread.run_sync(self._trainer.reset_step)
+        await self.compute(self._trainer.reset_step)
         self.term, self.terms = term, self.terms + 1
         await self._open_step(step)
 
     async def reset(self) -> None:
         """Forget what is in our sums for the open step: others do it."""
-        await to_thread.run_sync(self._trainer.reset_step)
+        await self.compute(self._trainer.reset_step)
         self._new_log(self.step)
 
     async def drop(self, indexes: Sequence[int]) -> None:
@@ -165,7 +167,7 @@ class StageWork:
         for index in gone:
             passage = self.log.passages.pop(index, None)
             if passage is not None and passage.code_out is not None:
-                await to_thread.run_sync(self._trainer.drop, self.step, index)
+                await self.compute(self._trainer.drop, self.step, index)
 
     def take(self, index: int, source: PeerId | None, target: PeerId | None, again: bool) -> None:
         """Serve a microbatch between these neighbours from now on.
@@ -196,7 +198,7 @@ class StageWork:
 
     async def part(self) -> bytes:
         """Our sums over what we have of the open step, for the other workers of the stage."""
-        return await to_thread.run_sync(self._trainer.gradient)
+        return await self.compute(self._trainer.gradient)
 
     async def commit(self, parts: Sequence[bytes] | None) -> None:
         """End the open step, and sign for it.
@@ -206,17 +208,17 @@ class StageWork:
         """
         step = self.step
         if parts is not None:
-            await to_thread.run_sync(self._trainer.finish_step_with, step, parts)
+            await self.compute(self._trainer.finish_step_with, step, parts)
         elif done := self.log.done():
             tokens = len(done) * self._manifest.tokens_per_microbatch
-            await to_thread.run_sync(self._trainer.finish_step, step, tokens)
+            await self.compute(self._trainer.finish_step, step, tokens)
         else:
-            await to_thread.run_sync(self._trainer.skip_step, step)
+            await self.compute(self._trainer.skip_step, step)
         self._sign()
         await self._open_step(step + 1)
 
     async def _open_step(self, step: int) -> None:
-        self._committed = await to_thread.run_sync(self._version)
+        self._committed = await self.compute(self._version)
         self.step = step
         self._new_log(step)
         held, self._held = self._held, {}
@@ -271,8 +273,8 @@ class StageWork:
             return
         passage = self.log.passages[frame.index]
         await self._have_data()
-        ids = await to_thread.run_sync(self._batches.train, self.step, frame.index)
-        code = await to_thread.run_sync(self._trainer.forward, self.step, frame.index, ids, passage.code_in)
+        ids = await self.compute(self._batches.train, self.step, frame.index)
+        code = await self.compute(self._trainer.forward, self.step, frame.index, ids, passage.code_in)
         if self._stage < self._last:
             passage.code_out = code
             self._send_code(passage)
@@ -284,16 +286,16 @@ class StageWork:
         await self._finish_passage(passage, passage.gradient_in)
 
     async def _finish_passage(self, passage: Passage, gradient: bytes | None) -> None:
-        passage.gradient_out = await to_thread.run_sync(self._trainer.backward, self.step, passage.index, gradient)
+        passage.gradient_out = await self.compute(self._trainer.backward, self.step, passage.index, gradient)
         passage.done = True
         loss = self._trainer.loss_of(passage.index) if self._stage == self._last else None
         self._send_gradient(passage)
         self._say({"op": "done", "step": self.step, "index": passage.index, "loss": loss})
 
     async def _evaluate(self, frame: Frame) -> None:
-        ids = await to_thread.run_sync(self._batches.validation, frame.index)
+        ids = await self.compute(self._batches.validation, frame.index)
         payload = frame.payload if self._stage > 0 else None
-        result = await to_thread.run_sync(self._trainer.evaluate, ids, payload)
+        result = await self.compute(self._trainer.evaluate, ids, payload)
         if isinstance(result, tuple):
             loss, tokens = result
             said = {"op": "evaluated", "step": self.step, "index": frame.index, "loss": loss, "tokens": tokens}
