@@ -10,6 +10,7 @@ Legend: B sequences, T tokens, W numbers for each token.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from tessera.core.errors import Invalid
 from tessera.models.config import SCALE_BYTES, ModelSpec
 from tessera.models.noise import uniform
 
-__all__ = ["Wire"]
+__all__ = ["Number", "Wire", "pack_floats", "unpack_floats"]
+
+Number = Literal["float32", "bfloat16"]
 
 _LEVELS = 127
 _TINY = 2.0**-100  # scales under it are sent as zero: dividing by them could overflow
@@ -52,9 +55,7 @@ class Wire:
             raise Invalid("a message holds numbers that are not finite: the training diverged, lower its rates")
         if self.number == "int8":
             return self._pack_int8(x_BTW, noise)
-        if self.number == "bfloat16":
-            return x_BTW.to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
-        return x_BTW.contiguous().numpy().astype("<f4", copy=False).tobytes()
+        return pack_floats(x_BTW, self.number)
 
     def unpack(self, data: bytes, batch: int, length: int) -> Float[Tensor, "B T W"]:
         """The float32 message in `data`. Raises: Invalid for a wrong size, or numbers that no `pack` writes."""
@@ -64,13 +65,7 @@ class Wire:
         shape = (batch, length, self.width)
         if self.number == "int8":
             return self._unpack_int8(data, shape)
-        if self.number == "bfloat16":
-            x_BTW = _bfloat16(data).reshape(shape)
-        else:
-            x_BTW = torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32)).reshape(shape)
-        if not bool(torch.isfinite(x_BTW).all()):
-            raise Invalid("a message holds numbers that are not finite")
-        return x_BTW
+        return unpack_floats(data, self.number).reshape(shape)
 
     def _pack_int8(self, x_BTW: Tensor, noise: tuple[object, ...] | None) -> bytes:
         scale = _round_up_to_bfloat16(x_BTW.abs().amax(-1, keepdim=True) / _LEVELS)
@@ -98,7 +93,22 @@ class Wire:
         return x_BTW
 
 
-def _bfloat16(data: bytes) -> Tensor:
+def pack_floats(x: Tensor, number: Number) -> bytes:
+    """The numbers of a float32 tensor in RAM, little-endian."""
+    if number == "bfloat16":
+        return x.to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+    return x.contiguous().numpy().astype("<f4", copy=False).tobytes()
+
+
+def unpack_floats(data: bytes | memoryview, number: Number) -> Float[Tensor, " N"]:
+    """The float32 numbers in `data`, whose size is right. Raises: Invalid: one that is not finite."""
+    x = _bfloat16(data) if number == "bfloat16" else torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))
+    if not bool(torch.isfinite(x).all()):
+        raise Invalid("a message holds numbers that are not finite")
+    return x
+
+
+def _bfloat16(data: bytes | memoryview) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).view(torch.bfloat16).to(torch.float32)
 
 
