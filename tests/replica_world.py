@@ -1,7 +1,7 @@
 """A model with several replicas of each stage in one process: what tests and benchmarks of replicas share.
 
-Microbatch m starts at replica m mod n of stage 0, and changes replicas at each boundary as m / n says: every pair of
-neighbours works together.
+Microbatch m starts at replica m mod n of stage 0, and changes replicas at each boundary by as many places as the step
+and m / n say: in turn, every pair of neighbours works together.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class Swarm:
             for stage in range(spec.stages)
         ]
 
-    def route(self, index: int) -> list[StageTrainer]:
-        """Whom microbatch `index` meets, stage by stage."""
+    def route(self, step: int, index: int) -> list[StageTrainer]:
+        """Whom microbatch `index` of `step` meets, stage by stage."""
         turn, start = divmod(index, self.replicas)
-        return [row[(start + turn * stage) % self.replicas] for stage, row in enumerate(self.trainers)]
+        return [row[(start + (step + turn) * stage) % self.replicas] for stage, row in enumerate(self.trainers)]
 
     def pass_through(self, step: int, microbatches: Sequence[Any]) -> int:
         """Forwards and backwards of a step; returns its tokens."""
         tokens = 0
         for index, ids in enumerate(microbatches):
-            route, payload = self.route(index), None
+            route, payload = self.route(step, index), None
             for trainer in route:
                 payload = trainer.forward(step, index, ids, payload)
             for trainer in reversed(route):

@@ -16,7 +16,7 @@ from tessera.models.trainer import StageTrainer
 
 STEPS = 3
 EXACT = AveragingConfig()
-SPARSE = AveragingConfig(partitions=4, state="float32")
+SPARSE = AveragingConfig(partitions=4, state="float32", moments=True)
 
 
 def spec(codec: str = "codec") -> ModelSpec:
@@ -90,7 +90,7 @@ def test_a_part_may_be_asked_for_again_after_more_microbatches() -> None:
     spared, whole = (Swarm(spec(), 1, steps=1, averaging=EXACT) for _ in range(2))
     spared.pass_through(0, batch(0, 1))
     early = [row[0].gradient() for row in spared.trainers]
-    route, payload = spared.route(1), None
+    route, payload = spared.route(0, 1), None
     for trainer in route:
         payload = trainer.forward(0, 1, batch(0)[1], payload)
     for trainer in reversed(route):
@@ -169,9 +169,11 @@ def test_an_average_that_arrives_late_keeps_what_was_learned_meanwhile() -> None
     assert moved > 0
 
 
-def test_equal_replicas_are_not_moved_by_what_rounding_does_on_the_wire() -> None:
+@pytest.mark.parametrize("number", ["bfloat16", "int8"])
+def test_equal_replicas_are_not_moved_by_what_rounding_does_on_the_wire(number: str) -> None:
     a, _ = drifted()
-    rounded = StageTrainer(spec(), 0, steps=STEPS, averaging=AveragingConfig(partitions=4, state="bfloat16"))
+    averaging = AveragingConfig(partitions=4, state=number, moments=True)  # type: ignore[arg-type]
+    rounded = StageTrainer(spec(), 0, steps=STEPS, averaging=averaging)
     rounded.load(a.save())
     before = rounded.save()
     for round_ in range(4):
@@ -180,9 +182,9 @@ def test_equal_replicas_are_not_moved_by_what_rounding_does_on_the_wire() -> Non
     assert rounded.save() == before
 
 
-@pytest.mark.parametrize("robust", [False, True])
-def test_wrong_bytes_from_a_replica_change_nothing(robust: bool) -> None:
-    averaging = AveragingConfig(partitions=4, robust=robust)
+@pytest.mark.parametrize("number", ["float32", "bfloat16", "int8"])
+def test_wrong_bytes_from_a_replica_change_nothing(number: str) -> None:
+    averaging = AveragingConfig(partitions=4, robust=number == "int8", state=number)  # type: ignore[arg-type]
     trainer = StageTrainer(spec(), 0, steps=STEPS, averaging=averaging)
     before = trainer.save()
     own, part = trainer.partition(0), trainer.gradient()
@@ -209,14 +211,14 @@ def test_a_part_may_not_claim_more_tokens_than_the_step_has() -> None:
 
 
 def test_squares_under_zero_are_refused() -> None:
-    trainer = StageTrainer(spec(), 0, steps=1, averaging=AveragingConfig(partitions=1, state="float32"))
+    trainer = StageTrainer(spec(), 0, steps=1, averaging=AveragingConfig(partitions=1, state="float32", moments=True))
     minus = np.full(trainer.partition_bytes(0) // 4, -1.0, "<f4").tobytes()
     with pytest.raises(Invalid, match="mean of squares"):
         trainer.check_partition(0, minus)
 
 
 def test_numbers_that_overflow_in_the_sum_are_refused() -> None:
-    trainer = StageTrainer(spec(), 0, steps=1, averaging=AveragingConfig(partitions=1, state="float32"))
+    trainer = StageTrainer(spec(), 0, steps=1, averaging=AveragingConfig(partitions=1, state="float32", moments=True))
     huge = np.full(trainer.partition_bytes(0) // 4, 3e38, "<f4").tobytes()
     before = trainer.save()
     with pytest.raises(Invalid, match="not finite"):

@@ -24,13 +24,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tessera.core.errors import Conflict, Invalid
+from tessera.models.numbers import Number, pack_numbers, packed_bytes, unpack_numbers
 from tessera.models.robust import centered_clip, clipped_pair
-from tessera.models.wire import Number, pack_floats, unpack_floats
 
 __all__ = ["GradientForm", "GradientPart"]
 
 _HEAD = struct.Struct("<Qd")
-_NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 MAX_TOKENS = 2**40  # of one step
 
 
@@ -53,14 +52,14 @@ class GradientForm:
     def __init__(self, shapes: Mapping[str, torch.Size], number: Number) -> None:
         self._shapes, self._number = dict(sorted(shapes.items())), number
         self._sizes = [shape.numel() for shape in self._shapes.values()]
-        self.size_bytes = _HEAD.size + sum(self._sizes) * _NUMBER_BYTES[number]
+        self.size_bytes = _HEAD.size + packed_bytes(sum(self._sizes), number)
 
     def pack(self, tokens: int, loss_sum: float, sums: Mapping[str, Tensor]) -> bytes:
         """Raises: Invalid: a gradient that is not finite, that is, training diverged."""
         flat = torch.cat([sums[name].detach().to("cpu", torch.float32).flatten() for name in self._shapes])
         if not bool(torch.isfinite(flat).all()):
             raise Invalid("a gradient is not finite: the training diverged, lower its rates")
-        return _HEAD.pack(tokens, loss_sum) + pack_floats(flat, self._number)
+        return _HEAD.pack(tokens, loss_sum) + pack_numbers(flat, self._number)
 
     def unpack(self, data: bytes, most_tokens: int = MAX_TOKENS) -> GradientPart:
         """Raises: Invalid for bytes that no `pack` of a step of `most_tokens` tokens writes."""
@@ -71,7 +70,7 @@ class GradientForm:
             raise Invalid(f"a gradient part of {tokens} tokens: the step has {most_tokens}")
         if not 0 <= loss_sum < math.inf or (tokens == 0 and loss_sum != 0):
             raise Invalid(f"a gradient part whose {tokens} tokens lose {loss_sum} nats")
-        flat = unpack_floats(memoryview(data)[_HEAD.size :], self._number)
+        flat = unpack_numbers(memoryview(data)[_HEAD.size :], sum(self._sizes), self._number)
         if tokens == 0 and bool(flat.any()):
             raise Invalid("a gradient part of no tokens that is not zero")
         return GradientPart(tokens, loss_sum, flat)

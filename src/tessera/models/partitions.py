@@ -2,9 +2,9 @@ r"""Replicas that step on their own stay together by averaging a small random pa
 
     round r, partition P = r mod n:   s = θ[P] is sent;   training goes on;   θ[P] ← θ[P] + mean(s_1 … s_N) − s
 
-(Agora's asynchronous SPARTA.) θ are the parameters and the optimiser's moments, the same entries of each; a partition
-is every n-th entry on average, drawn once from the run's seed, so that no index crosses the wire. The difference is
-taken against the very numbers that were sent, so rounding on the wire moves nobody as long as all agree.
+(Agora's asynchronous SPARTA.) θ are the parameters and, if asked for, the optimiser's moments, the same entries of
+each. A partition is every n-th entry on average, drawn once from the run's seed, so that no index crosses the wire. The
+difference is taken against the very numbers that were sent, so rounding on the wire moves nobody as long as all agree.
 
 A message holds, parameter by parameter in the order of their names, its entries in the parameter and in each moment.
 
@@ -22,12 +22,11 @@ from torch import Tensor
 
 from tessera.core.errors import Invalid
 from tessera.models.noise import integers
+from tessera.models.numbers import Number, pack_numbers, packed_bytes, unpack_numbers
 from tessera.models.robust import DistanceHistory, centered_clip
-from tessera.models.wire import Number, pack_floats, unpack_floats
 
 __all__ = ["Partitions"]
 
-_NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 _PARAMS = "params."
 _MOMENTS = ("muon.", "adam.exp_avg.", "adam.exp_avg_sq.")
 _SQUARES = "adam.exp_avg_sq."
@@ -39,34 +38,37 @@ class Partitions:
     Args:
         layout: names and shapes of the state, as an engine gives it.
         seed: of the run.
+        moments: average them as well. They forget: with betas of 0.8 to 0.95, what a replica's moments hold is from its
+            last 5 to 20 steps, so it pays only when every entry's turn comes more often than that.
 
     Cost: two bytes of RAM for each parameter, drawn once at the first use: about 1 s for 100 million.
     """
 
-    def __init__(self, layout: Mapping[str, Tensor], seed: int, count: int, number: Number) -> None:
+    def __init__(
+        self, layout: Mapping[str, Tensor], seed: int, count: int, number: Number, *, moments: bool = False
+    ) -> None:
         self.count, self._seed, self._number = count, seed, number
         self._sizes = {n.removeprefix(_PARAMS): layout[n].numel() for n in sorted(layout) if n.startswith(_PARAMS)}
-        self._tensors = {
-            name: [_PARAMS + name, *(kind + name for kind in _MOMENTS if kind + name in layout)] for name in self._sizes
-        }
+        kinds = (_PARAMS, *_MOMENTS) if moments else (_PARAMS,)
+        self._tensors = {name: [k + name for k in kinds if k + name in layout] for name in self._sizes}
         self._owner: dict[str, np.ndarray[tuple[int], np.dtype[np.uint16]]] = {}
         self._histories = DistanceHistory()
 
     def size_bytes(self, round_: int) -> int:
         """Exact bytes of the message of `round_`."""
-        entries = (len(index) * len(self._tensors[name]) for name, index in self._indices(round_))
-        return sum(entries) * _NUMBER_BYTES[self._number]
+        each = (packed_bytes(len(index), self._number) * len(self._tensors[n]) for n, index in self._indices(round_))
+        return sum(each)
 
     def pack(self, round_: int, state: Mapping[str, Tensor]) -> bytes:
         """This replica's entries. Raises: Invalid: one that is not finite, that is, training diverged."""
-        flat = torch.cat([
-            state[tensor].detach().flatten()[index.to(state[tensor].device)].to("cpu", torch.float32)
-            for name, index in self._indices(round_)
-            for tensor in self._tensors[name]
-        ])  # fmt: skip
-        if not bool(torch.isfinite(flat).all()):
-            raise Invalid("the state holds numbers that are not finite: the training diverged, lower its rates")
-        return pack_floats(flat, self._number)
+        pieces = []
+        for name, index in self._indices(round_):
+            for tensor in self._tensors[name]:
+                entries = state[tensor].detach().flatten()[index.to(state[tensor].device)].to("cpu", torch.float32)
+                if not bool(torch.isfinite(entries).all()):
+                    raise Invalid(f"{tensor} holds numbers that are not finite: the training diverged, lower its rates")
+                pieces.append(pack_numbers(entries, self._number))
+        return b"".join(pieces)
 
     def check(self, round_: int, data: bytes) -> None:
         """Raises: Invalid for bytes that no `pack` writes."""
@@ -108,11 +110,12 @@ class Partitions:
         expected = self.size_bytes(round_)
         if len(data) != expected:
             raise Invalid(f"partition {round_ % self.count} of the state has {expected} bytes, not {len(data)}")
-        flat, pieces, at = unpack_floats(data, self._number), dict[str, Tensor](), 0
+        pieces, at = dict[str, Tensor](), 0
         for name, index in self._indices(round_):
             for tensor in self._tensors[name]:
-                pieces[tensor] = flat[at : at + len(index)]
-                at += len(index)
+                size = packed_bytes(len(index), self._number)
+                pieces[tensor] = unpack_numbers(memoryview(data)[at : at + size], len(index), self._number)
+                at += size
                 if tensor.startswith(_SQUARES) and bool((pieces[tensor] < 0).any()):
                     raise Invalid(f"{tensor} is a mean of squares, and holds numbers under zero")
         return pieces

@@ -282,7 +282,7 @@ class StageTrainer:
     @cached_property
     def _partitions(self) -> Partitions:
         a = self.averaging
-        return Partitions(self._engine.layout(), self.spec.seed, a.partitions, a.state)
+        return Partitions(self._engine.layout(), self.spec.seed, a.partitions, a.state, moments=a.moments)
 
     def _facts(self) -> dict[str, str]:
         return {"spec": self.spec.digest(), "stage": str(self.stage.index)}

@@ -6,6 +6,7 @@ RPC = "tessera/rpc/1"  # to the host: JSON-RPC of the run's chain
 CONTROL = "tessera/control/1"  # from stage 0: which checkpoints, start a session
 PIPELINE = "tessera/pipeline/1"  # a boundary link
 EPOCH = "tessera/epoch/1"  # among workers: receipts, votes, leaves
+AVERAGE = "tessera/average/1"  # among replicas of a stage: parts of gradients and of the state
 HANDOVER = "tessera/handover/1"  # a stage changes hands: its state, and the others' signatures
 
 CALL_S = 10.0  # an answer that needs no work
