@@ -180,7 +180,7 @@ class Exchange:
         try:
             await to_thread.run_sync(g.check, part.data)
         except Invalid as error:
-            self._blame(g, part.head.accusation(g.name, error.message))
+            self._blame(g, part.head.owner, part.head.accusation(g.name, error.message))
             return False
         return True
 
@@ -228,17 +228,14 @@ class Exchange:
         try:
             return await self._download(g, server, owner, wait_s)
         except Misbehaviour as error:
-            self._blame(g, error)
+            self._blame(g, PeerId(error.fields.get("peer", server.id)), error)
         except TesseraError as error:
             log.debug("part_not_served", name=str(g.name), server=server.id, code=error.code, reason=error.message)
         return None
 
-    def _blame(self, g: _Gathering, error: Misbehaviour) -> None:
-        peer = error.fields.get("peer")
-        if not isinstance(peer, str):
-            raise error
+    def _blame(self, g: _Gathering, peer: PeerId, error: Misbehaviour) -> None:
         log.warning("part_refused", name=str(g.name), peer_id=peer, reason=error.message)
-        g.found.faults.setdefault(PeerId(peer), error)
+        g.found.faults.setdefault(peer, error)
 
     async def _download(self, g: _Gathering, server: PeerRecord, owner: PeerId, wait_s: float) -> SignedPart:
         head, first = await self._piece(g, server, owner, 0, wait_s)
