@@ -228,3 +228,37 @@ def test_a_trainer_is_built_on_all_ranks(link: RankLink) -> None:
         build_trainer(described, 1, **schedule, link=link, limit_bytes=1000)  # type: ignore[arg-type]
     with pytest.raises(Invalid, match="does not exist"):
         build_trainer(described, 3, **schedule, link=link)  # type: ignore[arg-type]
+
+
+def test_a_stage_on_two_processes_is_a_replica_like_any_other(link: RankLink) -> None:
+    """Its parts count in the others' steps, theirs in its own, and so do partitions of the state."""
+    described = spec(LOSSLESS)
+    for mode in ("replicate", "shard"):
+        alone, both = StageTrainer(described, 1, steps=STEPS), shared(link, described, 1, mode)
+        for step in range(STEPS):
+            for index in range(2 * MICROBATCHES):
+                trainer = (alone, both)[index % 2]
+                ids, entered, gradient = inputs(described, 1, step, index)
+                trainer.forward(step, index, ids, entered)
+                trainer.backward(step, index, gradient)
+            parts = [alone.gradient(), both.gradient()]
+            assert parts[1] == both.gradient(), "asking changes nothing"
+            for trainer in (alone, both):
+                trainer.finish_step_with(step, parts)
+            assert_near(both._engine.state(), alone._engine.state())
+        check_merge(alone, both)
+
+
+def check_merge(alone: StageTrainer, both: StageTrainer) -> None:
+    """One has gone astray; half of the way back is the other's."""
+    before = {name: tensor.detach().clone() for name, tensor in alone._engine.state().items()}
+    with torch.no_grad():
+        for parameter in alone.stage.parameters():
+            parameter += 1.0
+    for round_ in range(alone.averaging.partitions):
+        parts = alone.partition(round_), both.partition(round_)
+        alone.merge(round_, parts[0], [parts[1]])
+        both.merge(round_, parts[1], [parts[0]])
+    middle = {name: t + 0.5 if name.startswith("params.") else t for name, t in before.items()}
+    for trainer in (alone, both):
+        assert_near(trainer._engine.state(), middle, 1e-2)  # bfloat16 on the wire

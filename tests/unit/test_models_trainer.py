@@ -165,8 +165,8 @@ def test_calls_out_of_order_are_refused_and_change_nothing() -> None:
         first.forward(0, 0, ids(), None)
     with pytest.raises(Invalid, match="at least one token"):
         first.finish_step(0, 0)
-    with pytest.raises(Conflict, match="33 tokens, but 32 came"):
-        last.finish_step(0, 33)
+    with pytest.raises(Conflict, match="31 tokens, but 32 came"):
+        last.finish_step(0, 31)
     assert first.finish_step(0, 32) is None
     assert last.finish_step(0, 32) is not None
 
@@ -176,6 +176,34 @@ def test_a_step_without_microbatches_is_refused() -> None:
     with pytest.raises(Conflict, match="no microbatch"):
         first.finish_step(0, 32)
     assert first.step == 0
+
+
+def test_a_microbatch_that_got_lost_weighs_nothing() -> None:
+    """Two came and one of them never returned: the step is that of the other alone."""
+    lost, alone = pair(), pair()
+    assert lost[0].forward(0, 1, ids(1), None) is not None
+    with pytest.raises(Missing, match="not in flight"):
+        lost[0].drop(0, 7)
+    lost[0].drop(0, 1)
+    for first, last in (lost, alone):
+        round_trip(first, last, 0, 0)
+    losses = [lost[1].finish_step(0, 64), alone[1].finish_step(0, 32)]
+    lost[0].finish_step(0, 64)
+    alone[0].finish_step(0, 32)
+    assert losses[0] == losses[1]
+    assert [t.save() for t in lost] == [t.save() for t in alone]
+
+
+def test_a_lost_microbatch_may_start_again() -> None:
+    first, last = pair()
+    first.forward(0, 0, ids(0), None)
+    first.drop(0, 0)
+    round_trip(first, last, 0, 0)
+    last.forward(0, 1, ids(1), first.forward(0, 1, ids(1), None))
+    last.drop(0, 1)
+    with pytest.raises(Conflict, match="already"):  # the last stage has its gradient in the sums
+        last.forward(0, 1, ids(1), pair()[0].forward(0, 1, ids(1), None))
+    assert last.finish_step(0, 64) is not None
 
 
 def test_a_run_ends_after_its_steps() -> None:

@@ -16,7 +16,7 @@ from tessera.core.encoding import encode
 from tessera.core.errors import Invalid
 from tessera.core.hashing import sha256
 
-__all__ = ["CodecConfig", "ModelConfig", "ModelSpec", "OptimizerConfig", "parse_spec"]
+__all__ = ["AveragingConfig", "CodecConfig", "ModelConfig", "ModelSpec", "OptimizerConfig", "parse_spec"]
 
 _NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 SCALE_BYTES = 2  # an int8 message carries one bfloat16 scale for each token
@@ -97,6 +97,16 @@ class OptimizerConfig(_Frozen):
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     adam_eps: float = Field(default=1e-10, gt=0.0, lt=1e-2)
     warmup: int = Field(default=10, ge=1)  # steps
+
+
+class AveragingConfig(_Frozen):
+    """What the replicas of a stage send each other. All replicas of a run need the same."""
+
+    gradient: Literal["float32", "bfloat16"] = "float32"  # on the wire, when each step averages gradients
+    state: Literal["float32", "bfloat16", "int8"] = "int8"  # on the wire, when each round averages a part of the state
+    partitions: int = Field(default=5, ge=1, le=65_536)  # parts of the state: each round averages one
+    moments: bool = False  # average the optimiser's moments too; only worth it when each entry's turn comes often
+    robust: bool = False  # CenteredClip: a minority may send anything, and moves the average by a bounded amount
 
 
 class ModelSpec(_Frozen):

@@ -46,6 +46,15 @@ class Engine(Protocol):
 
     def drop(self, index: int) -> None: ...
     def finish(self, step: int, tokens: int) -> None: ...
+
+    def sums(self) -> dict[str, Tensor]:
+        """The gradients of the open step so far, by parameter; zeros where none is. Changes nothing."""
+        ...
+
+    def finish_with(self, step: int, tokens: int, sums: Mapping[str, Tensor]) -> None:
+        """As `finish`, from these gradients in place of those that are here. `sums` may be overwritten."""
+        ...
+
     def clear(self) -> None: ...
     def evaluate(self, tokens: Tensor, message: Tensor | None) -> Tensor | float: ...
     def layout(self) -> dict[str, Tensor]: ...
@@ -62,6 +71,10 @@ class Placement(Protocol):
 
     def before_step(self) -> None:
         """Make every gradient the sum over all ranks."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What lies here of the sums over all ranks, by name; zeros where there is none. Changes nothing."""
         ...
 
     def after_use(self) -> None:
@@ -101,6 +114,9 @@ class Alone:
 
     def before_step(self) -> None:
         return
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.stage.named_parameters()}
 
     def after_use(self) -> None:
         return
@@ -180,6 +196,19 @@ class LocalEngine:
     def finish(self, step: int, tokens: int) -> None:
         self._placement.before_step()
         self._optimizer.step(step, tokens)
+
+    def sums(self) -> dict[str, Tensor]:
+        own = self._placement.gradients()
+        return {name: self._placement.whole(f"params.{name}", gradient) for name, gradient in own.items()}
+
+    def finish_with(self, step: int, tokens: int, sums: Mapping[str, Tensor] | None) -> None:
+        """As `Engine`. None: another rank brings them."""
+        own = {
+            name: self._placement.own(f"params.{name}", here, None if sums is None else sums[name]).to(here.device)
+            for name, here in self._placement.parameters().items()
+        }
+        self._optimizer.step(step, tokens, own)
+        self._placement.clear()
 
     def clear(self) -> None:
         self._open.clear()

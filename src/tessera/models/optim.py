@@ -135,13 +135,18 @@ class StageOptimizer:
         self._parameters = list(named.values())
 
     @torch.no_grad()
-    def step(self, step: int, tokens: int) -> None:
+    def step(self, step: int, tokens: int, sums: Mapping[str, Tensor] | None = None) -> None:
         """One step from gradients that are sums over `tokens` tokens. Clears them.
+
+        Args:
+            sums: by name, of every parameter, in place of those that backward passes left here. Overwritten.
 
         Raises: Conflict: the run has no step `step`, or a parameter has no gradient.
         """
         if step >= self.steps:
             raise Conflict(f"the run of {self.steps} steps is over")
+        for name, gradient in ({} if sums is None else sums).items():
+            (self._others if name in self._others else self._muon.named)[name].grad = gradient
         gradients = [_gradient(name, p) for name, p in self._others.items()]
         gradients += [_gradient(name, p) for name, p in self._muon.named.items()]
         torch._foreach_mul_(gradients, 1.0 / tokens)

@@ -20,7 +20,7 @@ Legend: B sequences, T tokens, W message width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar, cast, get_args
 
 import structlog
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tessera.core.encoding import encode
 from tessera.core.errors import Invalid, TesseraError
-from tessera.models.config import ModelSpec, parse_spec
+from tessera.models.config import AveragingConfig, ModelSpec, parse_spec
 from tessera.models.device import choose_recompute
 from tessera.models.engine import Inputs, LocalEngine
 from tessera.models.parallel_link import Order, RankLink, RankLost, named_failures
@@ -58,6 +58,7 @@ def build_trainer(
     limit_bytes: int = 0,
     link: RankLink | None = None,
     parallel: Parallel = "auto",
+    averaging: AveragingConfig | None = None,
 ) -> StageTrainer:
     """The trainer of `stage` on this device, or on all that `link` joins; recomputing if it would not fit otherwise.
 
@@ -65,6 +66,7 @@ def build_trainer(
         sequences, length, microbatches: of the run's schedule.
         limit_bytes: most that the owner lends of each device's memory; 0 = what is free.
         parallel: auto keeps whole copies while they fit, then shards.
+        averaging: how this stage's replicas stay together; None: the defaults.
 
     Raises: Invalid: no such stage, or it does not fit, naming what is needed and what is there.
     """
@@ -78,14 +80,16 @@ def build_trainer(
         )  # fmt: skip
 
     if link is None:
-        return StageTrainer(spec, stage, steps=steps, device=device, recompute=recompute(False, limit_bytes, 1))
+        again = recompute(False, limit_bytes, 1)
+        return StageTrainer(spec, stage, steps=steps, device=device, recompute=again, averaging=averaging)
     ranks, least = link.world.size, link.least_free()
     free = min(least, limit_bytes or least)
     if sequences < ranks:
         log.warning("ranks_without_work", ranks=ranks, sequences=sequences)
     shard, again = _choose_mode(parallel, lambda shard: recompute(shard, free, ranks))
     log.info("ranks_share_stage", stage=stage, ranks=ranks, mode="shard" if shard else "replicate", recompute=again)
-    return StageTrainer(spec, stage, steps=steps, recompute=again, engine=LeadEngine(link, spec, stage, steps, shard))
+    engine = LeadEngine(link, spec, stage, steps, shard)
+    return StageTrainer(spec, stage, steps=steps, recompute=again, engine=engine, averaging=averaging)
 
 
 def _choose_mode(parallel: Parallel, recompute: Callable[[bool], bool]) -> tuple[bool, bool]:
@@ -168,6 +172,16 @@ class LeadEngine:
         with self._link.turn():
             self._link.order(Order.FINISH, step, tokens)
             self._together(lambda: self._local.finish(step, tokens))
+
+    def sums(self) -> dict[str, Tensor]:
+        with self._link.turn():
+            self._link.order(Order.SUMS)
+            return self._together(self._local.sums)
+
+    def finish_with(self, step: int, tokens: int, sums: Mapping[str, Tensor]) -> None:
+        with self._link.turn():
+            self._link.order(Order.FINISH_WITH, step, tokens)
+            self._together(lambda: self._local.finish_with(step, tokens, sums))
 
     def clear(self) -> None:
         with self._link.turn():
@@ -257,6 +271,8 @@ class _Follower:
             acts: dict[Order, Callable[[], object]] = {
                 Order.DROP: lambda: engine.drop(numbers[0]),
                 Order.FINISH: lambda: engine.finish(numbers[0], numbers[1]),
+                Order.SUMS: engine.sums,
+                Order.FINISH_WITH: lambda: engine.finish_with(numbers[0], numbers[1], None),
                 Order.CLEAR: engine.clear,
                 Order.STATE: engine.state,
                 Order.LOAD: lambda: engine.load(None),

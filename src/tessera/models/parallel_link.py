@@ -58,7 +58,9 @@ class Order(IntEnum):
     STATE = 9
     LOAD = 10
     PARAMETERS = 11
-    STOP = 12
+    SUMS = 12
+    FINISH_WITH = 13  # step, tokens; then the sums
+    STOP = 14
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,16 @@ class Replicas:
         self.optimizer = StageOptimizer(self.stage, steps)
 
     def before_step(self) -> None:
-        gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
+        self._sum_all([p.grad for p in self.stage.parameters() if p.grad is not None])
+
+    def gradients(self) -> dict[str, Tensor]:
+        named = self.stage.named_parameters()
+        own = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
+        self._sum_all(list(own.values()))
+        return own
+
+    def _sum_all(self, gradients: list[Tensor]) -> None:
+        """Each becomes the sum over all ranks."""
         bucket: list[Tensor] = []
         for gradient in gradients:
             bucket.append(gradient)
@@ -97,6 +106,12 @@ class Shards:
         for name, parameter in self.stage.named_parameters():
             self._pieces[name].grad = None if parameter.grad is None else _local(parameter.grad)
             parameter.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {
+            n: torch.zeros_like(self._pieces[n]) if p.grad is None else _local(p.grad)
+            for n, p in self.stage.named_parameters()
+        }
 
     def after_use(self) -> None:
         """Parameters that were put together hide what the next step or a checkpoint writes into the pieces."""

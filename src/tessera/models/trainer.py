@@ -2,18 +2,21 @@
 
     stage 0   forward(ids) ─▶ bytes ─▶ ... ─▶ last stage: loss and its backward at once
     stage 0   backward(bytes) ◀─ ... ◀─ bytes ◀─ backward(None) on the last stage
-    finish_step on every stage, with the tokens of all microbatches
+    finish_step on every stage; with replicas, gradient() on each and finish_step_with(all of them)
 
 Invariants: the same calls with the same bytes give the same bytes (rounding noise is named by run seed, step,
-microbatch and boundary), so a step can be replayed and audited. Gradients are sums over tokens until `finish_step`
-divides them. A refused call changes nothing. Not safe for use from two threads at once.
+microbatch and boundary), so a step can be replayed and audited. Gradients are sums over tokens until a step divides
+them by the tokens that they are sums over, whatever was planned: a microbatch that got lost weighs nothing. A refused
+call changes nothing. Not safe for use from two threads at once.
 
 Legend: B sequences, T tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +24,10 @@ from torch import Tensor
 
 from tessera.core.errors import Conflict, Invalid, Missing
 from tessera.models.checkpoint import read_checkpoint, write_checkpoint
-from tessera.models.config import ModelSpec
+from tessera.models.config import AveragingConfig, ModelSpec
 from tessera.models.engine import Alone, Engine, LocalEngine
+from tessera.models.gradients import GradientForm
+from tessera.models.partitions import Partitions
 from tessera.models.stage import Stage
 from tessera.models.wire import Wire
 
@@ -48,6 +53,7 @@ class StageTrainer:
         recompute: keep the codes of microbatches in flight instead of their graphs, and run their forward once more in
             the backward: the same bytes, a third more work, a fraction of the memory.
         engine: computes instead of this process alone, `device` is its own then; see `tessera.models.parallel`.
+        averaging: how this stage's replicas stay together; None: the defaults.
 
     Raises: Invalid: no such stage, or no steps.
     """
@@ -61,8 +67,10 @@ class StageTrainer:
         device: str = "cpu",
         recompute: bool = False,
         engine: Engine | None = None,
+        averaging: AveragingConfig | None = None,
     ) -> None:
         self.spec, self.recompute = spec, recompute
+        self.averaging = averaging or AveragingConfig()
         self._engine: Engine = engine or LocalEngine(Alone(Stage(spec, stage).to(device), steps))
         self.stage = self._engine.stage
         self.device = self.stage.device
@@ -70,7 +78,7 @@ class StageTrainer:
         self._wire = Wire(spec)
         self._open: dict[int, _InFlight] = {}
         self._seen: set[int] = set()
-        self._loss_sum, self._loss_tokens = 0.0, 0
+        self._loss_sum, self._tokens = 0.0, 0  # of the microbatches whose gradients are in the sums
 
     def forward(self, step: int, index: int, ids: Any, payload: bytes | None) -> bytes | None:
         """Microbatch `index` of `step` through this stage.
@@ -120,30 +128,112 @@ class StageTrainer:
             again = tokens, receive(self.stage, self._wire, received, *item.shape)
         gradient = self._engine.backward(index, self._gradient(payload, item.shape), again)
         del self._open[index]
+        if not self.stage.last:  # there, the forward has counted them
+            self._tokens += item.shape[0] * item.shape[1]
         if gradient is None:
             return None
         boundary = self.stage.index - 1
         return self._wire.pack(gradient, ("gradient", self.spec.seed, step, index, boundary))
 
+    def drop(self, step: int, index: int) -> None:
+        """Gives up a microbatch in flight, whose gradient will not come. It may start again, except on the last stage,
+        which has learned from it in its forward.
+
+        Raises: Missing: no such microbatch is in flight.  Conflict: another step is open.
+        """
+        self._check_step(step)
+        if index not in self._open:
+            raise Missing(f"microbatch {index} of step {step} is not in flight on stage {self.stage.index}")
+        self._engine.drop(index)
+        del self._open[index]
+        if not self.stage.last:
+            self._seen.remove(index)
+
     def finish_step(self, step: int, tokens: int) -> float | None:
-        """Moves the parameters by the mean gradient over `tokens`, all microbatches together.
+        """Moves the parameters by the mean gradient over the tokens that came, of at most `tokens`.
 
         Returns: the mean loss in nats per token on the last stage, None elsewhere.
 
-        Raises: Conflict: another step is open, microbatches are in flight, none came, or the run is over.
+        Raises: Conflict: another step is open, microbatches are in flight, none or more came, or the run is over.
         """
-        self._check_step(step)
+        self._check_complete(step)
         if tokens < 1:
             raise Invalid(f"a step has at least one token, not {tokens}")
-        if self._open:
-            raise Conflict(f"microbatches {sorted(self._open)} of step {step} are still in flight")
-        if self.stage.last and tokens != self._loss_tokens:
-            raise Conflict(f"step {step} is said to have {tokens} tokens, but {self._loss_tokens} came")
-        loss = self._loss_sum / tokens if self.stage.last else None
-        self._engine.finish(step, tokens)
-        self.step += 1
-        self._forget()
+        if self._tokens > tokens:
+            raise Conflict(f"step {step} is said to have {tokens} tokens, but {self._tokens} came")
+        if not self._tokens:
+            raise Conflict(f"no microbatch went through stage {self.stage.index} in step {step}")
+        loss = self._loss_sum / self._tokens if self.stage.last else None
+        self._engine.finish(step, self._tokens)
+        self._next_step()
         return loss
+
+    # --- replicas: gradients, each step -----------------------------------------------------------------------------
+
+    def gradient(self) -> bytes:
+        """This replica's part of the open step: zeros, if nothing came here. More microbatches may follow, which make
+        another part.
+
+        Raises: Conflict: microbatches are in flight.  Invalid: training diverged.
+        """
+        self._check_complete(self.step)
+        return self._gradients.pack(self._tokens, self._loss_sum, self._engine.sums())
+
+    def check_gradient(self, data: bytes, tokens: int) -> int:
+        """The tokens in a replica's part, at most `tokens`. Raises: Invalid for bytes that no `gradient` gives."""
+        return self._gradients.unpack(data, tokens).tokens
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Exact size of what `gradient` gives."""
+        return self._gradients.size_bytes
+
+    def finish_step_with(self, step: int, parts: Sequence[bytes]) -> float | None:
+        """As `finish_step`, from all replicas' parts: this one's own only counts if it is among them.
+
+        Replicas that are given the same parts in the same order stay equal, to the bit on machines of one kind; also
+        one that took no part in the step and comes from a checkpoint.
+
+        Raises: Invalid: a wrong part.  Conflict: as `finish_step`.
+        """
+        self._check_complete(step)
+        read = [self._gradients.unpack(part) for part in parts]
+        tokens, loss, sums = self._gradients.total(read, robust=self.averaging.robust)
+        self._engine.finish_with(step, tokens, sums)
+        self._next_step()
+        return loss if self.stage.last else None
+
+    # --- replicas: a part of the state, each round ------------------------------------------------------------------
+
+    def partition(self, round_: int) -> bytes:
+        """This replica's entries in round `round_`'s part of the state. Keep them for `merge`.
+
+        Raises: Invalid: training diverged.
+        """
+        return self._partitions.pack(round_, self._engine.state())
+
+    def check_partition(self, round_: int, data: bytes) -> None:
+        """Raises: Invalid for bytes that no `partition` of that round gives."""
+        self._partitions.check(round_, data)
+
+    def partition_bytes(self, round_: int) -> int:
+        """Exact size of what `partition` gives."""
+        return self._partitions.size_bytes(round_)
+
+    def merge(self, round_: int, own: bytes, others: Sequence[bytes]) -> None:
+        """Moves the state by what the other replicas' entries, and our `own` of the same round, differ on average from
+        `own`. Steps may have been made since; call it between two of them.
+
+        Raises: Conflict: microbatches are in flight, or wait for their step.  Invalid: wrong bytes, or an average that
+        is not finite; nothing has changed then.
+        """
+        if self._open or self._seen:
+            raise Conflict(f"step {self.step} is under way: its microbatches must meet one set of parameters")
+        state = self._engine.state()
+        self._partitions.merge(round_, state, own, others, robust=self.averaging.robust)
+        self._engine.load(state)
+
+    # ----------------------------------------------------------------------------------------------------------------
 
     def reset_step(self) -> None:
         """Drops everything of the open step: it can start again from its first microbatch."""
@@ -182,12 +272,29 @@ class StageTrainer:
         self._engine.load(tensors)
         self.step = int(step)
 
+    @cached_property
+    def _gradients(self) -> GradientForm:
+        shapes = {
+            n.removeprefix("params."): t.shape for n, t in self._engine.layout().items() if n.startswith("params.")
+        }
+        return GradientForm(shapes, self.averaging.gradient)
+
+    @cached_property
+    def _partitions(self) -> Partitions:
+        a = self.averaging
+        return Partitions(self._engine.layout(), self.spec.seed, a.partitions, a.state, moments=a.moments)
+
     def _facts(self) -> dict[str, str]:
         return {"spec": self.spec.digest(), "stage": str(self.stage.index)}
 
     def _check_step(self, step: int) -> None:
         if step != self.step:
             raise Conflict(f"step {step} is not open on stage {self.stage.index}: step {self.step} is")
+
+    def _check_complete(self, step: int) -> None:
+        self._check_step(step)
+        if self._open:
+            raise Conflict(f"microbatches {sorted(self._open)} of step {step} are still in flight")
 
     def _gradient(self, payload: bytes | None, shape: tuple[int, int]) -> Tensor | None:
         if self.stage.last:
@@ -202,7 +309,7 @@ class StageTrainer:
         """What goes to the next stage, or the loss into the sum. A message that cannot be packed is not kept."""
         if isinstance(out, float):
             self._loss_sum += out
-            self._loss_tokens += tokens[:, 1:].numel()
+            self._tokens += tokens[:, 1:].numel()
             return None
         try:
             return self._wire.pack(out)
@@ -210,10 +317,14 @@ class StageTrainer:
             self._engine.drop(index)
             raise
 
+    def _next_step(self) -> None:
+        self.step += 1
+        self._forget()
+
     def _forget(self) -> None:
         self._open.clear()
         self._seen.clear()
-        self._loss_sum, self._loss_tokens = 0.0, 0
+        self._loss_sum, self._tokens = 0.0, 0
 
 
 def receive(stage: Stage, wire: Wire, payload: bytes | None, batch: int, length: int) -> Tensor | None:

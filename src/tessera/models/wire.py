@@ -19,11 +19,17 @@ from torch import Tensor
 from tessera.core.errors import Invalid
 from tessera.models.config import SCALE_BYTES, ModelSpec
 from tessera.models.noise import uniform
+from tessera.models.numbers import (
+    LEVELS,
+    TINY,
+    from_bfloat16,
+    pack_numbers,
+    round_up_to_bfloat16,
+    to_bfloat16,
+    unpack_numbers,
+)
 
 __all__ = ["Wire"]
-
-_LEVELS = 127
-_TINY = 2.0**-100  # scales under it are sent as zero: dividing by them could overflow
 
 
 class Wire:
@@ -52,9 +58,7 @@ class Wire:
             raise Invalid("a message holds numbers that are not finite: the training diverged, lower its rates")
         if self.number == "int8":
             return self._pack_int8(x_BTW, noise)
-        if self.number == "bfloat16":
-            return x_BTW.to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
-        return x_BTW.contiguous().numpy().astype("<f4", copy=False).tobytes()
+        return pack_numbers(x_BTW, self.number)
 
     def unpack(self, data: bytes, batch: int, length: int) -> Float[Tensor, "B T W"]:
         """The float32 message in `data`. Raises: Invalid for a wrong size, or numbers that no `pack` writes."""
@@ -64,46 +68,28 @@ class Wire:
         shape = (batch, length, self.width)
         if self.number == "int8":
             return self._unpack_int8(data, shape)
-        if self.number == "bfloat16":
-            x_BTW = _bfloat16(data).reshape(shape)
-        else:
-            x_BTW = torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32)).reshape(shape)
-        if not bool(torch.isfinite(x_BTW).all()):
-            raise Invalid("a message holds numbers that are not finite")
-        return x_BTW
+        return unpack_numbers(data, math.prod(shape), self.number).reshape(shape)
 
     def _pack_int8(self, x_BTW: Tensor, noise: tuple[object, ...] | None) -> bytes:
-        scale = _round_up_to_bfloat16(x_BTW.abs().amax(-1, keepdim=True) / _LEVELS)
-        scale = torch.where(scale < _TINY, 0.0, scale)
+        scale = round_up_to_bfloat16(x_BTW.abs().amax(-1, keepdim=True) / LEVELS)
+        scale = torch.where(scale < TINY, 0.0, scale)
         code = torch.where(scale > 0, x_BTW / scale, 0.0)
         if noise is None:
             code = code.round_()
         else:
             code = code.add_(torch.from_numpy(uniform(tuple(x_BTW.shape), *noise))).floor_()
-        code = code.clamp_(-_LEVELS, _LEVELS).to(torch.int8)  # 127 + 0.9999999 rounds to 128 in float32
-        scales = scale.to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2", copy=False)
-        return scales.tobytes() + code.contiguous().numpy().tobytes()
+        code = code.clamp_(-LEVELS, LEVELS).to(torch.int8)  # 127 + 0.9999999 rounds to 128 in float32
+        return to_bfloat16(scale) + code.contiguous().numpy().tobytes()
 
     def _unpack_int8(self, data: bytes, shape: tuple[int, int, int]) -> Tensor:
         cut = math.prod(shape[:2]) * SCALE_BYTES
-        scale = _bfloat16(data[:cut]).reshape(*shape[:2], 1)
+        scale = from_bfloat16(data[:cut]).reshape(*shape[:2], 1)
         if not bool(torch.isfinite(scale).all()) or bool(torch.signbit(scale).any()):
             raise Invalid("a message holds a scale that is negative or not finite")
         code = np.frombuffer(data, np.int8, offset=cut)
-        if code.size and code.min() < -_LEVELS:
+        if code.size and code.min() < -LEVELS:
             raise Invalid("a message holds the code -128, which is never sent")
         x_BTW = torch.from_numpy(code.astype(np.float32)).reshape(shape) * scale
         if not bool(torch.isfinite(x_BTW).all()):
             raise Invalid("a message holds codes that overflow with their scale")
         return x_BTW
-
-
-def _bfloat16(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).view(torch.bfloat16).to(torch.float32)
-
-
-def _round_up_to_bfloat16(x: Tensor) -> Tensor:
-    """The smallest bfloat16 that is not under x ≥ 0. Rounding down would clip the largest number of every token,
-    and a clipped gradient is a biased one."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)

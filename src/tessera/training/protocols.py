@@ -7,6 +7,7 @@ CONTROL = "tessera/control/2"  # from the lead to each worker: who serves what, 
 STATE = "tessera/state/1"  # among the workers of a stage: parameters and optimiser, for one who joins
 PIPELINE = "tessera/pipeline/2"  # a boundary link
 EPOCH = "tessera/epoch/1"  # among workers: receipts, votes, leaves
+AVERAGE = "tessera/average/1"  # among replicas of a stage: parts of gradients and of the state
 HANDOVER = "tessera/handover/1"  # a stage changes hands: its state, and the others' signatures
 
 CALL_S = 10.0  # an answer that needs no work
