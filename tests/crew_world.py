@@ -27,29 +27,46 @@ from training_world import FakeBatches, FakeTrainer, Told
 
 
 class Board:
-    """An exchange for a whole world: what one offers, all can collect, as long as he lives."""
+    """What workers show each other, as long as they live: one for a whole world."""
 
     def __init__(self) -> None:
-        self.parts: dict[tuple[str, PeerId], bytes] = {}
+        self.parts: dict[tuple[tuple[int, ...], PeerId], bytes] = {}
 
-    def of(self, peer: PeerId) -> BoardExchange:
-        return BoardExchange(self, peer)
+    def of(self, peer: PeerId) -> BoardSums:
+        return BoardSums(self, peer)
 
 
 @dataclass
-class BoardExchange:
+class BoardSums:
+    """`StageSums` without a network."""
+
     board: Board
     me: PeerId
 
-    def offer(self, name: str, part: bytes) -> None:
-        self.board.parts[name, self.me] = part
+    def offer(self, term: int, step: int, attempt: int, part: bytes) -> None:
+        self.board.parts[(term, step, attempt), self.me] = part
 
-    async def collect(self, name: str, owners: Sequence[PeerId], deadline_s: float) -> dict[PeerId, bytes]:
-        with anyio.move_on_after(deadline_s):
-            while not all((name, owner) in self.board.parts for owner in owners):
-                await anyio.sleep(0.05)
-            return {owner: self.board.parts[name, owner] for owner in owners}
-        raise Late(f"sums of {name} are missing")
+    async def collect(
+        self, term: int, step: int, attempt: int, owners: Sequence[PeerId], patience_s: float
+    ) -> list[bytes]:
+        with anyio.move_on_after(patience_s):
+            return [await self._wait((term, step, attempt), owner) for owner in owners]
+        raise Late(f"sums of step {step} are missing")
+
+    def offer_round(self, round_: int, part: bytes) -> None:
+        self.board.parts[(round_,), self.me] = part
+
+    async def collect_round(self, round_: int, owners: Sequence[PeerId], patience_s: float) -> list[bytes]:
+        found: list[bytes] = []
+        with anyio.move_on_after(patience_s):
+            for owner in owners:
+                found.append(await self._wait((round_,), owner))
+        return found
+
+    async def _wait(self, name: tuple[int, ...], owner: PeerId) -> bytes:
+        while (name, owner) not in self.board.parts:
+            await anyio.sleep(0.05)
+        return self.board.parts[name, owner]
 
 
 @dataclass
@@ -101,7 +118,7 @@ class Node:
                         batches=FakeBatches(),
                         book=self.book,
                         checkpoints=self.checkpoints,
-                        exchange=world.board.of(self.key.id),
+                        sums=world.board.of(self.key.id),
                         roster=world.roster,
                         refresh=anyio.lowlevel.checkpoint,
                         watcher=self.told,

@@ -102,6 +102,7 @@ class OptimizerConfig(_Frozen):
 class AveragingConfig(_Frozen):
     """What the replicas of a stage send each other. All replicas of a run need the same."""
 
+    every: int = Field(default=0, ge=0, le=10_000)  # steps of a round; 0: gradients are summed in each step
     gradient: Literal["float32", "bfloat16"] = "float32"  # on the wire, when each step averages gradients
     state: Literal["float32", "bfloat16", "int8"] = "int8"  # on the wire, when each round averages a part of the state
     partitions: int = Field(default=5, ge=1, le=65_536)  # parts of the state: each round averages one

@@ -79,6 +79,7 @@ class StageTrainer:
         self._open: dict[int, _InFlight] = {}
         self._seen: set[int] = set()
         self._loss_sum, self._tokens = 0.0, 0  # of the microbatches whose gradients are in the sums
+        self._losses: dict[int, float] = {}
 
     def forward(self, step: int, index: int, ids: Any, payload: bytes | None) -> bytes | None:
         """Microbatch `index` of `step` through this stage.
@@ -167,6 +168,20 @@ class StageTrainer:
         self._engine.finish(step, self._tokens)
         self._next_step()
         return loss
+
+    def skip_step(self, step: int) -> None:
+        """Passes to the next step without moving: nothing came here.
+
+        Raises: Conflict: another step is open, or something came.
+        """
+        self._check_complete(step)
+        if self._tokens:
+            raise Conflict(f"{self._tokens} tokens came to stage {self.stage.index} in step {step}")
+        self._next_step()
+
+    def loss_of(self, index: int) -> float | None:
+        """The sum of losses in nats over a microbatch of the open step; None away from the last stage."""
+        return self._losses.get(index)
 
     # --- replicas: gradients, each step -----------------------------------------------------------------------------
 
@@ -309,6 +324,7 @@ class StageTrainer:
         """What goes to the next stage, or the loss into the sum. A message that cannot be packed is not kept."""
         if isinstance(out, float):
             self._loss_sum += out
+            self._losses[index] = out
             self._tokens += tokens[:, 1:].numel()
             return None
         try:
@@ -324,6 +340,7 @@ class StageTrainer:
     def _forget(self) -> None:
         self._open.clear()
         self._seen.clear()
+        self._losses.clear()
         self._loss_sum, self._tokens = 0.0, 0
 
 

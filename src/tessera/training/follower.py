@@ -9,6 +9,7 @@ computations, in the order in which it came.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from tessera.training.control import Line, Message
 from tessera.training.protocols import CALL_S, QUIET_S
 from tessera.training.work import StageWork, Trainer
 
-__all__ = ["Exchange", "Follower", "SavedTrainer"]
+__all__ = ["Follower", "SavedTrainer", "StageSums"]
 
 log = structlog.get_logger()
 
@@ -37,19 +38,27 @@ class SavedTrainer(Trainer, Protocol):
 
     def save(self) -> bytes: ...
     def load(self, data: bytes) -> None: ...
+    def partition(self, round_: int) -> bytes: ...
+    def merge(self, round_: int, own: bytes, others: Sequence[bytes]) -> None: ...
 
 
-class Exchange(Protocol):
-    """The sums of the workers of one stage; `tessera.training.exchange.Exchange`."""
+class StageSums(Protocol):
+    """What the workers of one stage exchange; `tessera.training.sums.Sums`."""
 
-    def offer(self, name: str, part: bytes) -> None: ...
-    async def collect(self, name: str, owners: Sequence[PeerId], deadline_s: float) -> dict[PeerId, bytes]: ...
+    def offer(self, term: int, step: int, attempt: int, part: bytes) -> None: ...
+    async def collect(
+        self, term: int, step: int, attempt: int, owners: Sequence[PeerId], patience_s: float
+    ) -> list[bytes]: ...
+    def offer_round(self, round_: int, part: bytes) -> None: ...
+    async def collect_round(self, round_: int, owners: Sequence[PeerId], patience_s: float) -> list[bytes]: ...
 
 
 class Follower:
     """One worker's part, under whoever leads.
 
     Args:
+        every: steps of a round, after which the workers of the stage average a part of their state; 0 = they sum
+            their gradients in each step instead.
         fetch: the state of another worker of our stage: his open step, and what his trainer saved.
         committed: told after each step: its number and loss, and whether the run was loaded before it.
     """
@@ -60,15 +69,17 @@ class Follower:
         work: StageWork,
         trainer: SavedTrainer,
         checkpoints: Checkpoints,
-        exchange: Exchange,
+        sums: StageSums,
         *,
         steps: int,
+        every: int,
         fetch: Callable[[PeerId], Awaitable[tuple[int, bytes]]],
         committed: Callable[[int, float | None], Awaitable[None]],
         trained: Callable[[bool], None],
         rests: Callable[[], str],
     ) -> None:
-        self._me, self.work, self._trainer, self._checkpoints, self._exchange = me, work, trainer, checkpoints, exchange
+        self._me, self.work, self._trainer, self._checkpoints, self._sums = me, work, trainer, checkpoints, sums
+        self._every, self._rounds = every, deque[tuple[int, bytes, list[bytes]]]()
         self._steps, self._fetch, self._committed, self._trained, self._rests = steps, fetch, committed, trained, rests
         self.lead: PeerId | None = None
         self.term, self.past = 0, 0
@@ -174,11 +185,20 @@ class Follower:
 
     async def _open(self, message: Message) -> None:
         term, step = _integer(message, "term"), _integer(message, "step")
+        if self.in_step and message.get("jump") is True:
+            await self._jump(step)
         if not self.in_step or step != self.work.step:
             self.fall_behind()
             return
         self.term, self._parts, self._ready = max(self.term, term), None, True
         await self.work.open(term, step)
+
+    async def _jump(self, step: int) -> None:
+        """Go on with the others' step: rounds will bring us together."""
+        await self.work.compute(self._trainer.reset_step)
+        while self._trainer.step < step:
+            self._trainer.skip_step(self._trainer.step)
+        self.work.step = max(self.work.step, step)
 
     async def _load(self, message: Message) -> None:
         """Go back to a checkpoint of ours. One that is damaged is dropped, and the lead hears it."""
@@ -237,13 +257,13 @@ class Follower:
     async def _prepare(self, message: Message) -> None:
         """Offer our sums, and collect the others' beside the loop: somebody may be lost, and work come back."""
         step, attempt, owners = _integer(message, "step"), _integer(message, "attempt"), _owners(message)
-        name = _name(message)
+        term = _integer(message, "term")
         if self._current(message) and self._me in owners:
-            self._exchange.offer(name, await self.work.part())
-        self._tasks.start_soon(self._collect, name, step, attempt, owners)
+            self._sums.offer(term, step, attempt, await self.work.part())
+        self._tasks.start_soon(self._collect, term, step, attempt, owners)
 
-    async def _collect(self, name: str, step: int, attempt: int, owners: list[PeerId]) -> None:
-        whole = await self._sums(name, owners, QUIET_S / 2)
+    async def _collect(self, term: int, step: int, attempt: int, owners: list[PeerId]) -> None:
+        whole = await self._sums_of(term, step, attempt, owners, QUIET_S / 2)
         if whole is None:
             self.say({"op": "unprepared", "step": step, "attempt": attempt})
         elif self.in_step and step == self.work.step:
@@ -254,14 +274,15 @@ class Follower:
             while len(self._missed) > MISSED:
                 del self._missed[min(self._missed)]
 
-    async def _sums(self, name: str, owners: list[PeerId], patience_s: float) -> list[bytes] | None:
-        """What all these offer under `name`, in their order; None when somebody does not in time."""
+    async def _sums_of(
+        self, term: int, step: int, attempt: int, owners: list[PeerId], patience_s: float
+    ) -> list[bytes] | None:
+        """Of all these, in their order; None when somebody's do not come in time."""
         try:
-            parts = await self._exchange.collect(name, owners, patience_s)
+            return await self._sums.collect(term, step, attempt, owners, patience_s)
         except TesseraError as error:
-            log.warning("sums_missing", name=name, code=error.code, reason=error.message)
+            log.warning("sums_missing", step=step, attempt=attempt, code=error.code, reason=error.message)
             return None
-        return [parts[owner] for owner in owners]
 
     async def _commit(self, message: Message) -> None:
         step = _integer(message, "step")
@@ -271,18 +292,21 @@ class Follower:
             return
         parts = self._parts[1] if self._parts is not None and self._parts[0] == step else self._missed.pop(step, None)
         if parts is None and message.get("owners") is not None:  # we came after the others had exchanged them
-            parts = await self._sums(_name(message), _owners(message), CALL_S)
+            term, attempt = _integer(message, "term"), _integer(message, "attempt")
+            parts = await self._sums_of(term, step, attempt, _owners(message), CALL_S)
             if parts is None:
                 self.fall_behind()
                 return
         try:
             await self._step(step, parts, message.get("loss"))
+            if self._every and (step + 1) % self._every == 0:
+                await self._begin_round((step + 1) // self._every, _owners(message, "mates"))
         except Conflict as error:  # a microbatch under way, say: the lead thought otherwise
             log.warning("step_not_ended", step=step, reason=error.message)
             self.fall_behind()
 
     async def _step(self, step: int, parts: list[bytes] | None, loss: object) -> None:
-        await self.work.commit(parts)
+        await self.work.commit(parts, self._end_rounds)
         self._parts = None
         if self._loaded_at is not None:  # the run has gone on from here: whatever was ahead belongs to another past
             await self.work.compute(self._checkpoints.drop_after, self._loaded_at)
@@ -296,6 +320,23 @@ class Follower:
         if not self._ready:
             self.say({"op": "in_step", "step": done})
 
+    async def _begin_round(self, round_: int, mates: list[PeerId]) -> None:
+        """Show our part of the state, and have the others' brought while training goes on."""
+        own = await self.work.compute(self._trainer.partition, round_)
+        self._sums.offer_round(round_, own)
+        self._tasks.start_soon(self._collect_round, round_, own, [peer for peer in mates if peer != self._me])
+
+    async def _collect_round(self, round_: int, own: bytes, mates: list[PeerId]) -> None:
+        others = await self._sums.collect_round(round_, mates, QUIET_S)
+        if others and self.in_step:
+            self._rounds.append((round_, own, others))
+
+    async def _end_rounds(self) -> None:
+        """Between two steps: move towards the others, by what has arrived of theirs."""
+        while self._rounds:
+            round_, own, others = self._rounds.popleft()
+            await self.work.compute(self._trainer.merge, round_, own, others)
+
     # --- catching up ------------------------------------------------------------------------------------------------
 
     def _begin_sync(self, message: Message) -> None:
@@ -307,6 +348,7 @@ class Follower:
         self.in_step = self._ready = False
         self._missed.clear()
         self._missed_commits.clear()
+        self._rounds.clear()
         self._tasks.start_soon(self._sync, [PeerId(str(donor)) for donor in donors], past)
 
     async def _sync(self, donors: list[PeerId], past: int) -> None:
@@ -348,15 +390,10 @@ class Follower:
         self.say({"op": "in_step", "step": self.work.step})
 
 
-def _name(message: Message) -> str:
-    """What the sums of one step go by, at one attempt to end it."""
-    return f"{_integer(message, 'term')}/{_integer(message, 'step')}/{_integer(message, 'attempt')}"
-
-
-def _owners(message: Message) -> list[PeerId]:
-    owners = message.get("owners")
+def _owners(message: Message, name: str = "owners") -> list[PeerId]:
+    owners = message.get(name)
     if not isinstance(owners, list) or not all(isinstance(owner, str) for owner in owners):
-        raise Misbehaviour("the lead names no owners of sums")
+        raise Misbehaviour(f"the lead names no {name}")
     return [PeerId(owner) for owner in owners]
 
 

@@ -141,8 +141,9 @@ class Lead:
         log.info("term_begins", term=self.term, step=step, workers=len(self._ready()))
 
     def _open(self, member: Member) -> None:
+        jump = not self._exact and member.standing == "behind" and member.step != self.step
         member.standing, member.step, member.past = "ready", self.step, self.past
-        member.say({"op": "open", "term": self.term, "step": self.step})
+        member.say({"op": "open", "term": self.term, "step": self.step, "jump": jump})
         if self.trained:
             member.say({"op": "trained", "step": self.step})
         self._tell_who_is_alone(member.stage)
@@ -166,7 +167,7 @@ class Lead:
         for member in self._crew.present():
             if (member.step, member.past) == (newest - 1, past):
                 said = {"op": "commit", "term": self.term, "step": newest - 1, "attempt": 0, "loss": None}
-                member.say({**said, "owners": None})
+                member.say({**said, "owners": None, "mates": [member.peer]})
                 member.step = newest
         return newest
 
@@ -272,7 +273,8 @@ class Lead:
         owners = {stage: list(self._plan.contributors(stage)) for stage in self._shared_stages()}
         for member in self._crew.present():
             said = {"op": "commit", "term": self.term, "step": self.step, "attempt": attempt, "loss": loss}
-            member.say({**said, "owners": owners.get(member.stage)})
+            mates = [m.peer for m in self._crew.of_stage(member.stage) if m.standing == "ready"]
+            member.say({**said, "owners": owners.get(member.stage), "mates": mates})
             if member.standing == "ready":
                 member.step = self.step + 1
         self._plan = None
@@ -373,7 +375,7 @@ class Lead:
             self._welcome(member)
         elif op == "lost":
             self._link_lost(member, message.get("peer"))
-        elif op == "in_step" and message.get("step") == self.step and member.standing == "behind":
+        elif op == "in_step" and member.standing == "behind" and self._counts_as_in_step(message.get("step")):
             self._open(member)
             log.info("worker_in_step", peer_id=member.peer, stage=member.stage, step=self.step)
         elif op == "gate":
@@ -382,6 +384,10 @@ class Lead:
             member.checkpoints = [*member.checkpoints[-KEPT:], message["step"]]
         elif op == "state" and self._active:
             self._fell_behind(member)
+
+    def _counts_as_in_step(self, step: object) -> bool:
+        """With rounds, workers of a stage are never quite alike: one who was alike lately will do."""
+        return step == self.step or (not self._exact and type(step) is int and step < self.step)
 
     def _done(self, member: Member, message: Message) -> None:
         index, loss, now = message.get("index"), message.get("loss"), self._now()

@@ -15,7 +15,7 @@ from tessera.core import encoding
 from tessera.core.errors import Invalid, Misbehaviour
 from tessera.core.hashing import sha256
 from tessera.core.ids import Account, BlobId, RunId, parse_account, parse_blob_id
-from tessera.models.config import ModelSpec
+from tessera.models.config import AveragingConfig, ModelSpec
 
 __all__ = ["Allocation", "DataRecipe", "DataSet", "Manifest", "Owner", "Part", "Schedule", "load_manifest"]
 
@@ -120,6 +120,7 @@ class Schedule(_Strict):
     evaluate_every: Positive
     evaluate_batches: Annotated[int, Field(ge=1, le=4096)]
     epoch_steps: Positive
+    drop_late: bool = False  # end a step without microbatches that are late; else every step has them all
 
     @property
     def epochs(self) -> int:
@@ -154,6 +155,7 @@ class Manifest(_Strict):
     most_replicas: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 8  # workers of one stage at any time
     data: DataRecipe
     schedule: Schedule
+    averaging: AveragingConfig = AveragingConfig()
     allocation: Allocation
     pay_to: str = "share"
     price_units: Annotated[int, Field(ge=1, le=10**15)]

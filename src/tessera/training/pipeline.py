@@ -31,7 +31,7 @@ from tessera.training.boundary import Boundary
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.control import Line, Message, StreamLine, local_pair
 from tessera.training.crew import Crew
-from tessera.training.follower import Exchange, Follower, SavedTrainer
+from tessera.training.follower import Follower, SavedTrainer, StageSums
 from tessera.training.lead import Lead
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import CALL_S, CONTROL, SMALL
@@ -87,7 +87,7 @@ class Pipeline:
         batches: Batches,
         book: ReceiptBook,
         checkpoints: Checkpoints,
-        exchange: Exchange,
+        sums: StageSums,
         roster: Callable[[], Roster],
         refresh: Callable[[], Awaitable[None]],
         watcher: Watcher,
@@ -117,8 +117,9 @@ class Pipeline:
             self._work,
             trainer,
             checkpoints,
-            exchange,
+            sums,
             steps=manifest.schedule.steps,
+            every=manifest.averaging.every,
             fetch=self._fetch_state,
             committed=self._committed,
             trained=self._set_trained,
@@ -301,6 +302,8 @@ class Pipeline:
                 next_term=lambda: max([self._follower.term, *(m.term for m in crew.members.values())]) + 1,
                 refresh=self._refresh,
                 validation_count=self._batches.validation_count,
+                exact=self._manifest.averaging.every == 0,
+                drop_late=self._manifest.schedule.drop_late,
             )
             tasks.start_soon(crew.run)
             try:

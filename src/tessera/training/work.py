@@ -100,7 +100,7 @@ class StageWork:
         compute: Compute,
         wait_s: float = QUIET_S,
     ) -> None:
-        self._manifest, self._stage, self._key = manifest, stage, key
+        self._manifest, self._stage, self._key, self._run_id = manifest, stage, key, manifest.run_id
         self._last, self.compute = manifest.model.stages - 1, compute
         self._trainer, self._batches, self._book = trainer, batches, book
         self._roster, self._say, self._version = roster, say, version
@@ -126,6 +126,7 @@ class StageWork:
         self._held: dict[tuple[PeerId, Kind, int], Frame] = {}  # frames that came before the lead's word on them
         self._wake = anyio.Event()
         self._owed: dict[tuple[PeerId, Direction], set[int]] = {}
+        self._signed: set[tuple[PeerId, Direction, int]] = set()  # receipts that came before our own step was over
 
     async def run(self) -> None:
         """Compute until cancelled. Raises what the trainer raises when it can compute nothing any more."""
@@ -200,10 +201,11 @@ class StageWork:
         """Our sums over what we have of the open step, for the other workers of the stage."""
         return await self.compute(self._trainer.gradient)
 
-    async def commit(self, parts: Sequence[bytes] | None) -> None:
+    async def commit(self, parts: Sequence[bytes] | None, between: Callable[[], Awaitable[None]]) -> None:
         """End the open step, and sign for it.
 
         Args:
+            between: done after the step and before the next: nothing is under way then.
             parts: the sums of all workers of the stage who have some, in one order for all; None: ours are all.
         """
         step = self.step
@@ -215,6 +217,7 @@ class StageWork:
         else:
             await self.compute(self._trainer.skip_step, step)
         self._sign()
+        await between()
         await self._open_step(step + 1)
 
     async def _open_step(self, step: int) -> None:
@@ -232,6 +235,7 @@ class StageWork:
         self.log = self._logs[step] = StepLog(step)
         for old in [s for s in self._logs if s > step or s <= step - KEPT_STEPS]:
             del self._logs[old]
+        self._signed = {item for item in self._signed if item[2] >= step - 1}
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -409,15 +413,16 @@ class StageWork:
 
     def _receipt(self, worker: PeerId, direction: Direction, hashes: dict[int, bytes]) -> Receipt:
         return Receipt(
-            self._manifest.run_id, self.log.step, worker, self._key.id, direction, tuple(sorted(hashes)),
+            self._run_id, self.log.step, worker, self._key.id, direction, tuple(sorted(hashes)),
             payloads_digest(hashes), self._committed,
         )  # fmt: skip
 
     def _expect(self, peer: PeerId, direction: Direction, step: int) -> None:
+        if (peer, direction, step) in self._signed:
+            self._signed.remove((peer, direction, step))
+            return
         owed = self._owed.setdefault((peer, direction), set())
-        held = {r.step for r in self._book.of_steps(self._manifest.run_id, range(step, step + 1)) if r.signer == peer}
-        if step not in held:
-            owed.add(step)
+        owed.add(step)
         if len(owed) > OPEN_RECEIPTS:
             log.warning("neighbour_does_not_sign", peer_id=peer, since_step=min(owed))
             del self._owed[peer, direction]
@@ -427,9 +432,7 @@ class StageWork:
         """Check and keep a receipt for our own work."""
         below = self._roster().stage_of(peer) == self._stage + 1
         direction: Direction = "forward" if below else "backward"
-        receipt = Receipt.from_payload(
-            self._manifest.run_id, frame.step, self._key.id, peer, direction, frame.payload
-        )
+        receipt = Receipt.from_payload(self._run_id, frame.step, self._key.id, peer, direction, frame.payload)
         step = self._logs.get(frame.step)
         if step is None:
             return  # older than what we keep: his book has it
@@ -442,6 +445,8 @@ class StageWork:
                 f"step {frame.step}: the neighbour signed other bytes than we sent", evidence=receipt.to_row()
             )
         self._book.add([receipt])
+        if frame.step >= self.step:
+            self._signed.add((peer, direction, frame.step))
         self._owed.get((peer, direction), set()).discard(frame.step)
 
 
