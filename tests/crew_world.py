@@ -135,7 +135,7 @@ class Node:
     async def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A call of the trainer, or of the disk, in virtual time."""
         name = getattr(function, "__name__", "")
-        await anyio.sleep(self.world.compute_s.get(name, 0.0) * self.slowness)
+        await anyio.sleep(self.world.cost_s(self, name, arguments) * self.slowness)
         return function(*arguments)
 
     def kill(self) -> None:
@@ -173,6 +173,10 @@ class CrewWorld:
         self.nodes = [Node(self, number, number % stages) for number in range(stages * replicas)]
         self.board = Board()
         self._seats: dict[int, Seat] = {}
+
+    def cost_s(self, node: Node, name: str, arguments: tuple[Any, ...]) -> float:
+        """Virtual seconds of a call."""
+        return self.compute_s.get(name, 0.0)
 
     def make_trainer(self, node: Node) -> FakeTrainer:
         return FakeTrainer(self.manifest, node.stage)

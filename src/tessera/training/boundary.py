@@ -26,8 +26,6 @@ __all__ = ["Boundary"]
 
 log = structlog.get_logger()
 
-MEASURED = (Kind.FORWARD, Kind.EVALUATE, Kind.GRADIENT)
-
 
 @dataclass(slots=True, eq=False)
 class _Link:
@@ -107,8 +105,6 @@ class Boundary:
     # --- one link ---------------------------------------------------------------------------------------------------
 
     def _put(self, link: _Link, frame: Frame) -> None:
-        if link.below and frame.kind in MEASURED:
-            self.frames_below += 1
         if not link.outbox.put(frame.to_bytes()):
             log.warning("neighbour_too_slow", peer_id=link.peer, frames=self._queue)
             link.scope.cancel()
@@ -197,3 +193,5 @@ class Boundary:
                 await stream.send(data)
             if scope.cancelled_caught:
                 raise Late(f"{link.peer[:16]}… did not take a frame for {self._wait_s:.0f} s")
+            if link.below and data[:1] != Kind.RECEIPT.value:
+                self.frames_below += 1

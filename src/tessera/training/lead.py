@@ -509,7 +509,9 @@ class Lead:
         """Tell everybody on a path who his neighbours are; in one message each."""
         takes: dict[PeerId, list[list[object]]] = {}
         for order in orders:
-            near = range(len(order.path)) if not order.again else range(order.stage, min(order.stage + 3, len(order.path)))
+            near = (
+                range(len(order.path)) if not order.again else range(order.stage, min(order.stage + 3, len(order.path)))
+            )
             for stage in near:
                 source = order.path[stage - 1] if stage else None
                 target = order.path[stage + 1] if stage + 1 < len(order.path) else None

@@ -113,7 +113,6 @@ class Receipt:
             _hex(digest, 32), _hex(version, 32), _hex(signature, 64),
         )  # fmt: skip
 
-
     def to_payload(self) -> bytes:
         """The form that crosses a boundary link, where both sides know the rest."""
         size = self.microbatches[-1] // 8 + 1
@@ -173,7 +172,9 @@ def credited(
     for receipt in receipts:
         if receipt.step in steps and not why_not(receipt, stage_of, microbatches):
             for index in receipt.microbatches:
-                of_worker = signers[receipt.step, index].setdefault(receipt.worker, {"forward": set(), "backward": set()})
+                of_worker = signers[receipt.step, index].setdefault(
+                    receipt.worker, {"forward": set(), "backward": set()}
+                )
                 of_worker[receipt.direction].add(receipt.signer)
     credit: dict[PeerId, set[tuple[int, int]]] = defaultdict(set)
     for work, workers in signers.items():

@@ -139,7 +139,9 @@ class Roster:
     def admit(self, joiner: Seat) -> Roster:
         """The roster with `joiner`, the last of his stage. Raises `Refused` for who has, or had, a seat."""
         if any(joiner.peer == seat.peer or joiner.account == seat.account for seat in self.everyone):
-            raise Refused(f"{joiner.account} or its peer has or had a seat: one account, one seat, ever", rule="one_seat")
+            raise Refused(
+                f"{joiner.account} or its peer has or had a seat: one account, one seat, ever", rule="one_seat"
+            )
         return replace(self, seats=tuple(sorted((*self.seats, joiner), key=lambda seat: seat.stage)))
 
     def dismiss(self, leaver: Account) -> Roster:

@@ -250,9 +250,7 @@ class StageWork:
             await self._wake.wait()
             self._wake = anyio.Event()
 
-    async def _blaming(
-        self, work: Callable[[Any, Frame], Awaitable[None]], peer: PeerId | None, frame: Frame
-    ) -> None:
+    async def _blaming(self, work: Callable[[Any, Frame], Awaitable[None]], peer: PeerId | None, frame: Frame) -> None:
         """Compute on what a neighbour sent, and find out who is to blame when that is impossible."""
         try:
             await work(peer, frame)
