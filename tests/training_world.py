@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 
 from tessera.core.errors import Conflict, TesseraError
-from tessera.core.ids import PeerId
+from tessera.core.ids import Account, PeerId
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.models.config import CodecConfig, ModelConfig, ModelSpec
 from tessera.p2p.memory import MemoryNetwork, VirtualClock
@@ -22,7 +22,7 @@ from tessera.p2p.transport import Stream
 from tessera.training.book import ReceiptBook
 from tessera.training.frames import Frame, Kind
 from tessera.training.manifest import Allocation, DataRecipe, DataSet, Manifest, Part, Schedule
-from tessera.training.receipts import Direction, Receipt, expected_receipts
+from tessera.training.receipts import Direction, Receipt, credited, payloads_digest
 from tessera.training.session import Batches, Session, Trainer
 
 LINK = "tessera/test-link/1"
@@ -39,7 +39,7 @@ def account_keys(count: int = 4) -> list[AccountKey]:
     return [AccountKey(bytes([i + 1]) * 32) for i in range(count)]
 
 
-def small_manifest(stages: int = 4, steps: int = 6, epoch_steps: int = 3) -> Manifest:
+def small_manifest(stages: int = 4, steps: int = 6, epoch_steps: int = 3, **more: Any) -> Manifest:
     model = ModelConfig(vocab_size=64, width=16, layers=stages, heads=2, kv_heads=1, ffn=32, context=8)
     return Manifest(
         name="small",
@@ -59,21 +59,35 @@ def small_manifest(stages: int = 4, steps: int = 6, epoch_steps: int = 3) -> Man
             work=8500, data=(Part(account=DATA_OWNER, bps=1000),), creator=Part(account=CREATOR, bps=500)
         ),
         price_units=10_000,
+        **more,
     )
 
 
 def all_receipts(manifest: Manifest, keys: list[PeerKey], steps: range) -> list[Receipt]:
-    """Every receipt that honest neighbours sign in `steps`."""
-    by_id: dict[PeerId, PeerKey] = {key.id: key for key in keys}
-    peers = [key.id for key in keys]
+    """Every receipt that honest neighbours sign in `steps`: one worker at each stage, all microbatches."""
+    whole = tuple(range(manifest.schedule.microbatches))
+    directions: tuple[tuple[Direction, int], ...] = (("forward", 1), ("backward", -1))
     return [
-        Receipt(manifest.run_id, step, peers[stage], signer, direction, manifest.tokens_per_step, bytes(32)).signed_by(
-            by_id[signer]
+        Receipt(manifest.run_id, step, key.id, keys[stage + way].id, direction, whole, bytes(32)).signed_by(
+            keys[stage + way]
         )
         for step in steps
-        for stage in range(len(peers))
-        for direction, signer in expected_receipts(peers, stage)
+        for stage, key in enumerate(keys)
+        for direction, way in directions
+        if 0 <= stage + way < len(keys)
     ]
+
+
+def verified(manifest: Manifest, receipts: Iterable[Receipt], peers: Sequence[PeerId], steps: range) -> list[int]:
+    """Microbatches credited to each of `peers`, who work at a stage each."""
+    stage_of = {peer: stage for stage, peer in enumerate(peers)}
+    credit = credited(receipts, stage_of, len(peers), steps, manifest.schedule.microbatches)
+    return [len(credit.get(peer, ())) for peer in peers]
+
+
+def work_of(accounts: Sequence[Account], microbatches: Sequence[int]) -> list[tuple[Account, int, int]]:
+    """For `compute_epoch`: one worker at each stage."""
+    return [(account, stage, microbatches[stage]) for stage, account in enumerate(accounts)]
 
 
 # --- a trainer that computes nothing ----------------------------------------------------------------------------------
@@ -274,7 +288,7 @@ class Neighbour:
     def __init__(self, manifest: Manifest, key: PeerKey, other: PeerId, stream: Stream) -> None:
         self.manifest, self.key, self.other, self.stream = manifest, key, other, stream
         self.size = manifest.tokens_per_microbatch * manifest.model.message_bytes_per_token()
-        self.heard: dict[int, Any] = {}
+        self.heard: dict[int, dict[int, bytes]] = {}  # step -> microbatch -> digest
 
     async def send(
         self, kind: Kind, step: int, index: int, payload: bytes | None = None, *, last: bool = False
@@ -287,7 +301,7 @@ class Neighbour:
         while True:
             frame = Frame.parse(await self.stream.recv(1 << 20))
             if frame.kind in (Kind.FORWARD, Kind.GRADIENT):
-                self.heard.setdefault(frame.step, hashlib.sha256()).update(frame.payload)
+                self.heard.setdefault(frame.step, {})[frame.index] = hashlib.sha256(frame.payload).digest()
             if frame.kind is kind:
                 return frame
             assert frame.kind is Kind.RECEIPT, f"{frame.kind} came, {kind} was expected"
@@ -305,9 +319,10 @@ class Neighbour:
 
     def receipt(self, step: int, direction: Direction = "forward", **changes: Any) -> bytes:
         """Our honest receipt for what was heard in `step`, as it travels; `changes` make it dishonest."""
-        facts = {"tokens": self.manifest.tokens_per_step, "digest": self.heard[step].digest(), **changes}
+        whole = tuple(range(self.manifest.schedule.microbatches))
+        facts = {"microbatches": whole, "digest": payloads_digest(self.heard[step]), **changes}
         signed = Receipt(self.manifest.run_id, step, self.other, self.key.id, direction, **facts).signed_by(self.key)
-        return signed.digest + signed.signature
+        return signed.digest + signed.version + signed.signature
 
 
 async def first_failure(*functions: Callable[[], Awaitable[None]], within_s: float = 1000) -> TesseraError:

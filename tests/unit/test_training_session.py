@@ -13,7 +13,6 @@ from tessera.p2p.memory import run_virtual
 from tessera.p2p.transport import Stream
 from tessera.training.frames import Frame, Kind
 from tessera.training.manifest import Manifest
-from tessera.training.receipts import verified_tokens
 from training_world import (
     Neighbour,
     Stage,
@@ -23,6 +22,7 @@ from training_world import (
     peer_keys,
     small_manifest,
     train_together,
+    verified,
 )
 
 PAIR = small_manifest(stages=2)
@@ -70,13 +70,13 @@ async def against(script: Script, folder: Path, *, below: bool = True, wait_s: f
 def test_honest_neighbours_sign_every_step(stages: int, delay_s: float, tmp_path: Path) -> None:
     manifest = small_manifest(stages=stages)
     done = run_virtual(run_all, manifest, tmp_path, 0, delay_s)
-    steps, full = range(manifest.schedule.steps), manifest.tokens_per_step
+    steps = range(manifest.schedule.steps)
     peers = [key.id for key in peer_keys(stages)]
     for i, stage in enumerate(done):
         receipts = stage.book.of_steps(manifest.run_id, steps)
         for receipt in receipts:
             receipt.check()
-        assert verified_tokens(receipts, peers, steps, full)[i] == full * len(steps)
+        assert verified(manifest, receipts, peers, steps)[i] == manifest.schedule.microbatches * len(steps)
         mine, given = ([r for r in receipts if (r.worker == peers[i]) is own] for own in (True, False))
         assert len(mine) == len(given) == len(steps) * ((i > 0) + (i < stages - 1))
     assert done[-1].told.losses == [(step, pytest.approx(5.0 - 0.1 * step)) for step in steps]
@@ -177,13 +177,13 @@ async def cuts_a_receipt_short(him: Neighbour) -> None:
 
 async def leaves_its_signature_empty(him: Neighbour) -> None:
     await finish_first_step(him)
-    await him.send(Kind.RECEIPT, 0, 0, him.receipt(0)[:32] + bytes(64))
+    await him.send(Kind.RECEIPT, 0, 0, him.receipt(0)[:64] + bytes(64))
 
 
 async def signs_before_its_last_gradient(him: Neighbour) -> None:
     await him.recv_forwards()
-    await him.send(Kind.RECEIPT, 0, 0, bytes(96))
-    await him.send(Kind.RECEIPT, 0, 0, bytes(96))
+    await him.send(Kind.RECEIPT, 0, 0, bytes(128))
+    await him.send(Kind.RECEIPT, 0, 0, bytes(128))
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,14 @@ async def signs_before_its_last_gradient(him: Neighbour) -> None:
         (sends(Kind.DONE, 0, 0, b""), "our step is 0|6 steps to go"),
         (sends(Kind.DONE, 6, 0, b""), "our step is 0"),
         (sends(Kind.GRADIENT, 0, 0, bytes(1000)), "at most"),
-        (sends(Kind.RECEIPT, 5, 0, bytes(96)), "not owed"),
+        (sends(Kind.RECEIPT, 5, 0, bytes(128)), "not owed"),
         (sends_bytes(b"Z" + bytes(103)), "unknown kind"),
         (sends_bytes(b"G"), "at least 8 expected"),
-        (signs(tokens=1), "forged"),
+        (signs(microbatches=(0, 1)), "forged"),
         (signs(direction="backward"), "forged"),
         (signs(digest=bytes(32)), "signed other bytes than we sent"),
         (signs(times=2), "not owed|second receipt"),
-        (cuts_a_receipt_short, "95 bytes, expected 96"),
+        (cuts_a_receipt_short, "127 bytes, expected 128"),
         (leaves_its_signature_empty, "forged"),
         (signs_before_its_last_gradient, "second receipt"),
     ],
@@ -241,9 +241,9 @@ async def evaluates_when_nothing_is_due(him: Neighbour) -> None:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (sends_bytes(Frame(Kind.GRADIENT, 0, 0, bytes(96)).to_bytes()), "against the stream"),
-        (sends_bytes(Frame(Kind.EVALUATE, 0, 1, bytes(96)).to_bytes()), "expected index 0 of 2"),
-        (sends_bytes(Frame(Kind.FORWARD, 0, 3, bytes(96)).to_bytes()), "expected index 0 of 3"),
+        (sends_bytes(Frame(Kind.GRADIENT, 0, 0, bytes(128)).to_bytes()), "against the stream"),
+        (sends_bytes(Frame(Kind.EVALUATE, 0, 1, bytes(128)).to_bytes()), "expected index 0 of 2"),
+        (sends_bytes(Frame(Kind.FORWARD, 0, 3, bytes(128)).to_bytes()), "expected index 0 of 3"),
         (sends_bytes(Frame(Kind.DONE, 0, 0).to_bytes()), "6 steps to go"),
         (floods_forwards, "expected index 3 of 3|our step is 1"),
         (asks_twice, "expected index 2 of 2"),

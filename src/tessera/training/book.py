@@ -7,12 +7,25 @@ nothing; a power cut at most the last steps, which are replayed from the checkpo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Column, ForeignKey, MetaData, String, Table, insert, select, update
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    ForeignKey,
+    MetaData,
+    String,
+    Table,
+    insert,
+    select,
+    text,
+    update,
+)
 
 from tessera.core.errors import Conflict, Missing, Unavailable
 from tessera.core.ids import PeerId, RunId
@@ -20,7 +33,7 @@ from tessera.storage.database import Database, Transaction, open_database
 from tessera.storage.layout import Layout
 from tessera.training.receipts import Receipt
 
-__all__ = ["ReceiptBook", "SavedInvitation", "SeatBook"]
+__all__ = ["ReceiptBook", "SavedInvitation", "SavedSeat", "SeatBook"]
 
 _RECEIPT_TABLES = MetaData()
 _RECEIPTS = Table(
@@ -30,8 +43,9 @@ _RECEIPTS = Table(
     Column("worker", String, primary_key=True),
     Column("signer", String, primary_key=True),
     Column("direction", String, primary_key=True),
-    Column("tokens", BigInteger, nullable=False),
+    Column("microbatches", String, primary_key=True),  # a bitmap, in hex
     Column("digest", String, nullable=False),
+    Column("version", String, nullable=False),
     Column("signature", String, nullable=False),
     sqlite_with_rowid=False,
 )
@@ -41,21 +55,25 @@ _EPOCHS = Table(
     Column("epoch", BigInteger, primary_key=True, autoincrement=False),
     Column("leaves", String, nullable=False),
 )
-_RECEIPT_LAYOUT = Layout("receipts", _RECEIPT_TABLES)
+
+
+def _forget_receipts_for_tokens(connection: Connection) -> None:
+    """Receipts of layout 1 were signed over a number of tokens, in runs that no program of this layout goes on with."""
+    connection.execute(text("DROP TABLE receipts"))
+    _RECEIPTS.create(connection)
+
+
+_RECEIPT_LAYOUT = Layout("receipts", _RECEIPT_TABLES, (_forget_receipts_for_tokens,))
 _FIELDS = [column.name for column in _RECEIPTS.columns]
 
 _SEAT_TABLES = MetaData()
 _SEATS = Table(
     "seats",
     _SEAT_TABLES,
-    Column("stage", BigInteger, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),  # in the order in which they were given
     Column("seat", String, nullable=False),  # JSON
-)
-_HANDOVERS = Table(
-    "handovers",
-    _SEAT_TABLES,
-    Column("number", BigInteger, primary_key=True, autoincrement=False),
-    Column("past", String, nullable=False),  # JSON
+    Column("admitted", BigInteger),  # by which change of the contract; -1 = from the start, none = not yet
+    Column("left", BigInteger),  # by which change of the contract; none = not yet
 )
 _FACTS = Table("facts", _SEAT_TABLES, Column("name", String, primary_key=True), Column("value", String, nullable=False))
 _INVITATIONS = Table(
@@ -74,14 +92,23 @@ _USES = Table(
     Column("peer", String, primary_key=True),
     Column("at", BigInteger, nullable=False),  # seconds since 1970
 )
-_SEAT_LAYOUT = Layout("seats", _SEAT_TABLES)
+
+
+def _forget_seats_by_stage(connection: Connection) -> None:
+    """Layout 1 kept one seat for each stage, bound without the stage, of runs whose contract knew handovers only."""
+    connection.execute(text("DROP TABLE handovers"))
+    connection.execute(text("DROP TABLE seats"))
+    _SEATS.create(connection)
+
+
+_SEAT_LAYOUT = Layout("seats", _SEAT_TABLES, (_forget_seats_by_stage,))
 
 
 class ReceiptBook:
     """The receipts that this worker holds, on disk: for his own work, and those that he signed for his neighbours.
 
-    A signer's first receipt for a (step, worker, direction) stays: steps that are trained again pay nothing twice. Both
-    holders of a stage that has changed hands may have signed for one; the roster says whose counts.
+    A signer's first receipt for a (step, worker, direction, microbatches) stays. A step that is done again, with other
+    microbatches perhaps, adds receipts; `credited` pays nothing twice.
 
     Args:
         where: a file or a database's URL; `schema` is the name-space in it, one for each run and worker.
@@ -128,6 +155,16 @@ class ReceiptBook:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedSeat:
+    """A seat as the host keeps it."""
+
+    number: int  # in the order in which they were given
+    seat: Any  # what JSON holds
+    admitted: int | None = None  # by which change of the contract; -1 = from the start, None = not yet
+    left: int | None = None  # by which change of the contract; None = not yet
+
+
+@dataclass(frozen=True, slots=True)
 class SavedInvitation:
     """An invitation as the host keeps it."""
 
@@ -140,9 +177,9 @@ class SavedInvitation:
 
 
 class SeatBook:
-    """The host's state: a restart keeps seats, handovers, facts (texts by name) and invitations.
+    """The host's state: a restart keeps seats, facts (texts by name) and invitations.
 
-    What seats and handovers hold is JSON, which the host reads and checks.
+    What seats hold is JSON, which the host reads and checks.
 
     Args:
         where: a file or a database's URL; `schema` is the name-space in it, one for each run.
@@ -158,29 +195,20 @@ class SeatBook:
         """What to call it in messages."""
         return self._db.shown
 
-    def seats(self) -> dict[int, Any]:
-        """By stage. Raises: ValueError for what is no JSON, as `handovers` does."""
+    def seats(self) -> list[SavedSeat]:
+        """In the order in which they were given. Raises: ValueError for what is no JSON."""
         with self._db.read() as db:
-            rows = db.execute(select(_SEATS.c.stage, _SEATS.c.seat).order_by(_SEATS.c.stage)).all()
-        return {row.stage: json.loads(row.seat) for row in rows}
+            rows = db.execute(select(_SEATS).order_by(_SEATS.c.number)).all()
+        return [SavedSeat(row.number, json.loads(row.seat), row.admitted, row.left) for row in rows]
 
-    def save_seat(self, stage: int, seat: object) -> None:
-        row = {"stage": stage, "seat": json.dumps(seat)}
-        self._db.apply(lambda db: db.put(_SEATS, [row]))
-
-    def handovers(self) -> list[Any]:
-        """The seats of the past, in the order of their handovers."""
-        with self._db.read() as db:
-            rows = db.execute(select(_HANDOVERS.c.past).order_by(_HANDOVERS.c.number)).all()
-        return [json.loads(row.past) for row in rows]
-
-    def save_handover(self, number: int, past: object, stage: int, seat: object) -> None:
-        """`seat` is the successor's: both are kept, or neither. Saved again, nothing changes."""
-        rows = ({"number": number, "past": json.dumps(past)}, {"stage": stage, "seat": json.dumps(seat)})
+    def save_seats(self, seats: Iterable[SavedSeat], facts: Mapping[str, str] | None = None) -> None:
+        """Seats and what belongs to them: all are kept, or nothing is. Saved again, nothing changes."""
+        rows = [{**asdict(seat), "seat": json.dumps(seat.seat)} for seat in seats]
+        named = [{"name": name, "value": value} for name, value in (facts or {}).items()]
 
         def work(db: Transaction) -> None:
-            db.put(_HANDOVERS, rows[:1])
-            db.put(_SEATS, rows[1:])
+            db.put(_SEATS, rows)
+            db.put(_FACTS, named)
 
         self._db.apply(work)
 

@@ -2,7 +2,7 @@
 
 down:  FORWARD  codes of one microbatch      EVALUATE  the same for a validation window      DONE  no more steps
 up:    GRADIENT codes of one microbatch
-both:  RECEIPT  digest (32 bytes) and signature (64 bytes) of one step
+both:  RECEIPT  digest, version (32 bytes each) and signature (64 bytes) of one step
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tessera.core.errors import Misbehaviour
 __all__ = ["RECEIPT_BYTES", "Frame", "Kind"]
 
 HEADER = struct.Struct(">cxHI")  # kind, padding, index, step
-RECEIPT_BYTES = 32 + 64
+RECEIPT_BYTES = 32 + 32 + 64
 
 
 class Kind(Enum):

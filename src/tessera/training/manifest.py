@@ -26,6 +26,8 @@ SHARE_WAD = 10**18  # smallest units of one share
 MAX_OWNERS = 64
 MAX_WEIGHT = 1_000  # of a data set beside the others
 MAX_RECEIPTS = 50_000  # of one epoch: they travel to every voter in one message
+MAX_WORKERS = 128  # that a share contract takes
+MOST_REPLICAS = 8
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 
@@ -145,10 +147,12 @@ class Owner:
 class Manifest(_Strict):
     """One run, complete."""
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\w .:/+-]+$")]
     chain_id: Annotated[int, Field(ge=1, lt=2**53)]
     model: ModelSpec
+    replicas: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 1  # workers that each stage has before the run starts
+    most_replicas: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = MOST_REPLICAS  # workers of one stage at any time
     data: DataRecipe
     schedule: Schedule
     allocation: Allocation
@@ -169,9 +173,19 @@ class Manifest(_Strict):
             raise ValueError(
                 f"windows of {self.schedule.length} tokens exceed the context of {self.model.model.context}"
             )
-        receipts = 2 * (self.model.stages - 1) * min(self.schedule.epoch_steps, self.schedule.steps)
+        receipts = self.receipts_per_step * min(self.schedule.epoch_steps, self.schedule.steps)
         if receipts > MAX_RECEIPTS:
             raise ValueError(f"an epoch would have {receipts} receipts, at most {MAX_RECEIPTS}: lower epoch_steps")
+        return self
+
+    @model_validator(mode="after")
+    def _seats_fit(self) -> Self:
+        if self.replicas > self.most_replicas:
+            raise ValueError(f"{self.replicas} replicas to begin with, and at most {self.most_replicas}")
+        if self.replicas * self.model.stages > MAX_WORKERS:
+            raise ValueError(
+                f"{self.model.stages} stages of {self.replicas} workers: a share contract takes {MAX_WORKERS} workers"
+            )
         return self
 
     @model_validator(mode="after")
@@ -206,6 +220,12 @@ class Manifest(_Strict):
     @property
     def tokens_per_step(self) -> int:
         return self.schedule.microbatches * self.tokens_per_microbatch
+
+    @property
+    def receipts_per_step(self) -> int:
+        """At most, when nothing is done twice: a microbatch takes one way through the workers of two stages."""
+        ways = min(self.schedule.microbatches, self.most_replicas**2)
+        return 2 * (self.model.stages - 1) * ways
 
     @property
     def owners(self) -> list[Owner]:

@@ -34,7 +34,7 @@ from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import CALL_S, CONTROL, PIPELINE, SMALL, WORK_S
-from tessera.training.roster import Roster
+from tessera.training.roster import Roster, Seat
 from tessera.training.session import Batches, Session, Trainer
 
 __all__ = ["Pipeline", "SavedTrainer"]
@@ -142,8 +142,8 @@ class Pipeline:
         """Serve the others and, at stage 0, drive; until cancelled."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
-            if self._stage > 0 and self._manifest.schedule.steps in self._checkpoints.steps():
-                await self._resume_finished()  # before anybody can start a session on the same trainer
+            if self._stage > 0:
+                await self.catch_up()  # before anybody can start a session on the same trainer
             self._transport.serve(PIPELINE, self._accept)
             serve_calls(self._transport, CONTROL, self._control, request_limit=SMALL)
             if self._stage == 0:
@@ -160,16 +160,36 @@ class Pipeline:
     def thaw(self) -> None:
         self._frozen = False
 
+    async def catch_up(self) -> None:
+        """Checkpoints came from another worker of our stage: we are as far as they are."""
+        steps = self._checkpoints.steps()
+        self.steps_done = max(self.steps_done, *steps)
+        if self._manifest.schedule.steps in steps and not self.trained.is_set():
+            await self._resume_finished()
+
+    async def may_leave(self) -> bool:
+        """Whether another worker of our stage holds our newest checkpoint."""
+        newest = max(self._checkpoints.steps())
+        for seat in self._roster().of_stage(self._stage):
+            if seat.peer != self._transport.id:
+                reply = await self._ask(seat, {"op": "status"}, CALL_S)
+                steps = reply.get("steps")
+                if isinstance(steps, list) and newest in steps:
+                    return True
+        return False
+
     # --- driving ----------------------------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
         while not self.trained.is_set():
             pause_s = RETRY_S
             try:
+                if self._first(0).peer != self._transport.id:
+                    raise Unavailable("another worker of stage 0 drives")
                 self._check_free()
                 step, number = await self._next_session()
                 for stage in reversed(range(1, self._manifest.model.stages)):
-                    await self._ask(stage, {"op": "start", "session": number, "step": step}, WORK_S)
+                    await self._ask(self._first(stage), {"op": "start", "session": number, "step": step}, WORK_S)
                 attempt = await self._start(number, step)
                 await attempt.over.wait()
                 if attempt.failure is not None:
@@ -187,7 +207,7 @@ class Pipeline:
         """The newest step of which every worker holds a checkpoint, and a number that none of them has seen."""
         common, last = set(self._checkpoints.steps()), self._last_number
         for stage in range(1, self._manifest.model.stages):
-            reply = await self._ask(stage, {"op": "status"}, CALL_S)
+            reply = await self._ask(self._first(stage), {"op": "status"}, CALL_S)
             steps, seen = reply.get("steps"), reply.get("session")
             if not isinstance(steps, list) or not all(type(step) is int for step in steps):
                 raise Misbehaviour(f"stage {stage} answers its status with {str(steps)[:80]}")
@@ -198,15 +218,19 @@ class Pipeline:
             raise Conflict("the workers hold no common checkpoint")
         return max(common), max(last + 1, int(self._clock.time() * 1000))
 
-    async def _ask(self, stage: int, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        record = self._roster().seats[stage].record
-        reply, _ = await call(self._transport, record, CONTROL, request, timeout_s=timeout_s, reply_limit=SMALL)
+    def _first(self, stage: int) -> Seat:
+        """Who trains `stage`: whoever was admitted first; the others of it stand by."""
+        return self._roster().of_stage(stage)[0]
+
+    async def _ask(self, seat: Seat, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        reply, _ = await call(self._transport, seat.record, CONTROL, request, timeout_s=timeout_s, reply_limit=SMALL)
         return reply
 
     # --- following --------------------------------------------------------------------------------------------------
 
     async def _control(self, peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-        if self._roster().stage_of(peer) != 0:
+        drives, stage = peer == self._first(0).peer, self._roster().stage_of(peer)
+        if not drives and not (stage == self._stage and request.get("op") == "status"):
             raise Refused("only stage 0 drives the pipeline", rule="driver")
         if request.get("op") == "status":
             return {"steps": self._checkpoints.steps(), "session": self._last_number}, b""
@@ -221,7 +245,7 @@ class Pipeline:
 
     async def _accept(self, stream: Stream) -> None:
         """The link from the stage above arrives; hold it until the session is over."""
-        if self._stage == 0 or stream.peer != self._roster().peers[self._stage - 1]:
+        if self._stage == 0 or stream.peer != self._first(self._stage - 1).peer:
             raise Refused("only the stage above may open this link", rule="neighbour")
         with anyio.move_on_after(CALL_S) as scope:
             hello = encoding.decode(await stream.recv(SMALL), SMALL)
@@ -295,7 +319,7 @@ class Pipeline:
             if attempt.step < steps:  # fetching may take a while, and in a session a neighbour waits for us
                 await self._batches.ready(attempt.step)
         if self._stage + 1 < self._manifest.model.stages:
-            below = self._roster().seats[self._stage + 1].record
+            below = self._first(self._stage + 1).record
             attempt.down = await self._transport.open(below, PIPELINE, timeout_s=CALL_S)
             hello = {"run_id": self._manifest.run_id, "session": attempt.number}
             with anyio.move_on_after(CALL_S):
@@ -325,7 +349,6 @@ class Pipeline:
         log.info("session_started", stage=self._stage, step=attempt.step)
         self.sessions += 1
         self.trouble, attempt.stepped = "", self._clock.time()
-        peers = self._roster().peers
         session = Session(
             manifest=self._manifest,
             stage=self._stage,
@@ -334,8 +357,8 @@ class Pipeline:
             batches=self._batches,
             book=self._book,
             events=_Events(self, attempt),
-            up=(peers[self._stage - 1], attempt.up) if attempt.up is not None else None,
-            down=(peers[self._stage + 1], attempt.down) if attempt.down is not None else None,
+            up=(attempt.up.peer, attempt.up) if attempt.up is not None else None,
+            down=(attempt.down.peer, attempt.down) if attempt.down is not None else None,
             first_step=attempt.step,
         )
         try:

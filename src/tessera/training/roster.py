@@ -1,41 +1,42 @@
-"""The roster: who holds which stage, who held it before, and which account is paid for it.
+"""The roster: who works at which stage, who did before, and which account is paid for whom.
 
-A seat is bound by two signatures: the peer proves itself when it dials, and the account signs the peer's id. So neither
-the host nor another peer can put somebody else's account in a worker's place without being seen by that worker. Whoever
-leaves hands his stage over at a step that the share contract keeps, so that each step has one holder for each stage.
+Any number of workers share a stage. A seat is bound by two signatures: the peer proves itself when it dials, and the
+account signs the peer's id and the stage. So neither the host nor another peer can put somebody else's account in a
+worker's place, or a worker at another stage, without being seen. An account has one seat, a peer has one seat, ever;
+who has left stays known, because what was signed for him or by him still counts.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tessera.core import encoding
-from tessera.core.errors import Invalid, Misbehaviour, Missing
+from tessera.core.errors import Invalid, Misbehaviour, Missing, Refused
 from tessera.core.hashing import keccak
 from tessera.core.ids import Account, PeerId, RunId, parse_account, parse_run_id
-from tessera.core.signing import AccountKey, recover_account
+from tessera.core.signing import AccountKey, PeerKey, recover_account, verify_peer
 from tessera.p2p.transport import PeerRecord
 from tessera.training.home import write_atomic
-from tessera.training.manifest import Manifest, load_manifest
+from tessera.training.manifest import MAX_WORKERS, Manifest, load_manifest
 
-__all__ = ["PastSeat", "Roster", "Seat", "recall_run", "remember_run", "seat_binding"]
+__all__ = ["Roster", "Seat", "check_voucher", "recall_run", "remember_run", "seat_binding", "vouch"]
 
-MAX_PAST = 4096  # handovers in the life of a run
+MAX_PAST = 4096  # workers who have left, in the life of a run
 ROSTER_LIMIT = 8 << 20  # bytes: a seat has about 1 kB
+VOUCHER = "voucher"  # what a host's signature under a seat is for
 
 
-def seat_binding(run_id: RunId, peer: PeerId, key: AccountKey) -> bytes:
-    """The account's signature that says: in this run, `peer` works for me. 65 bytes."""
-    return key.sign_digest(_binding_digest(run_id, peer))
+def seat_binding(run_id: RunId, peer: PeerId, stage: int, key: AccountKey) -> bytes:
+    """The account's signature that says: in this run, `peer` works for me at `stage`. 65 bytes."""
+    return key.sign_digest(_binding_digest(run_id, peer, stage))
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """One stage's holder."""
+    """One worker's place at a stage."""
 
     stage: int
     record: PeerRecord
@@ -47,13 +48,13 @@ class Seat:
         return self.record.id
 
     def check(self, run_id: RunId) -> None:
-        """Raises `Misbehaviour` unless the account signed for this peer in this run."""
+        """Raises `Misbehaviour` unless the account signed for this peer and stage in this run."""
         try:
-            signer = recover_account(_binding_digest(run_id, self.peer), self.binding)
+            signer = recover_account(_binding_digest(run_id, self.peer, self.stage), self.binding)
         except Invalid as error:
-            raise Misbehaviour(f"the seat of stage {self.stage} has no valid binding: {error}") from error
+            raise Misbehaviour(f"a seat at stage {self.stage} has no valid binding: {error}") from error
         if signer != self.account:
-            raise Misbehaviour(f"the seat of stage {self.stage} names {self.account}, signed by {signer}")
+            raise Misbehaviour(f"a seat at stage {self.stage} names {self.account}, signed by {signer}")
 
     def to_value(self) -> dict[str, Any]:
         return {
@@ -65,6 +66,7 @@ class Seat:
 
     @classmethod
     def from_value(cls, value: object) -> Seat:
+        """Raises `Invalid` for what is no seat. The binding is not checked here."""
         if not isinstance(value, dict) or value.keys() != {"stage", "record", "account", "binding"}:
             raise Invalid("a seat has the fields stage, record, account, binding")
         stage, binding = value["stage"], value["binding"]
@@ -78,44 +80,27 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True)
-class PastSeat:
-    """A seat whose holder has left: he is paid for the steps before `until_step`."""
-
-    seat: Seat
-    until_step: int
-
-    def to_value(self) -> dict[str, Any]:
-        return {"seat": self.seat.to_value(), "until_step": self.until_step}
-
-    @classmethod
-    def from_value(cls, value: object) -> PastSeat:
-        """Raises `Invalid` for what is no past seat."""
-        if not isinstance(value, dict) or value.keys() != {"seat", "until_step"}:
-            raise Invalid("a past seat has the fields seat and until_step")
-        until = value["until_step"]
-        if type(until) is not int or not 0 <= until < 2**53:
-            raise Invalid(f"a past seat ends at a step from 0, not {str(until)[:40]}")
-        return cls(Seat.from_value(value["seat"]), until)
-
-
-@dataclass(frozen=True, slots=True)
 class Roster:
-    """The seats of a run as they are now, in order of stage; those of the past, in the order in which they were handed
-    over; and where its shares and its coin are."""
+    """A run's workers as they are now, by stage and then in the order in which they were admitted; those who have left,
+    in the order in which they went; and where its shares and its coin are.
+
+    Attributes:
+        stages: of the run's model; each has one worker at least.
+        changes: how many of the share contract's changes led here.
+    """
 
     run_id: RunId
+    stages: int
     seats: tuple[Seat, ...]
     share: Account
     coin: Account
-    past: tuple[PastSeat, ...] = ()
+    past: tuple[Seat, ...] = ()
+    changes: int = 0
 
     @property
-    def stages(self) -> int:
-        return len(self.seats)
-
-    def holder(self, stage: int) -> PeerRecord:
-        """Whom to dial for `stage`."""
-        return self.seats[stage].record
+    def everyone(self) -> tuple[Seat, ...]:
+        """Present and past."""
+        return (*self.seats, *self.past)
 
     @property
     def peers(self) -> list[PeerId]:
@@ -129,28 +114,45 @@ class Roster:
     def records(self) -> list[PeerRecord]:
         return [seat.record for seat in self.seats]
 
+    @property
+    def stage_by_peer(self) -> dict[PeerId, int]:
+        """Of present and past workers: for whom and by whom receipts count."""
+        return {seat.peer: seat.stage for seat in self.everyone}
+
+    def of_stage(self, stage: int) -> tuple[Seat, ...]:
+        """Who works there now; who was admitted first comes first."""
+        return tuple(seat for seat in self.seats if seat.stage == stage)
+
+    def holders(self, stage: int) -> list[PeerRecord]:
+        """Whom to dial for `stage`: any of them will do."""
+        return [seat.record for seat in self.of_stage(stage)]
+
+    def seat_of(self, peer: PeerId) -> Seat | None:
+        """A present worker's."""
+        return next((seat for seat in self.seats if seat.peer == peer), None)
+
     def stage_of(self, peer: PeerId) -> int | None:
-        return self.peers.index(peer) if peer in self.peers else None
+        """A present worker's."""
+        seat = self.seat_of(peer)
+        return None if seat is None else seat.stage
 
-    def at(self, step: int) -> tuple[Seat, ...]:
-        """Who held each stage in `step`, for whom its receipts count."""
-        held: dict[int, Seat] = {}
-        for past in self.past:
-            if step < past.until_step:
-                held.setdefault(past.seat.stage, past.seat)
-        return tuple(held.get(seat.stage, seat) for seat in self.seats)
+    def admit(self, joiner: Seat) -> Roster:
+        """The roster with `joiner`, the last of his stage. Raises `Refused` for who has, or had, a seat."""
+        if any(joiner.peer == seat.peer or joiner.account == seat.account for seat in self.everyone):
+            raise Refused(
+                f"{joiner.account} or its peer has or had a seat: one account, one seat, ever", rule="one_seat"
+            )
+        return replace(self, seats=tuple(sorted((*self.seats, joiner), key=lambda seat: seat.stage)))
 
-    def spans(self, steps: range) -> list[tuple[range, tuple[Seat, ...]]]:
-        """`steps` in pieces through which the holders stay the same."""
-        cuts = {past.until_step for past in self.past if steps.start < past.until_step < steps.stop}
-        bounds = [steps.start, *sorted(cuts), steps.stop]
-        return [(range(a, b), self.at(a)) for a, b in itertools.pairwise(bounds)]
-
-    def with_successor(self, successor: Seat, from_step: int) -> Roster:
-        """The roster after `successor` has taken over his stage."""
-        leaver = self.seats[successor.stage]
-        seats = tuple(successor if seat.stage == successor.stage else seat for seat in self.seats)
-        return replace(self, seats=seats, past=(*self.past, PastSeat(leaver, from_step)))
+    def dismiss(self, leaver: Account) -> Roster:
+        """The roster without `leaver`. Raises `Missing` for who has no seat, `Refused` for the last of a stage."""
+        gone = next((seat for seat in self.seats if seat.account == leaver), None)
+        if gone is None:
+            raise Missing(f"{leaver} has no seat in this run")
+        if len(self.of_stage(gone.stage)) == 1:
+            raise Refused(f"stage {gone.stage} has no other worker", rule="last_of_stage")
+        seats = tuple(seat for seat in self.seats if seat is not gone)
+        return replace(self, seats=seats, past=(*self.past, gone))
 
     def with_records(self, records: Iterable[PeerRecord]) -> Roster:
         """The roster with those of `records` that are newer than what it has of the same peer."""
@@ -163,56 +165,82 @@ class Roster:
         ]
         return replace(self, seats=tuple(seats))
 
+    def same_members(self, other: Roster) -> bool:
+        """Whether the same workers have, and had, the same seats in the same order. Addresses may differ."""
+        return [_names(self.seats), _names(self.past)] == [_names(other.seats), _names(other.past)]
+
     def follows(self, other: Roster) -> bool:
-        """Whether this is `other`, or what became of it by handovers alone. Addresses may differ."""
-        if (self.run_id, self.share, self.coin) != (other.run_id, other.share, other.coin):
+        """Whether this is `other`, or what became of it by admissions and departures alone. Addresses may differ.
+
+        That these stand on the chain is checked by `contract.check_changes`.
+        """
+        mine, theirs = (self.run_id, self.stages, self.share, self.coin), (other.run_id, other.stages, other.share)
+        if mine != (*theirs, other.coin) or self.changes < other.changes:
             return False
-        handed = self.past[len(other.past) :]
-        before = {seat.stage: seat for seat in self.seats}
-        before |= {past.seat.stage: past.seat for past in reversed(handed)}  # the first leaver held it before
-        mine = [_names(before[stage]) for stage in sorted(before)]
+        gone = set(_names(self.past))
+        stayed = [name for name in _names(other.seats) if name not in gone]
         return (
-            [_names(past.seat) for past in self.past[: len(other.past)]] == [_names(past.seat) for past in other.past]
-            and len(self.past) >= len(other.past)
-            and mine == [_names(seat) for seat in other.seats]
+            _names(self.past)[: len(other.past)] == _names(other.past)
+            and [name for name in _names(self.seats) if name in set(stayed)] == stayed
+            and (self.changes > other.changes or self.same_members(other))
         )
 
     def to_value(self) -> dict[str, Any]:
-        value = {"seats": [seat.to_value() for seat in self.seats], "share": self.share, "coin": self.coin}
-        return {**value, "past": [past.to_value() for past in self.past]}
+        return {
+            "seats": [seat.to_value() for seat in self.seats],
+            "past": [seat.to_value() for seat in self.past],
+            "changes": self.changes,
+            "share": self.share,
+            "coin": self.coin,
+        }
 
     @classmethod
     def from_value(cls, run_id: RunId, stages: int, value: object) -> Roster:
         """From the host. Raises `Invalid` or `Misbehaviour` unless it is complete and every seat is signed."""
         if not isinstance(value, dict):
             raise Invalid(f"a roster is an object, not a {type(value).__name__}")
-        rows, gone = value.get("seats"), value.get("past")
-        if not isinstance(rows, list) or len(rows) != stages:
-            raise Invalid(f"a roster of {stages} stages has {stages} seats")
+        rows, gone, changes = value.get("seats"), value.get("past"), value.get("changes")
+        if not isinstance(rows, list) or not stages <= len(rows) <= MAX_WORKERS:
+            raise Invalid(f"a roster of {stages} stages has {stages} to {MAX_WORKERS} seats")
         if not isinstance(gone, list) or len(gone) > MAX_PAST:
             raise Invalid(f"a roster has a list of at most {MAX_PAST} past seats")
-        seats, past = tuple(Seat.from_value(row) for row in rows), tuple(PastSeat.from_value(row) for row in gone)
-        if [seat.stage for seat in seats] != list(range(stages)) or len({seat.peer for seat in seats}) != stages:
-            raise Misbehaviour("the roster does not seat one peer at each stage")
-        if len({seat.account for seat in seats}) != stages:
-            raise Misbehaviour("the roster names an account twice: one account, one stage")
-        for seat in (*seats, *(past_seat.seat for past_seat in past)):
-            seat.check(run_id)
-        _check_past(past, stages)
-        return cls(run_id, seats, parse_account(value.get("share")), parse_account(value.get("coin")), past)
+        seats, past = (tuple(Seat.from_value(row) for row in part) for part in (rows, gone))
+        if type(changes) is not int or not len(past) <= changes <= len(seats) + 2 * len(past):
+            raise Invalid(f"{str(changes)[:40]} changes do not lead to {len(seats)} seats and {len(past)} past ones")
+        _check_seats(run_id, stages, seats, past)
+        share, coin = parse_account(value.get("share")), parse_account(value.get("coin"))
+        return cls(run_id, stages, seats, share, coin, past, changes)
 
 
-def _check_past(past: tuple[PastSeat, ...], stages: int) -> None:
-    ends = [0] * stages
-    for gone in past:
-        stage = gone.seat.stage
-        if stage >= stages or gone.until_step < ends[stage]:
-            raise Misbehaviour(f"the roster's past does not add up at stage {stage}, step {gone.until_step}")
-        ends[stage] = gone.until_step
+def _check_seats(run_id: RunId, stages: int, seats: tuple[Seat, ...], past: tuple[Seat, ...]) -> None:
+    at, everyone = [seat.stage for seat in seats], (*seats, *past)
+    if at != sorted(at) or set(at) != set(range(stages)):
+        raise Misbehaviour(f"the roster does not seat somebody at each of {stages} stages, in order")
+    if len({seat.peer for seat in everyone}) != len(everyone):
+        raise Misbehaviour("the roster names a peer twice: one peer, one seat, ever")
+    if len({seat.account for seat in everyone}) != len(everyone):
+        raise Misbehaviour("the roster names an account twice: one account, one seat, ever")
+    for seat in everyone:
+        if seat.stage >= stages:
+            raise Misbehaviour(f"the roster names stage {seat.stage} of {stages}")
+        seat.check(run_id)
 
 
-def _names(seat: Seat) -> tuple[int, PeerId, Account]:
-    return seat.stage, seat.peer, seat.account
+def _names(seats: Iterable[Seat]) -> list[tuple[int, PeerId, Account]]:
+    return [(seat.stage, seat.peer, seat.account) for seat in seats]
+
+
+def vouch(host: PeerKey, run_id: RunId, seat: Seat) -> bytes:
+    """The host's signature that says: I have given this seat, for an invitation. 64 bytes."""
+    return host.sign(VOUCHER, _voucher_message(run_id, seat))
+
+
+def check_voucher(host: PeerId, run_id: RunId, seat: Seat, voucher: bytes) -> None:
+    """Raises `Refused` unless `host` has given this seat."""
+    try:
+        verify_peer(host, VOUCHER, _voucher_message(run_id, seat), voucher)
+    except Invalid as error:
+        raise Refused(f"the host has not given this seat: {error}", rule="vouched") from error
 
 
 def remember_run(folder: Path, manifest: Manifest, roster: Roster) -> None:
@@ -231,5 +259,9 @@ def recall_run(folder: Path) -> tuple[Manifest, Roster]:
         raise Missing(f"run {folder.name[:16]}… was never seated in this state directory") from error
 
 
-def _binding_digest(run_id: RunId, peer: PeerId) -> bytes:
-    return keccak(b"tessera/seat\0" + encoding.encode({"run_id": run_id, "peer": peer}))
+def _binding_digest(run_id: RunId, peer: PeerId, stage: int) -> bytes:
+    return keccak(b"tessera/seat\0" + encoding.encode({"run_id": run_id, "peer": peer, "stage": stage}))
+
+
+def _voucher_message(run_id: RunId, seat: Seat) -> bytes:
+    return encoding.encode({"run_id": run_id, "peer": seat.peer, "account": seat.account, "stage": seat.stage})

@@ -28,7 +28,7 @@ from tessera.p2p.transport import Stream
 from tessera.training.book import ReceiptBook
 from tessera.training.frames import RECEIPT_BYTES, Frame, Kind
 from tessera.training.manifest import Manifest
-from tessera.training.receipts import Direction, Receipt
+from tessera.training.receipts import Direction, Receipt, payloads_digest
 
 __all__ = ["Batches", "Link", "Session", "SessionEvents", "Trainer"]
 
@@ -68,8 +68,8 @@ class Link:
     peer: PeerId
     gives: Direction  # what of ours the neighbour receives
     takes: Direction  # what of his we receive
-    digest: Any = field(default_factory=hashlib.sha256)  # of this step's payloads that arrived
-    sent: Any = field(default_factory=hashlib.sha256)  # of this step's payloads that we sent
+    arrived: dict[int, bytes] = field(default_factory=dict)  # this step's payloads, each by its SHA-256
+    sent: dict[int, bytes] = field(default_factory=dict)
     unsigned: dict[int, bytes] = field(default_factory=dict)  # step -> digest of what we sent
     early: Frame | None = None  # his receipt for the open step: he was done before us
     tokens: int = 0  # that crossed, both directions together, evaluation included
@@ -199,11 +199,11 @@ class Session:
     async def _end_step(self) -> None:
         step, tokens = self._step, self._manifest.tokens_per_step
         loss = await to_thread.run_sync(self._trainer.finish_step, step, tokens)
-        await self._sign(step, tokens)
+        await self._sign(step)
         self._next_index = dict.fromkeys(self._next_index, 0)
         self._step += 1
         for link in self._links():
-            link.digest, link.sent = hashlib.sha256(), hashlib.sha256()
+            link.arrived, link.sent = {}, {}
             early, link.early = link.early, None
             if early is not None:
                 self._store_receipt(link, early)
@@ -211,18 +211,18 @@ class Session:
 
     # --- receipts ---------------------------------------------------------------------------------------------------
 
-    async def _sign(self, step: int, tokens: int) -> None:
+    async def _sign(self, step: int) -> None:
         """Sign what each neighbour sent, and keep a copy first: one that gets lost is found in our book."""
         receipts = []
         for link in self._links():
-            link.unsigned[step] = link.sent.digest()
+            link.unsigned[step] = payloads_digest(link.sent)
             if len(link.unsigned) > OPEN_RECEIPTS:
                 raise Misbehaviour(f"{link.peer[:16]}… has not signed step {min(link.unsigned)}")
-            receipt = self._receipt(link.peer, link.takes, step, tokens, link.digest.digest(), self._key.id)
+            receipt = self._receipt(link.peer, link.takes, step, payloads_digest(link.arrived), self._key.id)
             receipts.append(receipt.signed_by(self._key))
         self._book.add(receipts)
         for link, receipt in zip(self._links(), receipts, strict=True):
-            await self._put(link, Frame(Kind.RECEIPT, step, 0, receipt.digest + receipt.signature))
+            await self._put(link, Frame(Kind.RECEIPT, step, 0, receipt.digest + receipt.version + receipt.signature))
 
     def _take_receipt(self, link: Link, frame: Frame) -> None:
         """Check and keep a receipt, or put it aside when its sender finished the open step before we did."""
@@ -239,10 +239,8 @@ class Session:
         digest = link.unsigned.pop(frame.step, None)
         if digest is None:
             raise _wrong(link, frame, "a receipt that is not owed")
-        unsigned = self._receipt(
-            self._key.id, link.gives, frame.step, self._manifest.tokens_per_step, frame.payload[:32], link.peer
-        )
-        receipt = replace(unsigned, signature=frame.payload[32:])
+        unsigned = self._receipt(self._key.id, link.gives, frame.step, frame.payload[:32], link.peer)
+        receipt = replace(unsigned, version=frame.payload[32:64], signature=frame.payload[64:])
         receipt.check()
         if receipt.digest != digest:
             raise Misbehaviour(
@@ -250,10 +248,10 @@ class Session:
             )
         self._book.add([receipt])
 
-    def _receipt(
-        self, worker: PeerId, direction: Direction, step: int, tokens: int, digest: bytes, signer: PeerId
-    ) -> Receipt:
-        return Receipt(self._run_id, step, worker, signer, direction, tokens, digest)
+    def _receipt(self, worker: PeerId, direction: Direction, step: int, digest: bytes, signer: PeerId) -> Receipt:
+        """For all microbatches of the step: they came over one link."""
+        whole = tuple(range(self._manifest.schedule.microbatches))
+        return Receipt(self._run_id, step, worker, signer, direction, whole, digest)
 
     # --- validation -------------------------------------------------------------------------------------------------
 
@@ -349,12 +347,12 @@ class Session:
             raise _wrong(link, frame, f"{len(frame.payload)} bytes, expected {self._message_bytes}")
         self._next_index[frame.kind] += 1
         if frame.kind is not Kind.EVALUATE:
-            link.digest.update(frame.payload)
+            link.arrived[frame.index] = hashlib.sha256(frame.payload).digest()
         link.tokens += self._manifest.tokens_per_microbatch
 
     async def _send(self, link: Link, kind: Kind, index: int, payload: bytes) -> None:
         if kind is not Kind.EVALUATE:
-            link.sent.update(payload)
+            link.sent[index] = hashlib.sha256(payload).digest()
         link.tokens += self._manifest.tokens_per_microbatch
         await self._put(link, Frame(kind, self._step, index, payload))
 
