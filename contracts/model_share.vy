@@ -10,8 +10,9 @@
         `totalSupply` and earns from that moment; each contributor's leaf is turned into a balance by `redeem`,
         whenever anybody likes, and loses nothing by waiting.
 
-        A worker who leaves is replaced by `hand_over`, signed in the same way: the successor signs from then on, and
-        what the leaver has earned stays his.
+        Workers come and go by `change`, signed in the same way by those who are present: who joins signs from then on,
+        who leaves signs no more, and what he has earned stays his. Which part of the model a worker holds is no matter
+        of this contract.
 
         Income is whatever arrives in `asset`: a plain transfer, an x402 payment, an escrow's release. Anyone may call
         `distribute` to spread what has arrived; holders pull their part with `claim`.
@@ -19,8 +20,8 @@
         What cannot happen:
         - a share without the signatures, an epoch posted twice or out of order, a leaf redeemed twice, or more shares
           redeemed from an epoch than were posted;
-        - a change of workers without the signatures of more than two thirds of the present ones, or one account at two
-          stages;
+        - a change of workers without the signatures of more than two thirds of the present ones, a change made twice
+          or out of order, one account in two places, or a contract without workers;
         - a contract that owes more than it holds: held >= sum of everything claimable, and asset balance >= held;
         - income paid to anybody but the holder who earned it.
 
@@ -57,15 +58,12 @@ SCALE: constant(uint256) = 2**128
 DOMAIN_NAME: constant(String[19]) = "Tessera model share"
 DOMAIN_VERSION: constant(String[1]) = "1"
 EPOCH_TYPE: constant(bytes32) = keccak256("Epoch(bytes32 runId,uint256 epoch,bytes32 root,uint256 shares)")
-HANDOVER_TYPE: constant(bytes32) = keccak256(
-    "Handover(bytes32 runId,uint256 number,uint256 stage,address successor,uint256 fromStep)"
-)
+CHANGE_TYPE: constant(bytes32) = keccak256("Change(bytes32 runId,uint256 number,address joiner,address leaver)")
 
 decimals: public(constant(uint8)) = 18
 
 asset: public(immutable(IERC20))
 run_id: public(immutable(bytes32))
-worker_count: public(immutable(uint256))
 
 
 struct Epoch:
@@ -74,21 +72,20 @@ struct Epoch:
     index: uint256  # accrual index when the epoch was posted
 
 
-struct Handover:
-    stage: uint256
-    leaver: address
-    from_step: uint256  # the first step that the successor is paid for
+struct Change:
+    joiner: address  # nobody when empty
+    leaver: address  # nobody when empty
 
 
 name: public(String[64])
 symbol: public(String[16])
-workers: public(DynArray[address, MAX_WORKERS])  # by stage
+workers: public(DynArray[address, MAX_WORKERS])  # the present ones, in no lasting order
 is_worker: public(HashMap[address, bool])
 totalSupply: public(uint256)  # balances and unredeemed shares
 balanceOf: public(HashMap[address, uint256])
 allowance: public(HashMap[address, HashMap[address, uint256]])
-handover_count: public(uint256)
-handovers: public(HashMap[uint256, Handover])
+change_count: public(uint256)
+changes: public(HashMap[uint256, Change])
 epoch_count: public(uint256)
 epochs: public(HashMap[uint256, Epoch])
 counted: public(HashMap[bytes32, bool])  # leaves already redeemed
@@ -105,12 +102,10 @@ event Approval:
     spender: indexed(address)
     value: uint256
 
-event HandedOver:
+event Changed:
     number: indexed(uint256)
+    joiner: indexed(address)
     leaver: indexed(address)
-    successor: indexed(address)
-    stage: uint256
-    from_step: uint256
 
 event Posted:
     epoch: indexed(uint256)
@@ -139,20 +134,16 @@ def __init__(
     """
     @param asset_ The ERC-20 in which the model earns.
     @param run_id_ The hash of the run's manifest.
-    @param workers_ The accounts whose signatures admit an epoch, by stage: at least one, none twice.
+    @param workers_ The accounts whose signatures admit an epoch: at least one, none twice.
     """
     assert len(workers_) > 0, "model_share: no workers"
     assert asset_.address.is_contract, "model_share: asset is no contract"
     for worker: address in workers_:
-        assert worker != empty(address), "model_share: bad worker"
-        assert not self.is_worker[worker], "model_share: worker named twice"
-        self.is_worker[worker] = True
+        self._admit(worker)
     self.name = name_
     self.symbol = symbol_
-    self.workers = workers_
     asset = asset_
     run_id = run_id_
-    worker_count = len(workers_)
 
 
 # --- shares -----------------------------------------------------------------------------------------------------------
@@ -198,37 +189,42 @@ def redeem(epoch: uint256, holder: address, shares: uint256, proof: DynArray[byt
 
 
 @external
-def hand_over(
-    number: uint256, stage: uint256, successor: address, from_step: uint256,
-    signatures: DynArray[Bytes[65], MAX_WORKERS]
-):
+def change(number: uint256, joiner: address, leaver: address, signatures: DynArray[Bytes[65], MAX_WORKERS]):
     """
-    @notice Put a successor in the place of the worker at `stage`. Anyone may send it; the signatures decide.
-    @param number The next one: each handover comes exactly once, in order, so that no signature serves twice.
-    @param from_step The first step that the successor is paid for.
-    @param signatures Over `handover_digest`, as for `post`, from the workers before the change; the leaver is one.
+    @notice Admit `joiner`, remove `leaver`, or both. Anyone may send it; the signatures decide.
+    @param number The next one: each change comes exactly once, in order, so that no signature serves twice.
+    @param joiner An account that is no worker; empty when nobody joins.
+    @param leaver A worker, but not the last one; empty when nobody leaves.
+    @param signatures Over `change_digest`, as for `post`, from the workers before the change.
     """
-    assert number == self.handover_count, "model_share: not the next handover"
-    assert stage < worker_count, "model_share: no such stage"
-    assert successor != empty(address), "model_share: bad worker"
-    assert not self.is_worker[successor], "model_share: worker named twice"
-    self._check_signatures(self._handover_digest(number, stage, successor, from_step), signatures)
-    leaver: address = self.workers[stage]
-    self.is_worker[leaver] = False
-    self.is_worker[successor] = True
-    self.workers[stage] = successor
-    self.handovers[number] = Handover(stage=stage, leaver=leaver, from_step=from_step)
-    self.handover_count = number + 1
-    log HandedOver(number=number, leaver=leaver, successor=successor, stage=stage, from_step=from_step)
+    assert number == self.change_count, "model_share: not the next change"
+    assert joiner != leaver, "model_share: empty change"
+    self._check_signatures(self._change_digest(number, joiner, leaver), signatures)
+    if joiner != empty(address):
+        self._admit(joiner)
+    if leaver != empty(address):
+        self._remove(leaver)
+    self.changes[number] = Change(joiner=joiner, leaver=leaver)
+    self.change_count = number + 1
+    log Changed(number=number, joiner=joiner, leaver=leaver)
 
 
 @external
 @view
-def handover_digest(number: uint256, stage: uint256, successor: address, from_step: uint256) -> bytes32:
+def worker_count() -> uint256:
     """
-    @notice The EIP-712 digest that workers sign to admit a successor.
+    @notice How many workers there are now: more than two thirds of them decide.
     """
-    return self._handover_digest(number, stage, successor, from_step)
+    return len(self.workers)
+
+
+@external
+@view
+def change_digest(number: uint256, joiner: address, leaver: address) -> bytes32:
+    """
+    @notice The EIP-712 digest that workers sign to let somebody in or out.
+    """
+    return self._change_digest(number, joiner, leaver)
 
 
 @external
@@ -369,6 +365,32 @@ def _move(sender: address, receiver: address, amount: uint256):
 
 
 @internal
+def _admit(worker: address):
+    assert worker != empty(address), "model_share: bad worker"
+    assert not self.is_worker[worker], "model_share: worker named twice"
+    assert len(self.workers) < MAX_WORKERS, "model_share: too many workers"
+    self.is_worker[worker] = True
+    self.workers.append(worker)
+
+
+@internal
+def _remove(worker: address):
+    """
+    @dev The last of the list takes the empty place.
+    """
+    assert self.is_worker[worker], "model_share: no such worker"
+    assert len(self.workers) > 1, "model_share: last worker"
+    self.is_worker[worker] = False
+    last: address = self.workers.pop()
+    if last == worker:
+        return
+    for i: uint256 in range(len(self.workers), bound=MAX_WORKERS):
+        if self.workers[i] == worker:
+            self.workers[i] = last
+            return
+
+
+@internal
 @view
 def _arrived() -> uint256:
     return staticcall asset.balanceOf(self) - self.held
@@ -380,7 +402,7 @@ def _check_signatures(digest: bytes32, signatures: DynArray[Bytes[65], MAX_WORKE
     """
     @dev More than two thirds of the workers, strictly ascending: that none counts twice costs one comparison each.
     """
-    assert 3 * len(signatures) > 2 * worker_count, "model_share: too few signatures"
+    assert 3 * len(signatures) > 2 * len(self.workers), "model_share: too few signatures"
     last: address = empty(address)
     for signature: Bytes[65] in signatures:
         signer: address = typed_data._signer_of(digest, signature)
@@ -397,8 +419,8 @@ def _digest(epoch: uint256, root: bytes32, shares: uint256) -> bytes32:
 
 @internal
 @view
-def _handover_digest(number: uint256, stage: uint256, successor: address, from_step: uint256) -> bytes32:
-    fields: bytes32 = keccak256(abi_encode(HANDOVER_TYPE, run_id, number, stage, successor, from_step))
+def _change_digest(number: uint256, joiner: address, leaver: address) -> bytes32:
+    fields: bytes32 = keccak256(abi_encode(CHANGE_TYPE, run_id, number, joiner, leaver))
     return typed_data._digest(self._domain(), fields)
 
 

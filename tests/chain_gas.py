@@ -7,7 +7,7 @@ from eth_account.messages import encode_typed_data
 
 from chain_support import CHAIN_ID, RUN_ID, WORKERS, World, key, make_world
 from tessera.chain import artifact
-from tessera.chain.settle import epoch_digest, handover_digest
+from tessera.chain.settle import NOBODY, change_digest, epoch_digest
 from tessera.chain.types import Chain, Receipt
 from tessera.core.merkle import MerkleTree, share_leaf
 
@@ -34,9 +34,15 @@ async def gas_table(chain: Chain) -> dict[str, int]:
     note("approve", await coin.approve(sender, HOLDERS[0].account, 500))
     note("transferFrom", await coin.transferFrom(HOLDERS[0], sender.account, HOLDERS[0].account, 500))
     note("post", await share.post(sender, 0, tree.root, total, signatures))
-    successor = HOLDERS[15].account
-    change = handover_digest(CHAIN_ID, share.address, RUN_ID, 0, 3, successor, 40)
-    note("hand_over", await share.hand_over(sender, 0, 3, successor, 40, [k.sign_digest(change) for k in WORKERS[:3]]))
+    joiner, leaver, signers = HOLDERS[15].account, WORKERS[3].account, WORKERS[:3]
+    for number, name, change in (
+        (0, "change: one joins", (joiner, NOBODY)),
+        (1, "change: one leaves", (NOBODY, joiner)),
+        (2, "change: one for another", (joiner, leaver)),
+    ):
+        digest = change_digest(CHAIN_ID, share.address, RUN_ID, number, *change)
+        present = WORKERS if number == 1 else signers
+        note(name, await share.change(sender, number, *change, [worker.sign_digest(digest) for worker in present]))
     note("transfer of income", await coin.transfer(sender, share.address, 10**9 + 7))
     note("distribute", await share.distribute(sender))
     for index in (0, 1):

@@ -79,7 +79,7 @@ def postgres_server() -> Iterator[str]:
 def _wait(server: subprocess.Popen[bytes], folder: Path) -> None:
     deadline = time.monotonic() + START_S
     pid_file = folder / "data" / "postmaster.pid"
-    while not (pid_file.exists() and "ready" in pid_file.read_text().splitlines()[-1]):
+    while not (pid_file.exists() and any("ready" in line for line in pid_file.read_text().splitlines()[-1:])):
         if server.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"PostgreSQL did not start in {folder}: exit status {server.poll()}")
         time.sleep(0.02)

@@ -39,7 +39,7 @@ class Shards:
 
     async def link(self, stage: int, transport: Any = None) -> Link:
         """A stream of our own to a stage, to say what we like."""
-        stream = await (transport or self.gateway).open(self.roster.holder(stage), PROTOCOL, timeout_s=5)
+        stream = await (transport or self.gateway).open(self.roster.holders(stage)[0], PROTOCOL, timeout_s=5)
         return Link(stream, Limits(tokens=self.config.context, vocab_size=self.config.vocab_size, payload=1 << 16))
 
     def holding(self) -> int:
@@ -83,7 +83,7 @@ async def open_shards(
     spec = tiny_spec(stages=stages, codec=codec)
     model = spec.model
     async with open_peers(stages + 1, real=real) as (network, (gateway, *transports)):
-        roster = FixedRoster(tuple(transport.record() for transport in transports))
+        roster = FixedRoster(tuple((transport.record(),) for transport in transports))
         config = ShardConfig(context=model.context, vocab_size=model.vocab_size, **settings)
         decoders = [StageDecoder(_lively(Stage(spec, stage))) for stage in range(stages)]
         servers = [

@@ -47,6 +47,18 @@ STRANGER = PeerKey(b"\x33" * 32)
 INVITATION_ID = "ab" * 16
 
 
+def make_seat(manifest: Manifest, stage: int, record: PeerRecord, account: AccountKey) -> Seat:
+    """Bound by its account, as a joiner's is."""
+    return Seat(stage, record, account.account, seat_binding(manifest.run_id, record.id, stage, account))
+
+
+class InOrder(random.Random):
+    """Draws the first: so that tests know who sits where."""
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
+
+
 @dataclass
 class Ledger:
     """An embedded chain that answers at once, without threads, unless it is `away`."""
@@ -130,11 +142,8 @@ async def settlement(
     receipts = all_receipts(manifest, keys, range(manifest.schedule.steps))
     async with AsyncExitStack() as stack:
         transports = [await stack.enter_async_context(network.start(key)) for key in keys]
-        seats = tuple(
-            Seat(i, transports[i].record(), accounts[i].account, seat_binding(manifest.run_id, keys[i].id, accounts[i]))
-            for i in range(count)
-        )
-        roster = Roster(manifest.run_id, seats, share, share)
+        seats = tuple(make_seat(manifest, i, transports[i].record(), accounts[i]) for i in range(count))
+        roster = Roster(manifest.run_id, count, seats, share, share)
         settlers = []
         for i in range(count):
             book = ReceiptBook(folder / f"keeper-{i}.sqlite")
@@ -181,27 +190,31 @@ class Hosted:
     peers: list[MemoryTransport]
     keys: list[PeerKey]
     accounts: list[AccountKey]
-    reports: list[tuple[int, WorkerReport]]
+    reports: list[tuple[Seat, WorkerReport]]
+    replies: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def request(self, peer: int, **changes: Any) -> dict[str, Any]:
-        """An honest request for a seat, and then `changes`."""
-        account = self.accounts[peer]
-        honest = {
-            "op": "take",
-            "invitation": INVITATION_ID,
-            "pace": None,
-            "run_id": self.manifest.run_id,
-            "record": self.peers[peer].record().to_text(),
-            "account": account.account,
-            "binding": seat_binding(self.manifest.run_id, self.keys[peer].id, account).hex(),
-        }
-        return {**honest, **changes}
+    def request(self, peer: int, at: int = 0, **changes: Any) -> dict[str, Any]:
+        """An honest request for a seat at stage `at`, and then `changes` of the seat or of the rest."""
+        seat = make_seat(self.manifest, at, self.peers[peer].record(), self.accounts[peer]).to_value()
+        mine = {"op": "take", "invitation": INVITATION_ID, "pace": None, "run_id": self.manifest.run_id}
+        request: dict[str, Any] = {**mine, "seat": seat}
+        for name, value in changes.items():
+            (seat if name in seat else request)[name] = value
+        return request
+
+    async def look(self, peer: int) -> int:
+        """The stage that the host offers."""
+        reply, _ = await self.ask(peer, JOIN, self.request(peer, op="look"))
+        return int(reply["stage"])
 
     async def join(self, peer: int, **changes: Any) -> int:
         """The stage that the host gives."""
-        reply, body = await self.ask(peer, JOIN, self.request(peer, **changes))
+        stage = await self.look(peer) if "invitation" not in changes and "run_id" not in changes else 0
+        request = self.request(peer, stage, **changes)
+        reply, body = await self.ask(peer, JOIN, request)
         assert body == self.manifest.canonical
-        return int(reply["stage"])
+        self.replies[peer] = reply
+        return int(request["seat"]["stage"])
 
     async def ask(self, peer: int, protocol: str, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         record = self.host_transport.record()
@@ -209,13 +222,15 @@ class Hosted:
 
 
 @asynccontextmanager
-async def hosted(manifest: Manifest, folder: Path, ledger: Ledger | None = None) -> AsyncIterator[Hosted]:
+async def hosted(
+    manifest: Manifest, folder: Path, ledger: Ledger | None = None, rng: random.Random | None = None
+) -> AsyncIterator[Hosted]:
     """`folder` keeps the host's state: a second time, it is the same host after a restart."""
-    count = manifest.model.stages + 1
+    count = manifest.model.stages * manifest.replicas + 1
     keys, accounts = peer_keys(count), account_keys(count)
     ledger = ledger or Ledger(manifest)
     network = MemoryNetwork(random.Random(0), clock=VirtualClock())
-    reports: list[tuple[int, WorkerReport]] = []
+    reports: list[tuple[Seat, WorkerReport]] = []
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(network.start(HOST_KEY))
         peers = [await stack.enter_async_context(network.start(key)) for key in keys]
@@ -228,9 +243,11 @@ async def hosted(manifest: Manifest, folder: Path, ledger: Ledger | None = None)
             coin=await ledger.coin(),
             operator=OPERATOR,
             book=book,
-            on_report=lambda stage, report: reports.append((stage, report)),
+            on_report=lambda seat, report: reports.append((seat, report)),
             pace=lambda: (0, 0.0),
             clock=network.clock,
+            rng=rng or InOrder(),
+            key=HOST_KEY,
         )
         host.serve()
         yield Hosted(manifest, ledger, host, book, transport, peers, keys, accounts, reports)
@@ -356,12 +373,11 @@ class PipelineWorld:
         self.seats: dict[int, Seat] = {}
 
     def seat(self, stage: int, transport: MemoryTransport) -> Seat:
-        account, run_id = self.accounts[stage], self.manifest.run_id
-        return Seat(stage, transport.record(), account.account, seat_binding(run_id, self.keys[stage].id, account))
+        return make_seat(self.manifest, stage, transport.record(), self.accounts[stage])
 
     def roster(self) -> Roster:
         seats = tuple(self.seats[stage] for stage in range(len(self.nodes)))
-        return Roster(self.manifest.run_id, seats, self.accounts[0].account, self.accounts[0].account)
+        return Roster(self.manifest.run_id, len(seats), seats, self.accounts[0].account, self.accounts[0].account)
 
     @asynccontextmanager
     async def alive(self) -> AsyncIterator[anyio.abc.TaskGroup]:

@@ -22,10 +22,10 @@ from tessera.training.home import Home
 from tessera.training.host import RunHost, WorkerReport
 from tessera.training.invitation import Invitation
 from tessera.training.manifest import DataRecipe, DataSet, Manifest, Schedule
-from tessera.training.roster import Roster
+from tessera.training.roster import Roster, Seat
 from tessera.training.rpc_link import serve_rpc
 from tessera.training.seating import Seated
-from training_run import HOST_KEY, OPERATOR, Ledger, invitation_to, make_worker, seat_book
+from training_run import HOST_KEY, OPERATOR, InOrder, Ledger, invitation_to, make_worker, seat_book
 from training_world import DATA_OWNER, small_manifest
 
 STAGES, STEPS = 4, 15
@@ -92,24 +92,15 @@ class WholeRun:
         self.clock, self.ledger = VirtualClock(), Ledger(manifest)
         self.network = MemoryNetwork(random.Random(0), delay_s=0.05, clock=self.clock)
         self.workers = [Life(self, number) for number in range(STAGES)]
-        self.reports: dict[int, WorkerReport] = {}
+        self.reports: dict[int, WorkerReport] = {}  # of the worker who trains the stage
         self.validations: dict[int, float] = {}
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[anyio.abc.TaskGroup]:
         async with self.network.start(HOST_KEY) as transport, anyio.create_task_group() as tasks:
             self.coin = await self.ledger.coin()
-            self.host = RunHost(
-                self.manifest,
-                transport=transport,
-                chain=self.ledger.chain,
-                coin=self.coin,
-                operator=OPERATOR,
-                book=seat_book(self.folder),
-                on_report=self._on_report,
-                pace=lambda: (0, 0.0),
-                clock=self.clock,
-            )
+            self.transport = transport
+            self.host = self.new_host()
             serve_blobs(transport, BlobStore(self.folder / "blobs"))
             serve_rpc(transport, self.ledger.exchange)
             self.host.serve()
@@ -122,6 +113,22 @@ class WholeRun:
             yield tasks
             await self.host.close()
 
+    def new_host(self) -> RunHost:
+        """The host as it is after a start: all that it knows lies in its book."""
+        return RunHost(
+            self.manifest,
+            transport=self.transport,
+            key=HOST_KEY,
+            chain=self.ledger.chain,
+            coin=self.coin,
+            operator=OPERATOR,
+            book=seat_book(self.folder),
+            on_report=self._on_report,
+            pace=lambda: (0, 0.0),
+            clock=self.clock,
+            rng=InOrder(),
+        )
+
     async def at_step(self, step: int) -> None:
         with anyio.fail_after(600):
             while not all(s in self.reports and self.reports[s].step >= step for s in range(STAGES)):
@@ -132,9 +139,11 @@ class WholeRun:
             while not all(s in self.reports and self.reports[s].settled for s in range(STAGES)):
                 await anyio.sleep(0.1)
 
-    def _on_report(self, stage: int, report: WorkerReport) -> None:
-        self.reports[stage] = report
+    def _on_report(self, seat: Seat, report: WorkerReport) -> None:
         self.validations.update(report.validations)
+        first = next(other for other in self.host.seats if other.stage == seat.stage)
+        if seat.peer == first.peer:
+            self.reports[seat.stage] = report
 
 
 @dataclass
@@ -157,7 +166,7 @@ async def outcome(run: WholeRun, roster: Roster) -> Outcome:
         for receipt in book.of_steps(run.manifest.run_id, range(STEPS)):
             receipt.check()
             stage = roster.peers.index(receipt.worker)
-            receipts.add((receipt.step, stage, receipt.direction, receipt.tokens, receipt.digest))
+            receipts.add((receipt.step, stage, receipt.direction, len(receipt.microbatches), receipt.digest))
         book.close()
     return Outcome(
         [Checkpoints(folder / "checkpoints").load(STEPS) for folder in folders],

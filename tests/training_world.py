@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 
 from tessera.core.errors import Conflict
+from tessera.core.ids import Account, PeerId
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.models.config import CodecConfig, ModelConfig, ModelSpec
 from tessera.training.manifest import Allocation, DataRecipe, DataSet, Manifest, Part, Schedule
-
-LINK = "tessera/test-link/1"
+from tessera.training.receipts import Direction, Receipt, credited
 
 DATA_OWNER = AccountKey(b"\x21" * 32).account
 CREATOR = AccountKey(b"\x22" * 32).account
@@ -29,7 +29,7 @@ def account_keys(count: int = 4) -> list[AccountKey]:
     return [AccountKey(bytes([i + 1]) * 32) for i in range(count)]
 
 
-def small_manifest(stages: int = 4, steps: int = 6, epoch_steps: int = 3) -> Manifest:
+def small_manifest(stages: int = 4, steps: int = 6, epoch_steps: int = 3, **more: Any) -> Manifest:
     model = ModelConfig(vocab_size=64, width=16, layers=stages, heads=2, kv_heads=1, ffn=32, context=8)
     return Manifest(
         name="small",
@@ -49,7 +49,35 @@ def small_manifest(stages: int = 4, steps: int = 6, epoch_steps: int = 3) -> Man
             work=8500, data=(Part(account=DATA_OWNER, bps=1000),), creator=Part(account=CREATOR, bps=500)
         ),
         price_units=10_000,
+        **more,
     )
+
+
+def all_receipts(manifest: Manifest, keys: list[PeerKey], steps: range) -> list[Receipt]:
+    """Every receipt that honest neighbours sign in `steps`: one worker at each stage, all microbatches."""
+    whole = tuple(range(manifest.schedule.microbatches))
+    directions: tuple[tuple[Direction, int], ...] = (("forward", 1), ("backward", -1))
+    return [
+        Receipt(manifest.run_id, step, key.id, keys[stage + way].id, direction, whole, bytes(32)).signed_by(
+            keys[stage + way]
+        )
+        for step in steps
+        for stage, key in enumerate(keys)
+        for direction, way in directions
+        if 0 <= stage + way < len(keys)
+    ]
+
+
+def verified(manifest: Manifest, receipts: Iterable[Receipt], peers: Sequence[PeerId], steps: range) -> list[int]:
+    """Microbatches credited to each of `peers`, who work at a stage each."""
+    stage_of = {peer: stage for stage, peer in enumerate(peers)}
+    credit = credited(receipts, stage_of, len(peers), steps, manifest.schedule.microbatches)
+    return [len(credit.get(peer, ())) for peer in peers]
+
+
+def work_of(accounts: Sequence[Account], microbatches: Sequence[int]) -> list[tuple[Account, int, int]]:
+    """For `compute_epoch`: one worker at each stage."""
+    return [(account, stage, microbatches[stage]) for stage, account in enumerate(accounts)]
 
 
 # --- a trainer that computes nothing ----------------------------------------------------------------------------------

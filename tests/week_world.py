@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import json
 import random
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from flood_attackers import ATTACKS
 from tessera.core import encoding
 from tessera.core.errors import Invalid, Misbehaviour, TesseraError
 from tessera.core.hashing import sha256
-from tessera.core.ids import Account, PeerId, account_from_bytes
+from tessera.core.ids import Account, PeerId, RunId, account_from_bytes
 from tessera.core.signing import PeerKey
 from tessera.p2p.calls import call, serve_calls
 from tessera.p2p.flood import Flood, FloodConfig
@@ -32,7 +33,7 @@ from tessera.p2p.flood_state import StateLimits
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock
 from tessera.p2p.transport import PeerRecord
 from tessera.training.epochs import EpochLeaves, compute_epoch
-from tessera.training.receipts import Direction, Receipt, expected_receipts, verified_tokens
+from tessera.training.receipts import Credit, Direction, Receipt, credited
 from training_world import small_manifest
 
 DAY_S, HOUR_S, MINUTE_S = 86_400.0, 3_600.0, 60.0
@@ -87,7 +88,7 @@ class Tally:
     bulk_bytes: int = 0
     epochs: int = 0
     leaves_computed: int = 0
-    tokens: int = 0
+    microbatches: int = 0  # that were paid for
     items_peak: int = 0
     bytes_peak: int = 0
     queue_peak: int = 0
@@ -105,7 +106,9 @@ class Week:
     def __init__(self, seed: int, *, rows: int = 10, days: int = 7, rounds: int = 4, hostile: int = 3) -> None:
         self.rng = random.Random(seed)
         self.days, self.rounds, self.tally = days, rounds, Tally()
-        self.manifest = small_manifest(STAGES, steps=days * rounds, epoch_steps=rounds)
+        plain = small_manifest(STAGES, steps=days * rounds, epoch_steps=rounds)
+        schedule = plain.schedule.model_copy(update={"microbatches": rows})  # a row does one of a step
+        self.manifest = plain.model_copy(update={"schedule": schedule})
         self.network = MemoryNetwork(random.Random(seed + 1), clock=VirtualClock())
         bad = {row * STAGES + self.rng.randrange(STAGES) for row in self.rng.sample(range(rows), hostile)}
         self.nodes = [self._node(number, number in bad) for number in range(rows * STAGES)]
@@ -208,7 +211,7 @@ class Week:
         )  # fmt: skip
 
     @property
-    def group(self) -> str:
+    def group(self) -> RunId:
         return self.manifest.run_id
 
     async def _partition(self) -> None:
@@ -233,11 +236,10 @@ class Week:
             self.tally.steps_lost += 1
             return
         mine: dict[PeerId, list[Receipt]] = {node.id: [] for node in row}
-        peers = [node.id for node in row]
         try:
-            for stage, worker in enumerate(row):
-                for direction, signer in expected_receipts(peers, stage):
-                    mine[signer].append(await self._work_pair(worker, self.by_id[signer], direction, step))
+            for upper, lower in itertools.pairwise(row):
+                mine[lower.id].append(await self._work_pair(upper, lower, "forward", step))
+                mine[upper.id].append(await self._work_pair(lower, upper, "backward", step))
         except TesseraError:
             self.tally.steps_lost += 1  # somebody died on us; what was signed before stands
         for node in row:
@@ -254,8 +256,8 @@ class Week:
         reply, _ = await call(worker.transport, record, WORK, {}, codes, timeout_s=60, reply_limit=1000, bulk=True)
         self.tally.bulk_bytes += len(codes)
         digest = bytes.fromhex(reply["digest"])
-        run_id, tokens = self.manifest.run_id, self.manifest.tokens_per_step
-        return Receipt(run_id, step, worker.id, signer.id, direction, tokens, digest).signed_by(signer.key)
+        done = (worker.number // STAGES,)
+        return Receipt(self.group, step, worker.id, signer.id, direction, done, digest).signed_by(signer.key)
 
     # --- the world's own books --------------------------------------------------------------------------------------
 
@@ -299,27 +301,19 @@ class Week:
         return self._compute(day, receipts, steps)
 
     def _compute(self, day: int, receipts: list[Receipt], steps: range) -> EpochLeaves | None:
-        accounts = [node.account for node in self.nodes]
-        stages = [node.number % STAGES for node in self.nodes]
-        return compute_epoch(self.manifest, day, accounts, self._tokens(receipts, steps), stages)
+        credit = self._credit(receipts, steps)
+        work = [(node.account, node.number % STAGES, len(credit.get(node.id, ()))) for node in self.nodes]
+        return compute_epoch(self.manifest, day, work)
 
-    def _tokens(self, receipts: list[Receipt], steps: range) -> list[int]:
-        counts: list[int] = []
-        by_row: dict[int, list[Receipt]] = {}
-        for receipt in receipts:
-            worker = self.by_id.get(receipt.worker)
-            if worker is not None:
-                by_row.setdefault(worker.number // STAGES, []).append(receipt)
-        for row in range(len(self.nodes) // STAGES):
-            peers = [node.id for node in self.nodes[row * STAGES : (row + 1) * STAGES]]
-            counts += verified_tokens(by_row.get(row, []), peers, steps, self.manifest.tokens_per_step)
-        return counts
+    def _credit(self, receipts: list[Receipt], steps: range) -> Credit:
+        stage_of = {node.id: node.number % STAGES for node in self.nodes}
+        return credited(receipts, stage_of, STAGES, steps, self.manifest.schedule.microbatches)
 
     def _check_shares(self, day: int, steps: range, known: frozenset[bytes], leaves: EpochLeaves | None) -> None:
         """From the world's own list, without any flood: who must have been paid what, to the last unit."""
         signed = [receipt for id in known for receipt in _receipts(self.group, self.items[id])]
         assert leaves == self._compute(day, signed, steps)
-        self.tally.tokens += sum(self._tokens(signed, steps))
+        self.tally.microbatches += sum(map(len, self._credit(signed, steps).values()))
 
     def _accuse(self, fault: Misbehaviour) -> None:
         guilty = self.by_id[PeerId(str(fault.fields["peer"]))]
@@ -360,7 +354,7 @@ def _take_seat(node: Node, item: Item) -> None:
 
 
 @functools.lru_cache(100_000)
-def _parse_receipts(group: str, payload: bytes) -> tuple[Receipt, ...]:
+def _parse_receipts(group: RunId, payload: bytes) -> tuple[Receipt, ...]:
     try:
         rows = json.loads(payload)
         receipts = tuple(Receipt.from_row(group, row) for row in rows)
@@ -371,6 +365,6 @@ def _parse_receipts(group: str, payload: bytes) -> tuple[Receipt, ...]:
     return receipts
 
 
-def _receipts(group: str, item: Item) -> tuple[Receipt, ...]:
+def _receipts(group: RunId, item: Item) -> tuple[Receipt, ...]:
     """What counts in an item: receipts that its origin signed itself, and whose signatures are right."""
     return tuple(receipt for receipt in _parse_receipts(group, item.payload) if receipt.signer == item.origin)

@@ -17,7 +17,7 @@ from tessera.serving.links import PROTOCOL
 pytestmark = pytest.mark.anyio
 NAME = "a" * 32
 HOW = Sampling().to_dict()
-OPEN = {"op": "open", "session": NAME, "stage": 0, "sampling": HOW}
+OPEN = {"op": "open", "session": NAME, "stage": 0, "last": "ab" * 32, "sampling": HOW}
 LISTEN = {"op": "listen", "session": NAME}
 
 
@@ -40,6 +40,7 @@ async def refusal(shards: Shards, stage: int, header: dict[str, Any], ids: tuple
         (0, OPEN | {"session": 7}, "misbehaviour"),
         (0, OPEN | {"stage": 1}, "invalid"),
         (0, OPEN | {"extra": 1}, "misbehaviour"),
+        (0, OPEN | {"last": 7}, "invalid"),
         (0, OPEN | {"sampling": {}}, "invalid"),
         (0, OPEN | {"sampling": HOW | {"seed": -1}}, "invalid"),
         (0, OPEN | {"sampling": HOW | {"temperature": "hot"}}, "invalid"),
@@ -68,7 +69,7 @@ async def open_session(shards: Shards, last: int) -> tuple[Any, Any]:
     await listening.send(LISTEN, timeout_s=1)
     await listening.await_ready(1)
     chain = await shards.link(0)
-    await chain.send(OPEN, timeout_s=1)
+    await chain.send(OPEN | {"last": listening.peer}, timeout_s=1)
     await chain.await_ready(1)
     return listening, chain
 
@@ -113,7 +114,7 @@ async def test_a_prompt_with_code_bytes_is_refused_by_stage_0() -> None:
 )  # fmt: skip
 async def test_garbage_frames_end_the_stream_and_nothing_else(data: bytes) -> None:
     async with open_shards(2) as shards:
-        stream = await shards.gateway.open(shards.roster.holder(0), PROTOCOL, timeout_s=5)
+        stream = await shards.gateway.open(shards.roster.holders(0)[0], PROTOCOL, timeout_s=5)
         with suppress(Unavailable):  # the stage may hang up before it has it all
             await stream.send(data)
         await shards.settled()

@@ -13,12 +13,12 @@ from tessera.p2p.memory import run_virtual
 from tessera.training.epochs import compute_epoch
 from tessera.training.receipts import Receipt
 from training_run import Settlement, settle_all, settlement
-from training_world import account_keys, all_receipts, peer_keys, small_manifest
+from training_world import account_keys, all_receipts, peer_keys, small_manifest, work_of
 
 MANIFEST = small_manifest(steps=3, epoch_steps=3)
 KEYS = peer_keys()
 ATTACKER, NEIGHBOUR, ACCOMPLICE = KEYS[1], KEYS[2], KEYS[3]
-FULL = MANIFEST.tokens_per_step
+FULL = MANIFEST.schedule.microbatches
 
 
 def honest(step: int) -> Receipt:
@@ -55,9 +55,18 @@ def turn_round(step: int) -> Receipt:
     return replace(honest(step), direction="backward")
 
 
+def claim_more_of_the_step(step: int) -> Receipt:
+    partly = replace(honest(step), microbatches=(0,)).signed_by(NEIGHBOUR)
+    return replace(partly, microbatches=(0, 1))
+
+
+def name_other_parameters(step: int) -> Receipt:
+    return replace(honest(step), version=b"\5" * 32)
+
+
 FORGERIES = [
     forge_signature, sign_for_the_neighbour, sign_for_himself, let_an_accomplice_sign, move_to_another_step,
-    take_from_another_run, turn_round,
+    take_from_another_run, turn_round, claim_more_of_the_step, name_other_parameters,
 ]  # fmt: skip
 
 
@@ -73,7 +82,7 @@ def test_a_forged_receipt_is_worth_nothing(forge: Callable[[int], Receipt], tmp_
             world.settlers[1].book.add([forge(0)])
             await settle_all(world.settlers)
             accounts = [key.account for key in account_keys()]
-            leaves = compute_epoch(MANIFEST, 0, accounts, [3 * FULL, 2 * FULL, 3 * FULL, 3 * FULL])
+            leaves = compute_epoch(MANIFEST, 0, work_of(accounts, [3 * FULL, 2 * FULL, 3 * FULL, 3 * FULL]))
             assert leaves is not None
             assert (await world.share.epochs(0)).root == leaves.root
 

@@ -10,24 +10,24 @@ from tessera.core.errors import Misbehaviour
 from tessera.core.ids import Account
 from tessera.p2p.memory import run_virtual
 from tessera.training.epochs import EpochLeaves, compute_epoch
-from tessera.training.receipts import Receipt
+from tessera.training.receipts import Receipt, credited
 from training_run import Settlement, settle_all, settlement
-from training_world import account_keys, all_receipts, peer_keys, small_manifest
+from training_world import account_keys, all_receipts, peer_keys, small_manifest, work_of
 
 MANIFEST = small_manifest(steps=3, epoch_steps=3)
 KEYS = peer_keys()
 BY_ID = {key.id: key for key in KEYS}
 ACCOUNTS = [key.account for key in account_keys()]
-FULL = MANIFEST.tokens_per_step
+FULL = MANIFEST.schedule.microbatches
 
 
-def resigned(receipt: Receipt, tokens: int) -> Receipt:
-    """The same neighbour's true signature under another number."""
-    return replace(receipt, tokens=tokens).signed_by(BY_ID[receipt.signer])
+def resigned(receipt: Receipt, *microbatches: int) -> Receipt:
+    """The same neighbour's true signature under another set of microbatches."""
+    return replace(receipt, microbatches=microbatches).signed_by(BY_ID[receipt.signer])
 
 
-def leaves(tokens: list[int]) -> EpochLeaves:
-    computed = compute_epoch(MANIFEST, 0, ACCOUNTS, tokens)
+def leaves(microbatches: list[int]) -> EpochLeaves:
+    computed = compute_epoch(MANIFEST, 0, work_of(ACCOUNTS, microbatches))
     assert computed is not None
     return computed
 
@@ -38,16 +38,18 @@ async def propose(world: Settlement, proposer: int, voter: int, receipts: list[R
     await world.ask(proposer, voter, {"op": "vote", "epoch": 0, "root": root.hex()}, body)
 
 
-@pytest.mark.parametrize("tokens", [1000 * FULL, FULL + 1, FULL - 1, 1])
-def test_a_neighbours_true_signature_under_a_wrong_number_is_evidence_against_both(tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(FULL,), (1023,), tuple(range(FULL, 1024))])
+def test_a_true_signature_for_microbatches_that_do_not_exist_is_evidence_against_both(
+    more: tuple[int, ...], tmp_path: Path
+) -> None:
     receipts = all_receipts(MANIFEST, KEYS, range(3))
-    wrong = [resigned(r, tokens) if r.worker == KEYS[1].id else r for r in receipts]
+    wrong = [resigned(r, *r.microbatches, *more) if r.worker == KEYS[1].id else r for r in receipts]
 
     async def main() -> None:
         async with settlement(MANIFEST, tmp_path) as world:
-            with pytest.raises(Misbehaviour, match=f"a receipt for {tokens} tokens, a step has {FULL}") as caught:
-                await propose(world, 1, 3, wrong, leaves([3 * FULL, 3 * tokens, 3 * FULL, 3 * FULL]).root)
-            assert caught.value.evidence[4] == tokens
+            with pytest.raises(Misbehaviour, match=f"for microbatch {more[-1]}, a step has {FULL}") as caught:
+                await propose(world, 1, 3, wrong, leaves([3 * FULL, 3 * FULL + 3 * len(more), 3 * FULL, 3 * FULL]).root)
+            assert caught.value.evidence[1] == KEYS[1].id
 
     run_virtual(main)
 
@@ -88,9 +90,23 @@ def test_a_proposer_that_inflates_its_own_book_is_passed_over(tmp_path: Path) ->
 
     async def main() -> None:
         async with settlement(MANIFEST, tmp_path, held=lambda stage, receipt: stage != 0) as world:
-            inflated = [resigned(r, 50 * FULL) for r in all_receipts(MANIFEST, KEYS, range(3))]
+            inflated = [resigned(r, *range(50)) for r in all_receipts(MANIFEST, KEYS, range(3))]
             world.settlers[0].book.add(r for r in inflated if r.worker == KEYS[0].id)
             await settle_all(world.settlers)
             assert (await world.share.epochs(0)).root == leaves([3 * FULL] * 4).root
 
     run_virtual(main)
+
+
+def test_a_microbatch_that_two_say_they_did_is_paid_to_one() -> None:
+    """Two workers of a stage and their common neighbours sign the same work for both."""
+    keys = peer_keys(4)
+    stage_of = {keys[0].id: 0, keys[1].id: 1, keys[2].id: 1, keys[3].id: 2}
+    whole = tuple(range(FULL))
+    signed = [
+        Receipt(MANIFEST.run_id, 0, worker.id, signer.id, direction, whole, bytes(32)).signed_by(signer)
+        for worker in keys[1:3]
+        for direction, signer in (("forward", keys[3]), ("backward", keys[0]))
+    ]
+    credit = credited(signed, stage_of, 3, range(1), FULL)
+    assert credit == {min(keys[1].id, keys[2].id): frozenset((0, index) for index in whole)}

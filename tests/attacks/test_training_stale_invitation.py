@@ -22,11 +22,10 @@ from tessera.training.home import Home
 from tessera.training.invitation import Invitation
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import JOIN, RUN, SMALL
-from tessera.training.roster import Seat, seat_binding
 from tessera.training.rpc_link import serve_rpc
 from tessera.training.seating import Seated
 from tessera.training.worker import Worker
-from training_run import HOST_KEY, Ledger, hosted, invitation_to, make_worker
+from training_run import HOST_KEY, Ledger, hosted, invitation_to, make_seat, make_worker
 from training_world import account_keys, peer_keys, small_manifest
 
 MANIFEST = small_manifest()
@@ -180,8 +179,19 @@ def fails_with(folder: Path, expected: type[Exception], match: str, *args: Any, 
     run_virtual(main)
 
 
-def seat_of(manifest: Manifest, stage: Any = 0) -> Handler:
-    return lambda peer, request, body: ({"stage": stage, "successor": False}, manifest.canonical)
+def seat_of(manifest: Manifest, stage: Any = 0, **taken: Any) -> Handler:
+    """A host that offers `stage`, and gives it."""
+    offer = {
+        "stage": stage, "returning": False, "phase": "seating", "step": 0, "tokens_per_s": 0.0,
+        "members": [],
+    }  # fmt: skip
+    given = {"admitted": True, "voucher": "00" * 64, **taken}
+
+    def join(peer: PeerId, request: dict[str, Any], body: bytes) -> Answer:
+        now = int(VirtualClock().time())
+        return ({**offer, "now": now} if request["op"] == "look" else given), manifest.canonical
+
+    return join
 
 
 def test_the_host_of_another_run_refuses_and_the_worker_says_so(tmp_path: Path) -> None:
@@ -201,7 +211,14 @@ def test_a_manifest_for_another_chain_than_the_invitations_is_refused(tmp_path: 
 
 @pytest.mark.parametrize("stage", [4, -1, "0", None, 0.5])
 def test_a_seat_that_does_not_exist_is_refused(stage: object, tmp_path: Path) -> None:
-    fails_with(tmp_path, Misbehaviour, "the host gives seat", seat_of(MANIFEST, stage))
+    fails_with(
+        tmp_path, Misbehaviour, "the host's offer cannot be read|the host offers stage", seat_of(MANIFEST, stage)
+    )
+
+
+@pytest.mark.parametrize("taken", [{"admitted": 1}, {"voucher": "00"}, {"voucher": None}])
+def test_a_seat_that_is_not_given_as_agreed_is_refused(taken: dict[str, Any], tmp_path: Path) -> None:
+    fails_with(tmp_path, Misbehaviour, "the host gives a seat with", seat_of(MANIFEST, **taken))
 
 
 def test_a_host_that_is_gone_is_looked_for_and_then_named(tmp_path: Path) -> None:
@@ -232,15 +249,7 @@ def test_a_contract_that_is_not_this_runs_is_not_worked_for(tmp_path: Path) -> N
         foreign_run = Ledger(small_manifest(steps=5))
         foreign_run.local, foreign_run.chain = ledger.local, ledger.chain
         home = Home(tmp_path / "worker")
-        seats = [
-            Seat(
-                i,
-                PeerRecord.sign(keys[i], ("memory:x",), 2e9),
-                others[i].account,
-                seat_binding(MANIFEST.run_id, keys[i].id, others[i]),
-            )
-            for i in range(1, 4)
-        ]
+        seats = [make_seat(MANIFEST, i, PeerRecord.sign(keys[i], ("memory:x",), 2e9), others[i]) for i in range(1, 4)]
         mine = home.account_key
         accounts = [mine.account, *(seat.account for seat in seats)]
         contracts = {
@@ -253,9 +262,9 @@ def test_a_contract_that_is_not_this_runs_is_not_worked_for(tmp_path: Path) -> N
 
             def roster(peer: PeerId, request: dict[str, Any], body: bytes, share: str = share) -> Answer:
                 record = PeerRecord.sign(home.peer_key, ("memory:x",), 2e9)
-                own = Seat(0, record, mine.account, seat_binding(MANIFEST.run_id, peer, mine))
+                own = make_seat(MANIFEST, 0, record, mine)
                 rows = [seat.to_value() for seat in (own, *seats)]
-                return {"ready": True, "seats": rows, "share": share, "coin": coin, "past": []}, b""
+                return {"ready": True, "seats": rows, "share": share, "coin": coin, "past": [], "changes": 0}, b""
 
             async with joining(tmp_path, seat_of(MANIFEST), roster) as (worker, host):
                 serve_rpc(host, ledger.exchange)

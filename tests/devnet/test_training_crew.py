@@ -98,8 +98,8 @@ def test_workers_who_come_later_get_in_step_and_work(tmp_path: Path) -> None:
             assert world.nodes[0].pipeline.sessions == 1
             for worker in late:
                 assert len(worker.told.losses) > 50
-                assert worker.pipeline.may_leave
-            assert not world.nodes[1].pipeline.may_leave
+                assert await worker.pipeline.may_leave()
+            assert not await world.nodes[1].pipeline.may_leave()
         for stage in range(4):
             assert world.credit_of(stage, range(120)) == 120 * 3
         paid = {receipt.worker for receipt in world.receipts(range(120))}

@@ -10,9 +10,8 @@ from tessera.core.clock import FakeClock
 from tessera.core.errors import Conflict, Invalid, Refused, TesseraError, Unavailable
 from tessera.p2p.memory import run_virtual
 from tessera.training.protocols import PIPELINE
-from tessera.training.receipts import verified_tokens
 from training_run import Node, PipelineWorld
-from training_world import small_manifest
+from training_world import small_manifest, verified
 
 STEPS = 25
 MANIFEST = small_manifest(steps=STEPS, epoch_steps=5)
@@ -25,8 +24,8 @@ def state_of(world: PipelineWorld) -> list[bytes]:
 def assert_all_is_verified(world: PipelineWorld) -> None:
     """What all workers hold together proves every step of everybody."""
     held = [r for node in world.nodes for r in node.book.of_steps(MANIFEST.run_id, range(STEPS))]
-    tokens = verified_tokens(held, [key.id for key in world.keys], range(STEPS), MANIFEST.tokens_per_step)
-    assert tokens == [STEPS * MANIFEST.tokens_per_step] * 4
+    microbatches = verified(MANIFEST, held, [key.id for key in world.keys], range(STEPS))
+    assert microbatches == [STEPS * MANIFEST.schedule.microbatches] * 4
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
             assert [step for step, _ in world.nodes[3].told.validations] == [*range(0, STEPS, 2), STEPS]
             assert all(node.pipeline.steps_done == STEPS for node in world.nodes)
             sent, tokens = world.nodes[0].pipeline.wire
-            assert 8.5 < sent / tokens < 9.1  # 6 of code, 0.75 of frames, 2.25 of receipts: the microbatches are small
+            assert 9.0 < sent / tokens < 9.6  # 6 of code, 0.75 of frames, 2.6 of receipts: the microbatches are small
             assert world.nodes[3].pipeline.wire == (0, 0)
             assert_all_is_verified(world)
         return state_of(world)

@@ -50,7 +50,7 @@ def simulate(seed: int, *, rows: int, days: int) -> Tally:
     assert tally.late <= tally.starts / 10
     steps = tally.rounds * rows
     assert tally.steps_lost < steps / 2
-    assert tally.tokens > 0
+    assert tally.microbatches > 0
     return tally
 
 

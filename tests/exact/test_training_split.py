@@ -19,8 +19,7 @@ from tessera.models.presets import tiny_spec
 from tessera.models.trainer import StageTrainer
 from tessera.p2p.memory import run_virtual
 from tessera.training.manifest import Manifest, Schedule
-from tessera.training.receipts import verified_tokens
-from training_world import Stage, linked, make_stage, peer_keys, small_manifest, train_together
+from training_world import Stage, linked, make_stage, peer_keys, small_manifest, train_together, verified
 
 STAGES, STEPS = 4, 4
 KEYS = peer_keys(STAGES)
@@ -122,6 +121,4 @@ def test_the_receipts_of_real_stages_prove_every_token(tmp_path: Path) -> None:
     manifest, peers = manifest_of(spec), [key.id for key in KEYS]
     for i, stage in enumerate(stages):
         receipts = stage.book.of_steps(manifest.run_id, range(STEPS))
-        assert verified_tokens(receipts, peers, range(STEPS), manifest.tokens_per_step)[i] == (
-            STEPS * manifest.tokens_per_step
-        )
+        assert verified(manifest, receipts, peers, range(STEPS))[i] == STEPS * manifest.schedule.microbatches

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tessera.core import encoding
+from tessera.core.hashing import sha256
 from tessera.core.ids import parse_account
 from tessera.core.merkle import share_leaf
 from tessera.p2p.relay.url import RelayUrl
@@ -15,9 +16,10 @@ from tessera.p2p.transport import PeerRecord
 from tessera.training.epochs import compute_epoch
 from tessera.training.frames import Frame, Kind
 from tessera.training.invitation import Invitation
-from tessera.training.receipts import Receipt
-from tessera.training.roster import seat_binding
-from training_world import account_keys, all_receipts, peer_keys, small_manifest
+from tessera.training.receipts import Receipt, payloads_digest
+from tessera.training.roster import seat_binding, vouch
+from training_run import make_seat
+from training_world import account_keys, all_receipts, peer_keys, small_manifest, work_of
 
 Golden = Callable[[str, Any], None]
 MANIFEST = small_manifest()
@@ -26,7 +28,8 @@ MANIFEST = small_manifest()
 def test_a_run_is_as_recorded(golden: Golden) -> None:
     keys, accounts = peer_keys(), account_keys()
     receipt: Receipt = all_receipts(MANIFEST, keys, range(1))[0]
-    leaves = compute_epoch(MANIFEST, 0, [key.account for key in accounts], [3 * MANIFEST.tokens_per_step] * 4)
+    done = [3 * MANIFEST.schedule.microbatches] * 4
+    leaves = compute_epoch(MANIFEST, 0, work_of([key.account for key in accounts], done))
     assert leaves is not None
     record = PeerRecord.sign(keys[0], ("memory:x",), 2_000_000_000)
     relays = (RelayUrl("https://relay.example", "secret-token"),)
@@ -48,7 +51,17 @@ def test_a_run_is_as_recorded(golden: Golden) -> None:
             "seat_binding": {
                 "peer": keys[0].id,
                 "account_secret": accounts[0].secret.hex(),
-                "signature": seat_binding(MANIFEST.run_id, keys[0].id, accounts[0]).hex(),
+                "stage": 2,
+                "signature": seat_binding(MANIFEST.run_id, keys[0].id, 2, accounts[0]).hex(),
+            },
+            "voucher": {
+                "host_seed": keys[3].seed.hex(),
+                "stage": 2,
+                "signature": vouch(keys[3], MANIFEST.run_id, make_seat(MANIFEST, 2, record, accounts[0])).hex(),
+            },
+            "payloads_digest": {
+                "payloads": {"0": "0102", "2": "03"},
+                "digest": payloads_digest({0: sha256(b"\1\2"), 2: sha256(b"\3")}).hex(),
             },
             "invitation": shown.to_text(),
             "epoch": {

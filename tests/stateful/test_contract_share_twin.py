@@ -26,6 +26,8 @@ from hypothesis.stateful import (
 )
 
 from chain_support import ROOT, RUN_ID, WORKERS, key
+from tessera.chain.settle import NOBODY
+from tessera.core.errors import TesseraError
 from tessera.core.ids import Account
 from tessera.core.merkle import MerkleTree, share_leaf
 from tessera.incentives.share_twin import Leaf, ShareTwin
@@ -57,10 +59,10 @@ class Shares(RuleBasedStateMachine):
         self.coin = deployer("coin").deploy()
         accounts = [k.account for k in WORKERS]
         self.share = deployer("model_share").deploy("M", "M", self.coin, bytes.fromhex(RUN_ID), accounts)
-        self.workers = list(WORKERS)  # by stage
+        self.workers = list(WORKERS)
         self.joined = 0
         self.who = [Account(boa.env.generate_address(f"holder {i}")) for i in range(5)]
-        self.twin = ShareTwin()
+        self.twin = ShareTwin(workers=set(accounts))
         self.proofs: dict[int, list[bytes]] = {}
         self.revenue = 0
 
@@ -75,22 +77,35 @@ class Shares(RuleBasedStateMachine):
             self.proofs[id(leaf)] = tree.proof(index)
 
     def signatures(self, digest: bytes) -> list[bytes]:
-        """Of three workers of the present four."""
-        signers = sorted(self.workers, key=lambda k: int(k.account, 16))[:3]
+        """Of just more than two thirds of the present workers."""
+        signers = sorted(self.workers, key=lambda k: int(k.account, 16))[: 2 * len(self.workers) // 3 + 1]
         return [k.sign_digest(digest) for k in signers]
 
-    @rule(stage=st.integers(0, 3), from_step=st.integers(0, 10**9))
-    def hand_over(self, stage: int, from_step: int) -> None:
-        successor, number = key(f"successor {self.joined}"), self.share.handover_count()
-        self.joined += 1
-        digest = self.share.handover_digest(number, stage, successor.account, from_step)
-        self.share.hand_over(number, stage, successor.account, from_step, self.signatures(digest))
-        self.workers[stage] = successor
+    @rule(joins=st.booleans(), leaves=st.booleans(), who=st.integers(0, 100))
+    def change(self, joins: bool, leaves: bool, who: int) -> None:
+        joiner = key(f"joiner {self.joined}") if joins else None
+        leaver = self.workers[who % len(self.workers)] if leaves else None
+        number = self.share.change_count()
+        named = [NOBODY if one is None else one.account for one in (joiner, leaver)]
+        signatures = self.signatures(self.share.change_digest(number, *named))
+        try:
+            self.twin.change(joiner and joiner.account, leaver and leaver.account)
+        except TesseraError:
+            with boa.reverts():
+                self.share.change(number, *named, signatures)
+            return
+        self.share.change(number, *named, signatures)
+        with boa.reverts("model_share: not the next change"):
+            self.share.change(number, *named, signatures)
+        self.joined += joins
+        self.workers = [k for k in self.workers if k is not leaver] + ([joiner] if joiner else [])
 
     @invariant()
-    def the_workers_are_who_was_handed_the_stages(self) -> None:
-        assert [self.share.workers(stage) for stage in range(4)] == [k.account for k in self.workers]
-        assert all(self.share.is_worker(k.account) == (k in self.workers) for k in WORKERS)
+    def the_workers_are_who_came_and_has_not_gone(self) -> None:
+        present = [self.share.workers(place) for place in range(self.share.worker_count())]
+        assert len(present) == len(set(present))
+        assert set(present) == self.twin.workers == {k.account for k in self.workers}
+        assert all(self.share.is_worker(k.account) == (k.account in self.twin.workers) for k in WORKERS)
 
     @precondition(lambda self: self.twin.leaves)
     @rule(data=st.data())

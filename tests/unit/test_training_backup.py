@@ -42,7 +42,7 @@ def _said(passphrase: str = PASSPHRASE) -> Callable[[], str]:
 
 def _receipts(count: int) -> list[Receipt]:
     worker, signer = PeerKey(b"\1" * 32), PeerKey(b"\2" * 32)
-    drafts = (Receipt(RUN, step, worker.id, signer.id, "forward", 4096, b"\xcd" * 32) for step in range(count))
+    drafts = (Receipt(RUN, step, worker.id, signer.id, "forward", (0, 1, 2), b"\xcd" * 32) for step in range(count))
     return [draft.signed_by(signer) for draft in drafts]
 
 

@@ -14,14 +14,14 @@ from sqlalchemy import text
 
 from tessera.core.errors import Conflict, Invalid, Missing, Unavailable
 from tessera.core.ids import PeerId, RunId
-from tessera.training.book import ReceiptBook, SavedInvitation, SeatBook
+from tessera.training.book import ReceiptBook, SavedInvitation, SavedSeat, SeatBook
 from tessera.training.receipts import Receipt
 
 RUN = RunId("7" * 64)
 GUEST, OTHER, THIRD = (PeerId(digit * 64) for digit in "abc")
 STEPS = range(3)
 RECEIPTS = [
-    Receipt(RUN, step, worker, signer, "forward", 64, bytes([step]) * 32, bytes(64))
+    Receipt(RUN, step, worker, signer, "forward", (0, 2), bytes([step]) * 32, bytes(32), bytes(64))
     for step in STEPS
     for worker, signer in ((GUEST, OTHER), (OTHER, THIRD), (THIRD, GUEST))
 ]
@@ -38,10 +38,12 @@ def test_the_book_keeps_the_first_receipt_and_survives_reopening(database_url: s
     book = ReceiptBook(database_url)
     book.add(RECEIPTS)
     book.add([replace(RECEIPTS[0], digest=b"\1" * 32)])
+    again_done = replace(RECEIPTS[0], microbatches=(1, 2))
+    book.add([again_done])
     book.add([])
     book.close()
     again = ReceiptBook(database_url)
-    assert sorted(map(str, again.of_steps(RUN, STEPS))) == sorted(map(str, RECEIPTS))
+    assert sorted(map(str, again.of_steps(RUN, STEPS))) == sorted(map(str, [*RECEIPTS, again_done]))
     assert {receipt.step for receipt in again.of_steps(RUN, range(1, 2))} == {1}
     assert not again.of_steps(RUN, range(9, 12))
     again.close()
@@ -99,27 +101,55 @@ def test_a_steps_receipts_are_kept_within_a_millisecond(tmp_path: Path) -> None:
     book.close()
 
 
-def test_seats_facts_and_handovers_survive_reopening(seats: SeatBook, database_url: str) -> None:
-    seats.save_seat(1, {"stage": 1, "peer": GUEST})
-    seats.save_seat(0, {"stage": 0, "peer": OTHER})
-    seats.save_seat(1, {"stage": 1, "peer": THIRD})
-    seats.save_handover(0, {"until_step": 7}, 0, {"stage": 0, "peer": GUEST})
-    for share in ("0x1", "0x2"):
-        seats.save_fact("share", share)
+def test_seats_and_facts_survive_reopening(seats: SeatBook, database_url: str) -> None:
+    first, second = SavedSeat(0, {"peer": GUEST}, admitted=-1), SavedSeat(1, {"peer": OTHER})
+    seats.save_seats([second, first], {"share": "0x1"})
+    admitted, gone = replace(second, admitted=0), replace(first, left=1)
+    seats.save_seats([admitted, gone], {"share": "0x2", "changes": "2"})
     again = SeatBook(database_url)
-    assert again.seats() == {0: {"stage": 0, "peer": GUEST}, 1: {"stage": 1, "peer": THIRD}}
-    assert list(again.seats()) == [0, 1]
-    assert again.handovers() == [{"until_step": 7}]
-    assert (again.fact("share"), again.fact("coin")) == ("0x2", None)
+    assert again.seats() == [gone, admitted]
+    assert (again.fact("share"), again.fact("changes"), again.fact("coin")) == ("0x2", "2", None)
     again.close()
 
 
+def test_a_change_is_kept_whole_or_not_at_all(seats: SeatBook) -> None:
+    with pytest.raises(Invalid):
+        seats.save_seats([SavedSeat(0, {"peer": GUEST}), SavedSeat(2**70, {"peer": OTHER})], {"changes": "1"})
+    assert seats.seats() == []
+    assert seats.fact("changes") is None
+
+
 def test_a_seat_that_is_no_json_is_noticed(seats: SeatBook) -> None:
-    seats.save_seat(0, {})
+    seats.save_seats([SavedSeat(0, {})])
     with seats._db.transaction() as db:
         db.execute(text("update seats set seat = '{'"))
     with pytest.raises(json.JSONDecodeError):
         seats.seats()
+
+
+def test_books_of_the_first_layout_are_brought_forward(database_url: str) -> None:
+    """What they held of a run cannot be used any more; epochs, facts and invitations can."""
+    book, host = ReceiptBook(database_url), SeatBook(database_url)
+    book.save_epoch(0, "[0,[1]]")
+    host.save_seats((), {"share": "0x1"})
+    host.save_invitation("one", 2, 500)
+    with host._db.transaction() as db:
+        for table in ("receipts", "seats"):
+            db.execute(text(f"drop table {table}"))
+        db.execute(text("create table receipts (step bigint, tokens bigint)"))
+        db.execute(text("create table seats (stage bigint, seat varchar)"))
+        db.execute(text("create table handovers (number bigint, past varchar)"))
+        db.execute(text("update layouts set version = 1"))
+    book.close()
+    host.close()
+    book, host = ReceiptBook(database_url), SeatBook(database_url)
+    assert book.epoch(0) == "[0,[1]]"
+    book.add(RECEIPTS)
+    assert len(book.of_steps(RUN, STEPS)) == len(RECEIPTS)
+    assert (host.seats(), host.fact("share")) == ([], "0x1")
+    assert [invitation.id for invitation in host.invitations()] == ["one"]
+    book.close()
+    host.close()
 
 
 def test_an_invitation_counts_its_users_and_never_more_than_its_seats(seats: SeatBook) -> None:

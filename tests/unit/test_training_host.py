@@ -1,5 +1,8 @@
 """The host: one seat for one peer and one account, a roster for the seated, a contract for exactly these workers."""
 
+import random
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 from tessera.chain.faces import ModelShare
 from tessera.core.errors import Conflict, Invalid, Refused
 from tessera.p2p.memory import run_virtual
+from tessera.training.book import SavedSeat
 from tessera.training.protocols import JOIN, RUN
 from tessera.training.roster import Roster
 from training_run import Hosted, Ledger, hosted
@@ -27,7 +31,7 @@ async def roster_of(world: Hosted, peer: int) -> dict[str, Any]:
     return (await world.ask(peer, RUN, {"op": "roster"}))[0]
 
 
-def test_seats_are_given_in_order_and_kept(tmp_path: Path) -> None:
+def test_seats_are_kept(tmp_path: Path) -> None:
     async def main() -> None:
         async with hosted(MANIFEST, tmp_path) as world:
             assert [await world.join(peer) for peer in (2, 0, 1)] == [0, 1, 2]
@@ -35,6 +39,45 @@ def test_seats_are_given_in_order_and_kept(tmp_path: Path) -> None:
             assert [seat.peer for seat in world.host.seats] == [world.keys[i].id for i in (2, 0, 1)]
             with pytest.raises(Conflict, match="3 of 4 seats are taken"):
                 world.host.roster()
+
+    run_virtual(main)
+
+
+def test_a_joiner_gets_one_of_the_stages_with_the_fewest_workers(tmp_path: Path) -> None:
+    async def main() -> None:
+        manifest = small_manifest(replicas=2, most_replicas=3)
+        async with hosted(manifest, tmp_path, rng=random.Random(5)) as world:
+            given = [await world.join(peer) for peer in range(8)]
+            assert [Counter(given[:4]), Counter(given[4:])] == [Counter(range(4))] * 2
+            assert given[:4] != given[4:]  # at random
+            assert len({await world.look(0) for _ in range(8)}) == 1  # who has a seat keeps it
+            roster = await world.host.seat_everyone()
+            assert [seat.stage for seat in roster.seats] == [0, 0, 1, 1, 2, 2, 3, 3]
+            for stage in range(4):  # the first who came is the first of his stage
+                assert [seat.peer for seat in roster.of_stage(stage)] == [
+                    world.keys[peer].id for peer in range(8) if given[peer] == stage
+                ]
+            assert await ModelShare(world.ledger.chain, roster.share).worker_count() == 8
+
+    run_virtual(main)
+
+
+def test_who_looks_again_is_offered_the_same_stage(tmp_path: Path) -> None:
+    """So that nobody draws until he likes it; another is offered when others have filled it."""
+
+    async def main() -> None:
+        async with hosted(MANIFEST, tmp_path, rng=random.Random(3)) as world:
+            offered = [await world.look(0) for _ in range(12)]
+            assert len(set(offered)) == 1
+            for peer in range(1, 4):
+                while peer == 1 and await world.look(peer) != offered[0]:
+                    world.host._offered.clear()
+                await world.join(peer)
+            assert len({seat.stage for seat in world.host.seats}) == 3
+            with pytest.raises(Conflict, match="look again"):
+                await world.ask(0, JOIN, world.request(0, offered[0]))
+            await world.join(0)
+            assert {seat.stage for seat in world.host.seats} == set(range(4))
 
     run_virtual(main)
 
@@ -76,10 +119,10 @@ def test_the_roster_is_told_once_all_seats_are_taken(tmp_path: Path) -> None:
 
 def test_a_full_run_seats_nobody_else(tmp_path: Path) -> None:
     async def main() -> None:
-        async with hosted(MANIFEST, tmp_path) as world:
+        async with hosted(small_manifest(most_replicas=1), tmp_path) as world:
             await seat_all(world)
             with pytest.raises(Conflict, match="all 4 seats of this run are taken"):
-                await world.join(4)
+                await world.look(4)
             with pytest.raises(Refused, match="only seated workers"):
                 await roster_of(world, 4)
 
@@ -127,7 +170,7 @@ def test_a_peer_that_comes_back_elsewhere_is_found_there(tmp_path: Path) -> None
             assert after.seats[1].record.addrs == ("memory:elsewhere",)
             assert after.follows(before)
             assert world.host.edition != edition
-            assert not after.follows(Roster(after.run_id, after.seats, after.coin, after.coin))
+            assert not after.follows(replace(after, share=after.coin))
 
     run_virtual(main)
 
@@ -148,6 +191,8 @@ def test_an_invitation_for_another_run_is_refused(tmp_path: Path) -> None:
         {"record": "{}"},
         {"account": 7},
         {"account": "0x12"},
+        {"seat": None},
+        {"stage": "0"},
         {"binding": None},
         {"binding": "zz" * 65},
     ],
@@ -165,15 +210,15 @@ def test_a_request_that_cannot_be_read_takes_no_seat(changes: dict[str, Any], tm
 REPORT = {"step": 3, "losses": [[0, 4.5]], "validations": [], "wire_bytes": 7, "wire_tokens": 1}
 
 
-def test_reports_reach_the_board_with_the_stage_that_sent_them(tmp_path: Path) -> None:
+def test_reports_reach_the_board_with_the_seat_that_sent_them(tmp_path: Path) -> None:
     async def main() -> None:
         async with hosted(MANIFEST, tmp_path) as world:
             await world.join(3)
             await world.join(1)
             reply, _ = await world.ask(1, RUN, {"op": "report", "report": REPORT})
-            assert reply == {"phase": "seating", "roster": world.host.edition, "successor": None}
-            ((stage, report),) = world.reports
-            assert (stage, report.step, report.losses) == (1, 3, [(0, 4.5)])
+            assert reply == {"phase": "seating", "roster": world.host.edition}
+            ((seat, report),) = world.reports
+            assert (seat.stage, seat.peer, report.step, report.losses) == (1, world.keys[1].id, 3, [(0, 4.5)])
 
     run_virtual(main)
 
@@ -240,7 +285,7 @@ def test_a_damaged_host_file_is_named(content: bytes | None, tmp_path: Path) -> 
         if content is None:
             async with hosted(MANIFEST, tmp_path) as world:
                 await world.join(0)
-                world.book.save_seat(0, {})
+                world.book.save_seats([SavedSeat(0, {})])
                 await world.host.close(patience_s=0)
         else:
             (tmp_path / "host.sqlite").write_bytes(content)

@@ -20,14 +20,15 @@ from tessera.training.keeper import known_leaves
 from tessera.training.protocols import EPOCH
 from tessera.training.receipts import Receipt
 from training_run import STRANGER, Settlement, settle_all, settlement
-from training_world import CREATOR, DATA_OWNER, account_keys, all_receipts, peer_keys, small_manifest
+from training_world import CREATOR, DATA_OWNER, account_keys, all_receipts, peer_keys, small_manifest, work_of
 
 MANIFEST = small_manifest(steps=6, epoch_steps=3)
 ACCOUNTS = [key.account for key in account_keys()]
+FULL = MANIFEST.schedule.microbatches  # of a step
 
 
-def leaves_of(epoch: int, tokens: list[int] | None = None) -> EpochLeaves:
-    leaves = compute_epoch(MANIFEST, epoch, ACCOUNTS, tokens or [3 * MANIFEST.tokens_per_step] * 4)
+def leaves_of(epoch: int, microbatches: list[int] | None = None) -> EpochLeaves:
+    leaves = compute_epoch(MANIFEST, epoch, work_of(ACCOUNTS, microbatches or [3 * FULL] * 4))
     assert leaves is not None
     return leaves
 
@@ -119,8 +120,7 @@ def test_receipts_that_nobody_holds_are_not_paid_and_stop_nobody(tmp_path: Path)
     async def main() -> None:
         async with settlement(MANIFEST, tmp_path, held=held) as world:
             await settle_all(world.settlers)
-            full = MANIFEST.tokens_per_step
-            assert (await world.share.epochs(0)).root == leaves_of(0, [3 * full, 2 * full, 3 * full, 3 * full]).root
+            assert (await world.share.epochs(0)).root == leaves_of(0, [3 * FULL, 2 * FULL, 3 * FULL, 3 * FULL]).root
             assert (await world.share.epochs(1)).root == leaves_of(1).root
 
     run_virtual(main)
@@ -137,6 +137,24 @@ def test_two_receipts_for_one_step_pay_once(tmp_path: Path) -> None:
                 for receipt in all_receipts(MANIFEST, peer_keys(), range(2))
             ]
             world.settlers[2].book.add(again)
+            await settle_all(world.settlers)
+            assert (await world.share.epochs(0)).root == leaves_of(0).root
+
+    run_virtual(main)
+
+
+def test_two_who_collude_cannot_crowd_out_what_others_hold(tmp_path: Path) -> None:
+    """Stages 0 and 1 sign for each other over and over, for other sets each time."""
+    keys = peer_keys()
+
+    async def main() -> None:
+        async with settlement(MANIFEST, tmp_path) as world:
+            honest = all_receipts(MANIFEST, keys, range(1))
+            few = [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)]
+            for receipt in honest:
+                if receipt.worker in (keys[0].id, keys[1].id) and receipt.signer in (keys[0].id, keys[1].id):
+                    signer = next(key for key in keys if key.id == receipt.signer)
+                    world.settlers[0].book.add(replace(receipt, microbatches=s).signed_by(signer) for s in few)
             await settle_all(world.settlers)
             assert (await world.share.epochs(0)).root == leaves_of(0).root
 
@@ -207,9 +225,7 @@ def test_a_lying_proposer_gets_no_vote(tmp_path: Path) -> None:
     of_a_neighbour = [r for r in honest() if not (r.worker == keys[2].id and r.step == 1)]
     stranger = [replace(honest()[0], worker=STRANGER.id).signed_by(keys[1])]
     no_neighbour = [replace(honest()[0], worker=keys[0].id).signed_by(keys[2])]
-    full = MANIFEST.tokens_per_step
-    richer = compute_epoch(MANIFEST, 0, ACCOUNTS, [9 * full, 3 * full, 3 * full, 3 * full])
-    assert richer is not None
+    richer = leaves_of(0, [9 * FULL, 3 * FULL, 3 * FULL, 3 * FULL])
 
     async def main() -> None:
         async with settlement(MANIFEST, tmp_path) as world:

@@ -1,8 +1,8 @@
-"""Who held which stage when: rosters through handovers, and what of them is believed."""
+"""Who works at which stage: rosters through admissions and departures, and what of them is believed."""
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,78 +10,125 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.core.errors import Invalid, Misbehaviour
+from tessera.core.errors import Invalid, Misbehaviour, Missing, Refused
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.p2p.transport import PeerRecord
-from tessera.training.roster import PastSeat, Roster, Seat, seat_binding
+from tessera.training.roster import Roster, Seat, check_voucher, vouch
+from training_run import make_seat
 from training_world import account_keys, peer_keys, small_manifest
 
 MANIFEST = small_manifest()
+RUN = MANIFEST.run_id
 SHARE = AccountKey(b"\x51" * 32).account
 COIN = AccountKey(b"\x52" * 32).account
+HOST, STRANGER = PeerKey(b"\x53" * 32), PeerKey(b"\x54" * 32)
 
 
-def seat(stage: int, peer: PeerKey, account: AccountKey) -> Seat:
-    record = PeerRecord.sign(peer, (f"memory:{stage}",), 2_000_000_000)
-    return Seat(stage, record, account.account, seat_binding(MANIFEST.run_id, peer.id, account))
+def seat(stage: int, peer: PeerKey, account: AccountKey, expires: float = 2_000_000_000) -> Seat:
+    return make_seat(MANIFEST, stage, PeerRecord.sign(peer, (f"memory:{stage}",), expires), account)
 
 
 def roster(count: int = 4) -> Roster:
     seats = tuple(seat(i, key, account_keys()[i]) for i, key in enumerate(peer_keys(count)))
-    return Roster(MANIFEST.run_id, seats, SHARE, COIN)
+    return Roster(RUN, count, seats, SHARE, COIN)
 
 
 def newcomer(number: int, stage: int) -> Seat:
     return seat(stage, PeerKey(bytes([100 + number]) * 32), AccountKey(bytes([100 + number]) * 32))
 
 
-def test_each_step_has_one_holder_of_each_stage() -> None:
-    first = roster()
-    second = first.with_successor(newcomer(0, 2), from_step=10)
-    third = second.with_successor(newcomer(1, 2), from_step=25).with_successor(newcomer(2, 0), from_step=25)
-    holders = [third.at(step)[2].peer for step in (0, 9, 10, 24, 25, 99)]
-    assert holders == [
-        first.peers[2], first.peers[2], newcomer(0, 2).peer, newcomer(0, 2).peer, newcomer(1, 2).peer,
-        newcomer(1, 2).peer,
-    ]  # fmt: skip
-    assert third.at(24)[0].peer == first.peers[0]
-    assert third.at(25)[0].peer == newcomer(2, 0).peer
-    assert third.peers == [seat.peer for seat in third.at(10**9)]
+def admitted(before: Roster, *joiners: Seat) -> Roster:
+    for joiner in joiners:
+        before = replace(before.admit(joiner), changes=before.changes + 1)
+    return before
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), max_size=8), st.integers(0, 30), st.integers(0, 40))
-def test_spans_cover_their_steps_once_and_agree_with_each_step(
-    handovers: list[tuple[int, int]], start: int, length: int
-) -> None:
-    run, ends = roster(), [0] * 4
-    for number, (stage, more) in enumerate(handovers):
-        ends[stage] += more
-        run = run.with_successor(newcomer(number, stage), from_step=ends[stage])
-    steps = range(start, start + length)
-    spans = run.spans(steps)
-    assert [step for span, _ in spans for step in span] == list(steps)
-    for span, seats in spans:
-        for step in span:
-            assert run.at(step) == seats
+def dismissed(before: Roster, *leavers: Seat) -> Roster:
+    for leaver in leavers:
+        before = replace(before.dismiss(leaver.account), changes=before.changes + 1)
+    return before
+
+
+def test_a_joiner_is_the_last_of_his_stage() -> None:
+    first, second, other = newcomer(0, 1), newcomer(1, 1), newcomer(2, 3)
+    run = admitted(roster(), first, other, second)
+    assert [s.stage for s in run.seats] == [0, 1, 1, 1, 2, 3, 3]
+    assert run.of_stage(1) == (roster().seats[1], first, second)
+    assert run.holders(3) == [roster().seats[3].record, other.record]
+    assert run.seat_of(second.peer) == second
+    assert (run.stage_of(first.peer), run.stage_of(HOST.id)) == (1, None)
+
+
+def test_who_has_left_is_known_and_holds_no_seat() -> None:
+    joiner = newcomer(0, 1)
+    old = roster().seats[1]
+    run = dismissed(admitted(roster(), joiner), old)
+    assert run.of_stage(1) == (joiner,)
+    assert run.past == (old,)
+    assert run.seat_of(old.peer) is None
+    assert run.stage_by_peer == {**{s.peer: s.stage for s in roster().seats}, joiner.peer: 1}
+
+
+def test_one_account_and_one_peer_have_one_seat_ever() -> None:
+    joiner, old = newcomer(0, 1), roster().seats[1]
+    run = dismissed(admitted(roster(), joiner), old)
+    other = newcomer(1, 2)
+    for again in (
+        old,
+        joiner,
+        replace(other, account=old.account),
+        replace(other, record=old.record),
+        replace(other, account=roster().accounts[0]),
+    ):
+        with pytest.raises(Refused, match="one account, one seat"):
+            run.admit(again)
+
+
+def test_a_stage_keeps_one_worker() -> None:
+    with pytest.raises(Refused, match="stage 2 has no other worker"):
+        roster().dismiss(roster().accounts[2])
+    with pytest.raises(Missing):
+        roster().dismiss(SHARE)
 
 
 def test_a_roster_follows_what_it_became_of_and_nothing_else() -> None:
-    before = roster()
-    moved = replace(before, seats=tuple(replace(s, record=s.record) for s in before.seats))
-    after = before.with_successor(newcomer(0, 1), from_step=5)
-    twice = after.with_successor(newcomer(1, 1), from_step=7).with_successor(newcomer(2, 3), from_step=8)
-    for later, earlier in ((before, before), (moved, before), (after, before), (twice, before), (twice, after)):
-        assert later.follows(earlier)
+    before, joiner = roster(), newcomer(0, 1)
+    moved = before.with_records([PeerRecord.sign(peer_keys()[0], ("memory:elsewhere",), 2_000_000_001)])
+    after = admitted(before, joiner)
+    later = dismissed(admitted(after, newcomer(1, 1), newcomer(2, 3)), before.seats[1], before.seats[3])
+    for now, then in ((before, before), (moved, before), (after, before), (later, before), (later, after)):
+        assert now.follows(then)
+    assert moved != before
     assert not before.follows(after)
-    assert not roster().with_successor(newcomer(5, 1), from_step=5).follows(after)
+    assert not later.follows(admitted(before, newcomer(5, 2)))  # who has come stays known
     assert not replace(before, share=COIN).follows(before)
-    swapped = replace(before, seats=(before.seats[0], newcomer(9, 1), *before.seats[2:]))
-    assert not swapped.follows(before)  # somebody took a seat without a handover
+    assert not replace(before, seats=after.seats).follows(before)  # somebody took a seat without a change
+    assert not replace(later, past=later.past[::-1]).follows(dismissed(admitted(after), before.seats[1]))
+    moved_on = replace(later, seats=tuple(replace(s, stage=3) if s == joiner else s for s in later.seats))
+    assert not moved_on.follows(after)
+    turned = replace(after, changes=2, seats=(after.seats[0], after.seats[2], after.seats[1], *after.seats[3:]))
+    assert not turned.follows(after)
 
 
-def test_a_roster_with_a_past_reads_back() -> None:
-    whole = roster().with_successor(newcomer(0, 1), from_step=5).with_successor(newcomer(1, 1), from_step=5)
-    assert Roster.from_value(MANIFEST.run_id, 4, whole.to_value()) == whole
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=12))
+def test_whatever_comes_and_goes_the_roster_reads_back_and_follows(moves: list[tuple[bool, int]]) -> None:
+    rosters = [roster()]
+    for number, (joins, stage) in enumerate(moves):
+        run = rosters[-1]
+        if joins:
+            rosters.append(admitted(run, newcomer(number, stage)))
+        elif len(run.of_stage(stage)) > 1:
+            rosters.append(dismissed(run, run.of_stage(stage)[0]))
+    last = rosters[-1]
+    assert Roster.from_value(RUN, 4, last.to_value()) == last
+    assert {s.stage for s in last.seats} == set(range(4))
+    assert len(last.stage_by_peer) == len(last.everyone)
+    for then in rosters:
+        assert last.follows(then)
+        assert then is last or not then.follows(last) or then.changes == last.changes
+
+
+Bend = Callable[[dict[str, Any]], object]
 
 
 @pytest.mark.parametrize(
@@ -89,36 +136,47 @@ def test_a_roster_with_a_past_reads_back() -> None:
     [
         lambda value: value.pop("past"),
         lambda value: value.update(past={}),
-        lambda value: value["past"][0].update(until_step=-1),
-        lambda value: value["past"][0].update(until_step="5"),
+        lambda value: value.pop("changes"),
+        lambda value: value.update(changes=0),  # fewer than have left
+        lambda value: value.update(changes=99),  # more than ever came and went
+        lambda value: value.update(changes="2"),
         lambda value: value["past"].append(7),
-        lambda value: value["past"][0]["seat"].update(binding="00" * 65),
-        lambda value: value["past"].reverse(),
-        lambda value: value["past"][0]["seat"].update(stage=9),
+        lambda value: value["past"][0].update(binding="00" * 65),
+        lambda value: value["past"][0].update(stage=9),
+        lambda value: value["past"].append(value["past"][0]),
+        lambda value: value["past"].append(value["seats"][0]),
+        lambda value: value["seats"].append(value["past"][0]),
+        lambda value: value["seats"].reverse(),
+        lambda value: value["seats"].pop(),  # stage 3 is empty
+        lambda value: value["seats"][1].update(stage=2),  # bound for another stage
+        lambda value: value.update(seats=value["seats"] * 50),
         lambda value: value.update(past=value["past"] * 5000),
     ],
 )
-def test_a_past_that_does_not_add_up_is_refused(bend: Any) -> None:
-    value = roster().with_successor(newcomer(0, 1), from_step=5).with_successor(newcomer(1, 1), from_step=9).to_value()
+def test_a_roster_that_does_not_add_up_is_refused(bend: Bend) -> None:
+    value = dismissed(admitted(roster(), newcomer(0, 1)), roster().seats[1]).to_value()
+    assert Roster.from_value(RUN, 4, value).changes == 2
     bend(value)
     with pytest.raises((Invalid, Misbehaviour)):
-        Roster.from_value(MANIFEST.run_id, 4, value)
+        Roster.from_value(RUN, 4, value)
 
 
 def test_a_past_seat_must_have_been_signed_for_too() -> None:
-    after = roster().with_successor(newcomer(0, 1), from_step=5)
-    forged = replace(after.past[0].seat, account=SHARE)
-    value = replace(after, past=(PastSeat(forged, 5),)).to_value()
+    after = dismissed(admitted(roster(), newcomer(0, 1)), roster().seats[1])
+    value = replace(after, past=(replace(after.past[0], account=SHARE),)).to_value()
     with pytest.raises(Misbehaviour, match="signed by"):
-        Roster.from_value(MANIFEST.run_id, 4, value)
+        Roster.from_value(RUN, 4, value)
 
 
-def test_who_is_at_a_step_does_not_depend_on_other_stages() -> None:
-    rng = random.Random(1)
-    run = roster()
-    for number in range(12):
-        run = run.with_successor(newcomer(number, number % 2), from_step=number * 3)
-    for _ in range(50):
-        step = rng.randrange(60)
-        assert [s.stage for s in run.at(step)] == [0, 1, 2, 3]
-        assert run.at(step)[2:] == run.seats[2:]
+def test_the_hosts_word_is_for_one_seat_in_one_run() -> None:
+    given_seat = newcomer(0, 1)
+    voucher = vouch(HOST, RUN, given_seat)
+    check_voucher(HOST.id, RUN, given_seat, voucher)
+    moved = replace(given_seat, record=PeerRecord.sign(PeerKey(b"\x64" * 32), ("memory:elsewhere",), 2e9))
+    check_voucher(HOST.id, RUN, moved, voucher)  # an address is no part of it
+    for wrong in (newcomer(1, 1), replace(given_seat, stage=2), replace(given_seat, account=SHARE)):
+        with pytest.raises(Refused, match="the host has not given this seat"):
+            check_voucher(HOST.id, RUN, wrong, voucher)
+    for key, run in ((STRANGER, RUN), (HOST, small_manifest(steps=5).run_id)):
+        with pytest.raises(Refused):
+            check_voucher(HOST.id, RUN, given_seat, vouch(key, run, given_seat))

@@ -193,17 +193,15 @@ class ModelShare(Contract):
         ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
     @dataclass(frozen=True, slots=True)
-    class HandedOver(Event):
+    class Changed(Event):
         number: int
+        joiner: Account
         leaver: Account
-        successor: Account
-        stage: int
-        from_step: int
 
-        TOPIC: ClassVar[bytes] = bytes.fromhex("8618b26f202b8e7922a9cfcd402d060f2005d11cf57e246615026e94248306c3")
+        TOPIC: ClassVar[bytes] = bytes.fromhex("ea6e56d650e030076630967b66b4873ccacb01c1848150665fed1efc5f5e241f")
         INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address", "address")
-        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "uint256")
-        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
     @dataclass(frozen=True, slots=True)
     class Posted(Event):
@@ -248,10 +246,9 @@ class ModelShare(Contract):
         PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
         ORDER: ClassVar[tuple[int, ...]] = (0, 1)
 
-    class Handover(NamedTuple):
-        stage: int
+    class Change(NamedTuple):
+        joiner: Account
         leaver: Account
-        from_step: int
 
     class Epoch(NamedTuple):
         root: bytes
@@ -292,25 +289,21 @@ class ModelShare(Contract):
             key, "e7ef921a", ("uint256", "address", "uint256", "bytes32[]"), (epoch, holder, shares, proof)
         )
 
-    async def hand_over(
-        self, key: AccountKey, number: int, stage: int, successor: Account, from_step: int, signatures: Sequence[bytes]
+    async def change(
+        self, key: AccountKey, number: int, joiner: Account, leaver: Account, signatures: Sequence[bytes]
     ) -> Receipt:
-        """Put a successor in the place of the worker at `stage`. Anyone may send it; the signatures decide."""
+        """Admit `joiner`, remove `leaver`, or both. Anyone may send it; the signatures decide."""
         return await self._send(
-            key,
-            "9c9bec3e",
-            ("uint256", "uint256", "address", "uint256", "bytes[]"),
-            (number, stage, successor, from_step, signatures),
+            key, "0b688ab0", ("uint256", "address", "address", "bytes[]"), (number, joiner, leaver, signatures)
         )
 
-    async def handover_digest(self, number: int, stage: int, successor: Account, from_step: int) -> bytes:
-        """The EIP-712 digest that workers sign to admit a successor."""
-        return await self._call(
-            "5509faa4",
-            ("uint256", "uint256", "address", "uint256"),
-            (number, stage, successor, from_step),
-            ("bytes32",),
-        )
+    async def worker_count(self) -> int:
+        """How many workers there are now: more than two thirds of them decide."""
+        return await self._call("003615c6", (), (), ("uint256",))
+
+    async def change_digest(self, number: int, joiner: Account, leaver: Account) -> bytes:
+        """The EIP-712 digest that workers sign to let somebody in or out."""
+        return await self._call("bfea8806", ("uint256", "address", "address"), (number, joiner, leaver), ("bytes32",))
 
     async def digest(self, epoch: int, root: bytes, shares: int) -> bytes:
         """The EIP-712 digest that workers sign to admit an epoch."""
@@ -367,9 +360,6 @@ class ModelShare(Contract):
     async def run_id(self) -> bytes:
         return await self._call("17e0c242", (), (), ("bytes32",))
 
-    async def worker_count(self) -> int:
-        return await self._call("003615c6", (), (), ("uint256",))
-
     async def name(self) -> str:
         return await self._call("06fdde03", (), (), ("string",))
 
@@ -391,11 +381,11 @@ class ModelShare(Contract):
     async def allowance(self, arg0: Account, arg1: Account) -> int:
         return await self._call("dd62ed3e", ("address", "address"), (arg0, arg1), ("uint256",))
 
-    async def handover_count(self) -> int:
-        return await self._call("113276c8", (), (), ("uint256",))
+    async def change_count(self) -> int:
+        return await self._call("dc90bdf8", (), (), ("uint256",))
 
-    async def handovers(self, arg0: int) -> Handover:
-        return self.Handover(*await self._call("3b030379", ("uint256",), (arg0,), ("(uint256,address,uint256)",)))
+    async def changes(self, arg0: int) -> Change:
+        return self.Change(*await self._call("8d62c64e", ("uint256",), (arg0,), ("(address,address)",)))
 
     async def epoch_count(self) -> int:
         return await self._call("be1e5416", (), (), ("uint256",))

@@ -16,13 +16,14 @@ from tessera.core.errors import Invalid, Misbehaviour
 from tessera.core.hashing import keccak
 from tessera.core.ids import Account, RunId, parse_account, parse_run_id
 
-__all__ = ["IncomeTable", "epoch_digest", "handover_digest", "income_table"]
+__all__ = ["NOBODY", "IncomeTable", "change_digest", "epoch_digest", "income_table"]
 
 SCALE = 2**128  # as in contracts/modules/accrual.vy
+NOBODY = Account("0x" + "00" * 20)  # in a change of workers: nobody joins, or nobody leaves
 
 _DOMAIN_TYPE = keccak(b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)")
 _EPOCH_TYPE = keccak(b"Epoch(bytes32 runId,uint256 epoch,bytes32 root,uint256 shares)")
-_HANDOVER_TYPE = keccak(b"Handover(bytes32 runId,uint256 number,uint256 stage,address successor,uint256 fromStep)")
+_CHANGE_TYPE = keccak(b"Change(bytes32 runId,uint256 number,address joiner,address leaver)")
 _NAME, _VERSION = keccak(b"Tessera model share"), keccak(b"1")
 
 
@@ -37,15 +38,15 @@ def epoch_digest(chain_id: int, share: Account, run_id: RunId, epoch: int, root:
     return _typed(chain_id, share, _EPOCH_TYPE, run_id, _word(epoch) + root + _word(shares))
 
 
-def handover_digest(
-    chain_id: int, share: Account, run_id: RunId, number: int, stage: int, successor: Account, from_step: int
+def change_digest(
+    chain_id: int, share: Account, run_id: RunId, number: int, joiner: Account = NOBODY, leaver: Account = NOBODY
 ) -> bytes:
-    """The 32 bytes that a worker signs to let `successor` take over `stage` from `from_step` on.
+    """The 32 bytes that a worker signs to let `joiner` in, or `leaver` out.
 
-    Equal to the contract's `handover_digest(number, stage, successor, from_step)`.
+    Equal to the contract's `change_digest(number, joiner, leaver)`.
     """
-    account = bytes(12) + bytes.fromhex(parse_account(successor)[2:])
-    return _typed(chain_id, share, _HANDOVER_TYPE, run_id, _word(number) + _word(stage) + account + _word(from_step))
+    accounts = b"".join(bytes(12) + bytes.fromhex(parse_account(account)[2:]) for account in (joiner, leaver))
+    return _typed(chain_id, share, _CHANGE_TYPE, run_id, _word(number) + accounts)
 
 
 def _typed(chain_id: int, share: Account, kind: bytes, run_id: RunId, fields: bytes) -> bytes:

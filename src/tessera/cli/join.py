@@ -110,7 +110,7 @@ def parse_relay(text: str) -> RelayUrl:
 def show_preview(preview: Preview, console: Console) -> None:
     """What joining means, a line for each thing."""
     offer, manifest = preview.offer, preview.offer.manifest
-    what = f"stage {offer.stage} of {manifest.model.stages}" + (", from a worker who leaves" if offer.successor else "")
+    place = f"worker {offer.place} of at most {manifest.most_replicas} there"
     limit = {"stage": f"stage {preview.forecast.slowest} is the slowest", "cores": "stages share this machine's cores"}
     why = limit.get(preview.forecast.limit, "the links are the limit")
     guessed = manifest.model.stages - preview.known
@@ -121,7 +121,7 @@ def show_preview(preview: Preview, console: Console) -> None:
     rows = [
         ("run", f"{manifest.name}  {manifest.run_id[:16]}…, {offer.phase}, step {offer.step:,} of "
                 f"{manifest.schedule.steps:,}"),
-        ("your seat", what),
+        ("your seat", f"stage {offer.stage} of {manifest.model.stages}, {place}"),
         ("memory", f"{preview.memory_bytes / 1e6:,.0f} MB for training it"),
         ("pace", f"{preview.forecast.tokens_per_s:,.0f} tokens/s expected{now} ({why}; {basis})"),
         ("time", f"{duration(preview.hours * 3600)} at that pace"),

@@ -64,11 +64,12 @@ def root(
 def up(
     data: Annotated[Path | None, typer.Option(help="A folder of text. Default: Python's standard library.")] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps; 0 = two to three minutes on two cores.")] = 0,
-    stages: Annotated[int, typer.Option(help="Workers that the model is split over, 2 to 8.")] = 4,
+    stages: Annotated[int, typer.Option(help="Stages that the model is split into, 2 to 8.")] = 4,
+    replicas: Annotated[int, typer.Option(help="Workers of each stage.")] = 1,
     codec: Annotated[str, typer.Option(help="What crosses a boundary: codec, reparam or dense.")] = "codec",
     port: Annotated[int, typer.Option(help="Page and gateway; JSON-RPC one above. 0 = any free ports.")] = 8402,
     host: Annotated[str, typer.Option(help="Address that page, gateway and JSON-RPC listen on.")] = "127.0.0.1",
-    seats: Annotated[int, typer.Option(help="Stages left open for others, who join with the invitation.")] = 0,
+    seats: Annotated[int, typer.Option(help="Seats left open for others, who join with the invitation.")] = 0,
     chain: Annotated[str | None, typer.Option(help="JSON-RPC URL of an EVM network. Default: embedded.")] = None,
     once: Annotated[bool, typer.Option(help="End after one round of payments.")] = False,
     as_json: AsJson = False,
@@ -82,8 +83,8 @@ def up(
 
     kind = choice("--codec", codec, ("codec", "reparam", "dense"))
     config = UpConfig(
-        state_dir=state_dir, data=data, steps=steps, stages=stages, codec=kind, host=host, port=port,
-        seats=seats, chain_url=chain, once=once,
+        state_dir=state_dir, data=data, steps=steps, stages=stages, replicas=replicas, codec=kind, host=host,
+        port=port, seats=seats, chain_url=chain, once=once,
     )  # fmt: skip
     configure_logs("warning", state_dir / "logs" / "host.log")
     run_until_signal(lambda: run_up(config, as_json=as_json))

@@ -85,6 +85,7 @@ async def _shares(run: OpenRun) -> dict[str, Any]:
     share = ModelShare(run.chain, run.roster.share)
     income = await income_table(run.chain, run.roster.share)
     roles: dict[Account, str] = {seat.account: f"stage {seat.stage}" for seat in run.roster.seats}
+    roles |= {seat.account: f"left stage {seat.stage}" for seat in run.roster.past}
     for owner in run.manifest.owners:
         roles.setdefault(owner.account, owner.role)
     owners = []

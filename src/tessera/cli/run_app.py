@@ -26,6 +26,7 @@ def run_draft(
     data: Annotated[Path | None, typer.Option(help="A folder of text. Default: Python's standard library.")] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps; 0 = the preset's.")] = 0,
     stages: Annotated[int, typer.Option(help="Stages, 2 to 8.")] = 4,
+    replicas: Annotated[int, typer.Option(help="Workers that each stage has before the run starts.")] = 1,
     codec: Annotated[str, typer.Option(help="codec, reparam or dense.")] = "codec",
     name: Annotated[str, typer.Option(help="The model's name.")] = "tessera-py",
     chain_id: Annotated[int, typer.Option(help="The chain that will hold the shares.")] = 8402,
@@ -36,14 +37,17 @@ def run_draft(
     from tessera.devnet.plan import UpConfig
 
     kind = choice("--codec", codec, ("codec", "reparam", "dense"))
-    config = UpConfig(state_dir=state_dir, data=data, steps=steps, stages=stages, codec=kind, name=name, seats=stages)
+    config = UpConfig(
+        state_dir=state_dir, data=data, steps=steps, stages=stages, replicas=replicas, codec=kind, name=name,
+        seats=stages * replicas,
+    )  # fmt: skip
     draft_run(out, config, chain_id)
 
 
 @run_app.command("create")
 def run_create(
     manifest: Annotated[Path, typer.Argument(help="A manifest, from `tessera run draft`.")],
-    workers: Annotated[int, typer.Option(help="Stages that this machine works at itself.")] = 0,
+    workers: Annotated[int, typer.Option(help="Seats that this machine takes itself.")] = 0,
     relay: Annotated[
         list[str] | None, typer.Option(help="A relay's URL, '#' and its token if it asks for one. Repeat for more.")
     ] = None,

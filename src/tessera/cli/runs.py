@@ -192,6 +192,8 @@ def _facts(manifest: Manifest) -> dict[str, object]:
         "name": manifest.name,
         "chain_id": manifest.chain_id,
         "stages": spec.stages,
+        "replicas": manifest.replicas,
+        "most_replicas": manifest.most_replicas,
         "layers": [len(cut) for cut in spec.cuts()],
         "codec": spec.codec.kind,
         "bytes_per_token": spec.message_bytes_per_token(),

@@ -42,9 +42,11 @@ def judge(status: WorkerStatus, now: float) -> Verdict:
     if status.pauses:
         return Verdict(False, f"this worker pauses: {status.pauses}", "it goes on by itself when that is over")
     if status.leaving:
-        if status.successor:
-            return Verdict(True, f"the stage is being handed to {status.successor[:16]}…")
-        return Verdict(True, "waiting for a successor; work and pay go on until then", "have the host invite somebody")
+        if status.companions:
+            return Verdict(True, "leaving as soon as another worker of the stage is in step")
+        return Verdict(
+            True, "alone at the stage: work and pay go on until another has come", "have the host invite somebody"
+        )
     if status.trained:
         if status.settled:
             return Verdict(True, "the model is trained and serves; income is claimed as it comes")
@@ -72,7 +74,10 @@ def run_status(state_dir: Path, as_json: bool) -> None:
     left = (status.steps - status.step) * (status.last_step[1] if status.last_step else 0.0)
     rows = [
         ("run", f"{status.name}  {status.run_id[:16]}…"),
-        ("seat", f"stage {status.stage} of {status.stages}, paid to {status.account}"),
+        (
+            "seat",
+            f"stage {status.stage} of {status.stages}, with {status.companions} more there, paid to {status.account}",
+        ),
         ("step", f"{status.step:,} of {status.steps:,}" + (f", {duration(left)} to go" if left else "")),
         ("income", f"{status.claimable:,} units wait to be claimed"),
         ("earning", "yes" if verdict.earning else "no"),
@@ -99,7 +104,7 @@ def run_leave(state_dir: Path, *, stay: bool, wait: bool) -> None:
         console.print("This worker stays.")
         return
     console.print(
-        "This worker leaves as soon as somebody has taken its stage over. Until then it works and is paid as before.\n"
+        "This worker leaves as soon as its stage can do without it. Until then it works and is paid as before.\n"
         "The host can invite somebody with `tessera run invite`. To stay after all: tessera leave --stay"
     )
     said = ""
@@ -109,7 +114,7 @@ def run_leave(state_dir: Path, *, stay: bool, wait: bool) -> None:
         except TesseraError as error:
             verdict = Verdict(False, error.message)
         if read_wish(folder) != "leave":
-            console.print("Done: the stage is the successor's. What you earned stays yours; `tessera claim` pulls it.")
+            console.print("Done: this worker has left. What you earned stays yours; `tessera claim` pulls it.")
             return
         if verdict.what != said:
             said = verdict.what

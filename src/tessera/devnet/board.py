@@ -9,18 +9,22 @@ import math
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any, Literal
 
-from sqlalchemy import BigInteger, Column, Float, MetaData, String, Table, select
+from sqlalchemy import BigInteger, Column, Connection, Float, MetaData, String, Table, func, insert, select, text
 
+from tessera.core.ids import PeerId
 from tessera.storage.database import Transaction, open_database
 from tessera.storage.layout import Layout
 from tessera.training.host import WorkerReport
 from tessera.training.manifest import Manifest
+from tessera.training.roster import Seat
 
-__all__ = ["Board"]
+__all__ = ["SILENT_S", "Board"]
 
 RATE_WINDOW_S = 10.0
 EVENTS = 100
+SILENT_S = 5.0  # a worker that has not reported for so long counts as down
 
 _TABLES = MetaData()
 _POINTS = Table(
@@ -34,11 +38,24 @@ _POINTS = Table(
 _WIRE = Table(
     "board_wire",
     _TABLES,
-    Column("stage", BigInteger, primary_key=True, autoincrement=False),
+    Column("peer", String, primary_key=True),
+    Column("stage", BigInteger, nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("tokens", BigInteger, nullable=False),
 )
-_LAYOUT = Layout("board", _TABLES, remedy="delete it, only the curve's beginning is lost")
+
+
+def _wire_by_peer(connection: Connection) -> None:
+    """Layout 1 kept one worker's traffic for each stage."""
+    old = connection.execute(text("SELECT stage, bytes, tokens FROM board_wire")).all()
+    connection.execute(text("DROP TABLE board_wire"))
+    _WIRE.create(connection)
+    rows = [{"peer": f"stage {row.stage}", **row._mapping} for row in old]
+    if rows:
+        connection.execute(insert(_WIRE), rows)
+
+
+_LAYOUT = Layout("board", _TABLES, (_wire_by_peer,), remedy="delete it, only the curve's beginning is lost")
 
 
 class Board:
@@ -51,22 +68,23 @@ class Board:
     def __init__(self, manifest: Manifest, where: str | Path, *, schema: str = "") -> None:
         self._manifest = manifest
         self._db = open_database(where, _LAYOUT, schema=schema)
-        self.reports: dict[int, WorkerReport] = {}
-        self.heard: dict[int, float] = {}  # stage -> monotonic time of the last report
+        self.reports: dict[PeerId, WorkerReport] = {}
+        self.heard: dict[PeerId, float] = {}  # monotonic time of the last report
         self.events: deque[tuple[float, str]] = deque(maxlen=EVENTS)
+        self._stages: dict[PeerId, int] = {}
         self._pace: deque[tuple[float, int]] = deque()
 
-    def report(self, stage: int, report: WorkerReport) -> None:
-        before = self.reports.get(stage)
-        self.reports[stage] = report
-        self.heard[stage] = time.monotonic()
-        self._save(stage, report)
-        if stage == 0:
-            self._pace.append((time.monotonic(), report.step))
+    def report(self, seat: Seat, report: WorkerReport) -> None:
+        before = self.reports.get(seat.peer)
+        self.reports[seat.peer], self._stages[seat.peer] = report, seat.stage
+        self.heard[seat.peer] = time.monotonic()
+        self._save(seat, report)
+        if seat.stage == 0:
+            self._pace.append((time.monotonic(), self._furthest(0)))
             while self._pace and self._pace[-1][0] - self._pace[0][0] > RATE_WINDOW_S:
                 self._pace.popleft()
         if before is not None and report.sessions > max(1, before.sessions):
-            self.note(f"stage {stage} resumed at step {report.step}")
+            self.note(f"stage {seat.stage} resumed at step {report.step}")
 
     def note(self, text: str) -> None:
         self.events.append((time.time(), text))
@@ -74,8 +92,7 @@ class Board:
     @property
     def step(self) -> int:
         """Steps that every stage has finished."""
-        stages = self._manifest.model.stages
-        return min((self.reports[s].step for s in range(stages) if s in self.reports), default=0)
+        return min((self._furthest(stage) for stage in set(self._stages.values())), default=0)
 
     @property
     def tokens_per_s(self) -> float:
@@ -92,8 +109,10 @@ class Board:
 
     def wire(self) -> dict[int, tuple[int, int]]:
         """Bytes and tokens, both directions together, by the stage above each boundary."""
+        query = select(_WIRE.c.stage, func.sum(_WIRE.c.bytes), func.sum(_WIRE.c.tokens)).group_by(_WIRE.c.stage)
         with self._db.read() as db:
-            return {row.stage: (row.bytes, row.tokens) for row in db.execute(select(_WIRE).order_by(_WIRE.c.stage))}
+            rows: list[Any] = list(db.execute(query))
+        return {int(stage): (int(sent), int(tokens)) for stage, sent, tokens in rows}
 
     @property
     def wire_bytes_per_token(self) -> float:
@@ -102,15 +121,21 @@ class Board:
         tokens = sum(row[1] for row in rows)
         return sum(row[0] for row in rows) / tokens if tokens else 0.0
 
-    def everyone(self, fact: str) -> bool:
-        """Whether every stage reports `fact`: trained or settled."""
-        stages = range(self._manifest.model.stages)
-        return all(s in self.reports and getattr(self.reports[s], fact) for s in stages)
+    def everyone(self, fact: Literal["trained", "settled"]) -> bool:
+        """Whether every stage has a worker who reports `fact`, and nobody who is here reports otherwise."""
+        said = {peer: bool(getattr(report, fact)) for peer, report in self.reports.items()}
+        now = time.monotonic()
+        waits = any(not yes and now - self.heard[peer] < SILENT_S for peer, yes in said.items())
+        done = {self._stages[peer] for peer, yes in said.items() if yes}
+        return not waits and done >= set(range(self._manifest.model.stages))
+
+    def _furthest(self, stage: int) -> int:
+        return max(self.reports[peer].step for peer, at in self._stages.items() if at == stage)
 
     def close(self) -> None:
         self._db.close()
 
-    def _save(self, stage: int, report: WorkerReport) -> None:
+    def _save(self, seat: Seat, report: WorkerReport) -> None:
         curves = {"train": report.losses, "validation": report.validations}
         points = [
             {"kind": kind, "step": step, "value": value}
@@ -118,7 +143,7 @@ class Board:
             for step, value in dict(curve).items()
             if math.isfinite(value)
         ]
-        wire = {"stage": stage, "bytes": report.wire_bytes, "tokens": report.wire_tokens}
+        wire = {"peer": seat.peer, "stage": seat.stage, "bytes": report.wire_bytes, "tokens": report.wire_tokens}
 
         def work(db: Transaction) -> None:
             db.put(_POINTS, points)

@@ -149,8 +149,7 @@ class Books:
         epoch, root, shares, signatures = abi.decode(["uint256", "bytes32", "uint256", "bytes[]"], data[4:])
         digest = await self._share.digest(epoch, root, shares)
         accounts = {recover_account(digest, signature) for signature in signatures}
-        seats = (*self._roster.seats, *(past.seat for past in self._roster.past))
-        return tuple(dict.fromkeys(seat.peer for seat in seats if seat.account in accounts))
+        return tuple(seat.peer for seat in self._roster.everyone if seat.account in accounts)
 
     async def _leaves(self, epoch: int) -> EpochLeaves:
         text = self._book.epoch(epoch)

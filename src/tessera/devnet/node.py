@@ -62,7 +62,7 @@ async def run_node(
     link: RankLink | None = None,
     clock: Clock | None = None,
 ) -> None:
-    """Look, ask, take a seat, and work until the host closes the run or somebody has taken the stage over.
+    """Look, ask, take a seat, and work until the host closes the run or we have left it.
 
     Args:
         invitation_text: kept in the state directory once it was accepted; "" = the one that lies there.
@@ -120,8 +120,8 @@ class LiveRoster:
     def stages(self) -> int:
         return self._current().stages
 
-    def holder(self, stage: int) -> PeerRecord:
-        return self._current().holder(stage)
+    def holders(self, stage: int) -> list[PeerRecord]:
+        return self._current().holders(stage)
 
 
 def _read_invitation(home: Home, text: str, clock: Clock) -> Invitation:

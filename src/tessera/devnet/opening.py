@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from socket import socket
@@ -69,10 +70,11 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         blobs = open_blob_store(config.blobs, cache=home.blobs) if config.blobs else BlobStore(home.blobs)
         manifest, text = await to_thread.run_sync(_describe, config, home, ledger.chain_id, people, blobs)
         tables = _open_folder(home, manifest, config.database)
-        board, book, seats = _open_tables(manifest, tables, stack)
+        board, book, seat_book = _open_tables(manifest, tables, stack)
         relays = tuple(RelayUrl(url, token) for url, token in config.relays)
-        own = config.workers(manifest.model.stages)
-        bind = _bind(config, alone=own == manifest.model.stages)
+        seats = manifest.model.stages * manifest.replicas
+        own = config.workers(seats)
+        bind = _bind(config, alone=own == seats)
         start = start_transport(
             config.engine, home.peer_key, bind=bind, relays=relays, clock=clock, pacer=Pacer(), online_s=RELAY_S
         )
@@ -80,19 +82,21 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         host = RunHost(
             manifest,
             transport=transport,
+            key=home.peer_key,
             chain=ledger.chain,
             coin=coin,
             operator=people.operator,
-            book=seats,
+            book=seat_book,
             on_report=board.report,
             pace=lambda: (board.step, board.tokens_per_s),
             clock=clock,
+            rng=random.SystemRandom(),
         )
         serve_blobs(transport, blobs)
         serve_rpc(transport, ledger.exchange)
         host.serve()
-        door = Door(home, seats, manifest.run_id, ledger.chain_id, transport.record(), clock, relays)
-        invitation = door.standing(max(1, manifest.model.stages - own))
+        door = Door(home, seat_book, manifest.run_id, ledger.chain_id, transport.record(), clock, relays)
+        invitation = door.standing(max(1, seats - own))
         if own:
             at_home = door.invite(own, label="own workers")
             workers = WorkerProcesses(at_home.to_text(), home.path / "workers", own)
@@ -112,7 +116,7 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
             board=board,
             book=book,
             invitation=invitation.to_text(),
-            open_seats=manifest.model.stages - own,
+            open_seats=seats - own,
         )
 
 

@@ -6,6 +6,8 @@ import time
 from typing import Any
 
 from tessera.core.errors import Conflict
+from tessera.core.ids import PeerId
+from tessera.devnet.board import SILENT_S
 from tessera.devnet.economy import Economy
 from tessera.devnet.run import Run
 from tessera.devnet.snapshot import (
@@ -26,8 +28,6 @@ from tessera.training.manifest import SHARE_FLOPS, SHARE_WAD
 from tessera.training.roster import Seat
 
 __all__ = ["closing_object", "take_snapshot"]
-
-SILENT_S = 5.0  # a worker that has not reported for so long counts as down
 
 
 def take_snapshot(economy: Economy) -> Snapshot:
@@ -135,21 +135,19 @@ def _losses(run: Run) -> tuple[LossPoint, ...]:
 
 def _peers(run: Run) -> list[Peer]:
     """Who works, by stage; then who has left, with what they earned."""
-    present = run.host.seats
-    accounts = {seat.account for seat in present}
-    gone = {past.seat.account: past.seat for past in run.host.past if past.seat.account not in accounts}
-    return [_peer(run, seat) for seat in present] + [_peer(run, seat, left=True) for seat in gone.values()]
+    gone = [_peer(run, seat, left=True) for seat in run.host.past]
+    return [_peer(run, seat) for seat in run.host.seats] + gone
 
 
 def _peer(run: Run, seat: Seat, *, left: bool = False) -> Peer:
     spec, figures = run.manifest.model, run.figures
-    report = None if left else run.board.reports.get(seat.stage)
+    report = None if left else run.board.reports.get(seat.peer)
     return Peer(
         peer=seat.peer,
         account=seat.account,
         stage=None if left else seat.stage,
         role="former worker" if left else "worker",
-        status="left" if left else _status(run, seat.stage),
+        status="left" if left else _status(run, seat.peer),
         verified_tokens=figures.earned(seat.account) * SHARE_FLOPS // SHARE_WAD // spec.flops_per_token(seat.stage),
         shares=figures.shares.get(seat.account, 0),
         claimable=figures.claimable.get(seat.account, 0),
@@ -159,8 +157,8 @@ def _peer(run: Run, seat: Seat, *, left: bool = False) -> Peer:
     )
 
 
-def _status(run: Run, stage: int) -> Status:
-    heard = run.board.heard.get(stage)
+def _status(run: Run, peer: PeerId) -> Status:
+    heard = run.board.heard.get(peer)
     if heard is None:
         return "waiting"
     return "up" if time.monotonic() - heard < SILENT_S else "down"

@@ -14,14 +14,22 @@ from tessera.models.config import ModelSpec
 from tessera.models.device import fast_compute
 from tessera.models.presets import DEFAULT_BATCH, Compute, Kind, default_spec
 from tessera.p2p.engines import Engine
-from tessera.training.manifest import Allocation, DataRecipe, DataSet, Manifest, Part, Schedule
+from tessera.training.manifest import (
+    MAX_WORKERS,
+    MOST_REPLICAS,
+    Allocation,
+    DataRecipe,
+    DataSet,
+    Manifest,
+    Part,
+    Schedule,
+)
 
 __all__ = ["UpConfig", "make_manifest"]
 
 EPOCHS = 4  # payout periods in a run
 EVALUATIONS = 10  # validation points on the curve
 MAX_RELAYS = 8  # as many as an invitation names
-MAX_OWN_WORKERS = 64  # more stages than a model has
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,11 @@ class UpConfig:
     data: Path | None = None  # a folder of text; None = the sources of Python's standard library
     steps: int = 0  # optimiser steps; 0 = the preset's
     stages: int = 4
+    replicas: int = 1  # workers of each stage
     codec: Kind = "codec"
     host: str = "127.0.0.1"  # address that page, gateway and JSON-RPC listen on
     port: int = 8402  # page and gateway; JSON-RPC one above; peers on UDP of the same number; 0 = any free ones
-    seats: int = 0  # stages left to others who join by invitation
+    seats: int = 0  # left to others who join by invitation
     chain_url: str | None = None  # JSON-RPC of an EVM network; None = the embedded chain
     once: bool = False  # end after one round of payments
     requests: int = 6  # paid requests of the first buyer
@@ -47,29 +56,31 @@ class UpConfig:
     database: str = field(default="", repr=False)  # URL of every table; "" = SQLite files in the state directory
     engine: Engine = "iroh"  # of the links; zmq inside a network of one's own
     blobs: str = field(default="", repr=False)  # fsspec URL where data and tokenizers lie; "" = the state directory
-    own_workers: int | None = None  # worker processes started here; None = every stage that is no open seat
+    own_workers: int | None = None  # worker processes started here; None = for every seat that is not left open
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seats <= self.stages:
-            raise Invalid(f"{self.seats} open seats of {self.stages} stages")
+        if not 1 <= self.replicas <= MAX_WORKERS:
+            raise Invalid(f"{self.replicas} replicas: 1 to {MAX_WORKERS} expected")
+        if not 0 <= self.seats <= self.stages * self.replicas:
+            raise Invalid(f"{self.seats} open seats of {self.stages * self.replicas}")
         if self.stages < 2:
             raise Invalid(f"a run needs at least 2 stages, not {self.stages}: only a neighbour can sign receipts")
         if self.steps < 0 or not 0 <= self.port <= 65_534:
             raise Invalid(f"steps {self.steps} and port {self.port} must be in range")
-        if self.own_workers is not None and not 0 <= self.own_workers <= MAX_OWN_WORKERS:
-            raise Invalid(f"{self.own_workers} own workers: 0 to {MAX_OWN_WORKERS} expected")
-        if self.own_workers is not None and self.manifest is None and self.own_workers > self.stages:
-            raise Invalid(f"{self.own_workers} own workers of {self.stages} stages")
+        if self.own_workers is not None and not 0 <= self.own_workers <= MAX_WORKERS:
+            raise Invalid(f"{self.own_workers} own workers: 0 to {MAX_WORKERS} expected")
+        if self.own_workers is not None and self.manifest is None:
+            self.workers(self.stages * self.replicas)
         self._check_manifest()
         self._check_relays()
         if self.database and "://" not in self.database:  # it may hold a password: not shown
             raise Invalid("a database is a URL such as postgresql://user@host/name or sqlite:////path/to/file")
 
-    def workers(self, stages: int) -> int:
-        """How many of a run's stages this machine works at. Raises `Invalid` when there are not as many."""
-        own = stages - self.seats if self.own_workers is None else self.own_workers
-        if not 0 <= own <= stages:
-            raise Invalid(f"{own} own workers for {stages} stages")
+    def workers(self, seats: int) -> int:
+        """How many of the seats that a run begins with this machine takes. Raises `Invalid` for more than those."""
+        own = seats - self.seats if self.own_workers is None else self.own_workers
+        if not 0 <= own <= seats:
+            raise Invalid(f"{own} own workers for {seats} seats")
         return own
 
     def _check_manifest(self) -> None:
@@ -100,6 +111,8 @@ def make_manifest(config: UpConfig, text: Text, *, chain_id: int, data_owner: Ac
         name=config.name,
         chain_id=chain_id,
         model=spec,
+        replicas=config.replicas,
+        most_replicas=max(MOST_REPLICAS, config.replicas),
         data=DataRecipe(
             tokenizer=text.tokenizer,
             sets=(DataSet(index=text.index, weight=1, account=data_owner, description=text.source[:200]),),

@@ -37,11 +37,15 @@ class Preview:
 
     @property
     def share(self) -> float:
-        """The part of the whole model that this stage's work from now on earns, if all of it is verified."""
+        """The part of the whole model that this seat's work from now on earns.
+
+        If all of it is verified, and every worker of the stage does as much.
+        """
         manifest = self.offer.manifest
         flops = [manifest.model.flops_per_token(stage) for stage in range(manifest.model.stages)]
         left = max(0, manifest.schedule.steps - self.offer.step) / manifest.schedule.steps
-        return manifest.allocation.work / WHOLE_BPS * flops[self.offer.stage] / sum(flops) * left
+        companions = max(self.offer.place, manifest.replicas)
+        return manifest.allocation.work / WHOLE_BPS * flops[self.offer.stage] / sum(flops) * left / companions
 
 
 def measure(offer: Offer, *, device: str, seconds: float) -> tuple[StageSpeed, Pace]:

@@ -41,7 +41,7 @@ class Run:
     board: Board
     book: ReceiptBook
     invitation: str
-    open_seats: int  # stages that others are to take
+    open_seats: int  # that others are to take before it starts
     samples: list[tuple[str, str]] = field(default_factory=list)  # prompt, answer
     seated: tuple[Roster, Books] | None = None
     paused: bool = False  # as its host's owner wishes
@@ -54,15 +54,19 @@ class Run:
         self.board.note(f"the share contract stands at {roster.share}")
 
     def follow(self) -> None:
-        """Take note of stages that have been handed over."""
+        """Take note of who came and went."""
         roster, books = self._seated()
         present = self.host.roster()
         if present != roster:
             remember_run(self.folder, self.manifest, present)
             books.follow(present, self._holders(present))
             self.seated = (present, books)
-            for past in present.past[len(roster.past) :]:
-                self.board.note(f"stage {past.seat.stage} has a new holder from step {past.until_step} on")
+            known = {seat.peer for seat in roster.everyone}
+            for seat in present.seats:
+                if seat.peer not in known:
+                    self.board.note(f"{seat.peer[:8]}… works at stage {seat.stage} from now on")
+            for seat in present.past[len(roster.past) :]:
+                self.board.note(f"{seat.peer[:8]}… has left stage {seat.stage}")
 
     @property
     def absent(self) -> list[Account]:
@@ -74,7 +78,7 @@ class Run:
         return [*roster.accounts, *self._absent(roster)]
 
     def _absent(self, roster: Roster) -> list[Account]:
-        gone = [past.seat.account for past in roster.past if past.seat.account not in roster.accounts]
+        gone = [seat.account for seat in roster.past]
         return list(dict.fromkeys([*(owner.account for owner in self.manifest.owners), *gone]))
 
     @property

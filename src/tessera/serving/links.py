@@ -18,7 +18,7 @@ from tessera.serving.frames import Frame, frame_limit, pack, unpack
 
 __all__ = ["PROTOCOL", "Limits", "Link", "Record", "Roster", "Stream", "Transport"]
 
-PROTOCOL = "tessera/decode/1"
+PROTOCOL = "tessera/decode/2"
 CLOSE_TIMEOUT_S = 1.0
 
 
@@ -53,8 +53,8 @@ class Roster(Protocol):
     @property
     def stages(self) -> int: ...
 
-    def holder(self, stage: int) -> Record:
-        """Raises: Unavailable when nobody holds it."""
+    def holders(self, stage: int) -> Sequence[Record]:
+        """At least one; any of them will do."""
         ...
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import anyio
 
-from tessera.core.errors import Invalid, Misbehaviour, Unavailable
+from tessera.core.errors import Invalid, Late, Misbehaviour, TesseraError, Unavailable
 from tessera.serving.engine import Sampling
 from tessera.serving.links import PROTOCOL, Limits, Link, Roster, Transport
 
@@ -87,8 +87,8 @@ class _Session:
         await listening.send({"op": "listen", "session": self._name}, timeout_s=timeout_s)
         await listening.await_ready(timeout_s)
         chain = await self._link(0)
-        header = {"op": "open", "session": self._name, "stage": 0, "sampling": sampling.to_dict()}
-        await chain.send(header, timeout_s=timeout_s)
+        how = {"last": listening.peer, "sampling": sampling.to_dict()}
+        await chain.send({"op": "open", "session": self._name, "stage": 0, **how}, timeout_s=timeout_s)
         await chain.await_ready(timeout_s)
 
     async def step(self, start: int, ids: list[int]) -> int:
@@ -109,8 +109,17 @@ class _Session:
                 await link.close()
 
     async def _link(self, stage: int) -> Link:
-        record = self._roster.holder(stage)
-        stream = await self._transport.open(record, PROTOCOL, timeout_s=self._config.open_timeout_s)
-        link = Link(stream, Limits(tokens=1, vocab_size=self._config.vocab_size))
-        self._links.append(link)
-        return link
+        """To the first worker of `stage` who answers. Raises what the last of them said."""
+        holders = self._roster.holders(stage)
+        failure: TesseraError = Unavailable(f"nobody holds stage {stage}")
+        for record in holders:
+            try:
+                share_s = self._config.open_timeout_s / len(holders)
+                stream = await self._transport.open(record, PROTOCOL, timeout_s=share_s)
+            except (Unavailable, Late) as error:
+                failure = error
+                continue
+            link = Link(stream, Limits(tokens=1, vocab_size=self._config.vocab_size))
+            self._links.append(link)
+            return link
+        raise failure

@@ -1,4 +1,4 @@
-"""The worker's side of decoding over peers: protocol "tessera/decode/1".
+"""The worker's side of decoding over peers: protocol "tessera/decode/2".
 
     gateway ──open, step──▶ stage 0 ──▶ stage 1 ──▶ ... ──▶ last stage ──token──▶ gateway
 
@@ -7,13 +7,14 @@ listens at the last stage, which samples and answers straight to it. Steps flow 
 stage that fails tells the next one, and the last tells the gateway.
 
 Invariants: a session's cache lives as long as its stream; every wait on a peer has a deadline; sessions, frames and
-prompts are bounded; a stage takes sessions from the holder of the stage before it only.
+prompts are bounded; a stage takes sessions from workers of the stage before it only. Where a stage has several workers,
+any of them will do, and one that is away is passed over; the last stage's is whom the gateway listens to.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ import anyio.to_thread
 import structlog
 
 from tessera.core.errors import Conflict, Invalid, Late, Misbehaviour, Missing, Refused, TesseraError, Unavailable
-from tessera.core.ids import PeerId
+from tessera.core.ids import PeerId, parse_peer_id
 from tessera.serving.engine import Sampling
 from tessera.serving.frames import Frame
 from tessera.serving.links import PROTOCOL, Limits, Link, Record, Roster, Stream, Transport
@@ -48,15 +49,15 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FixedRoster:
-    """A roster that never changes: one record for each stage."""
+    """A roster that never changes: records by stage."""
 
-    records: tuple[Record, ...]
+    records: tuple[tuple[Record, ...], ...]
 
     @property
     def stages(self) -> int:
         return len(self.records)
 
-    def holder(self, stage: int) -> Record:
+    def holders(self, stage: int) -> Sequence[Record]:
         return self.records[stage]
 
 
@@ -176,12 +177,8 @@ class ShardServer:
     async def _run_before(self, link: Link, session: str, opened: Frame) -> None:
         """A stage that has another after it: compute, pass on."""
         config = self._config
-        record = self._roster.holder(self._stage + 1)
-        stream = await self._transport.open(record, PROTOCOL, timeout_s=config.open_timeout_s)
-        after = Link(stream, self._limits())
+        after = await self._open_next(opened)
         try:
-            await after.send(opened.header | {"stage": self._stage + 1}, timeout_s=config.send_timeout_s)
-            await after.await_ready(config.open_timeout_s)
             await link.send({"op": "ready"}, timeout_s=config.send_timeout_s)
             async for step in self._steps(link):
                 out = await self._step(session, step)
@@ -191,6 +188,29 @@ class ShardServer:
             raise
         finally:
             await after.close()
+
+    async def _open_next(self, opened: Frame) -> Link:
+        """The session at the next stage: at the worker whom the gateway listens to, or at the first who answers.
+
+        Raises: what the last one of them said.
+        """
+        config, stage, last = self._config, self._stage + 1, opened.header["last"]
+        holders = [r for r in self._roster.holders(stage) if stage < self._roster.stages - 1 or r.id == last]
+        failure: TesseraError = Unavailable(f"nobody whom the gateway listens to holds stage {stage}")
+        for record in holders:
+            try:
+                share_s = config.open_timeout_s / len(holders)
+                after = Link(await self._transport.open(record, PROTOCOL, timeout_s=share_s), self._limits())
+                try:
+                    await after.send(opened.header | {"stage": stage}, timeout_s=config.send_timeout_s)
+                    await after.await_ready(config.open_timeout_s)
+                    return after
+                except TesseraError as error:
+                    await after.close(error)
+                    raise
+            except (Unavailable, Late) as error:
+                failure = error
+        raise failure
 
     async def _run_last(self, link: Link, session: str, sampling: Sampling) -> None:
         """The last stage: compute, choose, tell the gateway."""
@@ -236,14 +256,15 @@ class ShardServer:
 
     def _check_open(self, peer: PeerId, session: str, frame: Frame) -> Sampling:
         header = frame.header
-        if header.keys() != {"op", "session", "stage", "sampling"} or frame.ids or frame.payload:
-            raise Misbehaviour("open holds session, stage and sampling", evidence=str(sorted(header))[:200])
+        if header.keys() != {"op", "session", "stage", "last", "sampling"} or frame.ids or frame.payload:
+            raise Misbehaviour("open holds session, stage, last and sampling", evidence=str(sorted(header))[:200])
+        parse_peer_id(header["last"])
         if header["stage"] != self._stage:
             raise Invalid(f"this is stage {self._stage}, not {str(header['stage'])[:20]}")
         if self._stage == 0:
             self._check_gateway(peer)
-        elif peer != self._roster.holder(self._stage - 1).id:
-            raise Refused(f"only the holder of stage {self._stage - 1} opens sessions here", rule="stage_before")
+        elif peer not in {record.id for record in self._roster.holders(self._stage - 1)}:
+            raise Refused(f"only workers of stage {self._stage - 1} open sessions here", rule="stage_before")
         if session in self._sessions:
             raise Conflict("this session is open already")
         if len(self._sessions) >= self._config.max_sessions:

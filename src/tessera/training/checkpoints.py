@@ -56,6 +56,15 @@ class Checkpoints:
             raise Invalid(f"the checkpoint {file} was damaged and is dropped; training resumes from an older one")
         return data
 
+    def describe(self, step: int) -> tuple[int, str]:
+        """Bytes and SHA-256 of what `save` was given, as noted then; not checked. Raises `Missing`."""
+        try:
+            with self._file(step).open("rb") as file:
+                digest = file.read(_DIGEST_BYTES)
+                return file.seek(0, 2) - _DIGEST_BYTES, digest.hex()
+        except FileNotFoundError as error:
+            raise Missing(f"no checkpoint of step {step} in {self._folder}") from error
+
     def read(self, step: int, offset: int, size: int) -> bytes:
         """At most `size` bytes of what `save` was given, from `offset` on; not checked. Raises `Missing`."""
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypeGuard
 
 import anyio
 import anyio.abc
@@ -154,5 +154,5 @@ def read_state(member: Member, state: Message) -> None:
     member.checkpoints, member.rests = list(checkpoints), rests[:100]
 
 
-def _is_step(value: Any) -> bool:
+def _is_step(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 2**31

@@ -8,7 +8,7 @@ so the workers keep their part of 10,000 and the owners' parts never round up ag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from tessera.training.manifest import SHARE_FLOPS, SHARE_WAD, Manifest
 
 __all__ = ["EpochLeaves", "compute_epoch"]
 
-MAX_LEAVES = 4096
+MAX_LEAVES = 8192  # present and past workers, and owners
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,27 +65,18 @@ class EpochLeaves:
         return cls(epoch, leaves)
 
 
-def compute_epoch(
-    manifest: Manifest,
-    epoch: int,
-    accounts: Sequence[Account],
-    tokens: Sequence[int],
-    stages: Sequence[int] | None = None,
-) -> EpochLeaves | None:
+def compute_epoch(manifest: Manifest, epoch: int, work: Iterable[tuple[Account, int, int]]) -> EpochLeaves | None:
     """The leaves of `epoch`, or None when no work was verified.
 
     Args:
-        accounts: who is paid.
-        tokens: what each verified, from `receipts.verified_tokens`.
-        stages: which stage each held then; by default one account for each stage, in order.
+        work: for each worker, present or past, his account, his stage, and how many microbatches were credited to him.
     """
     shares: dict[Account, int] = {}
-    work = 0
-    for stage, account, count in zip(stages or range(len(accounts)), accounts, tokens, strict=True):
-        earned = count * manifest.model.flops_per_token(stage) * SHARE_WAD // SHARE_FLOPS
-        shares[account] = shares.get(account, 0) + earned
-        work += earned
+    for account, stage, microbatches in work:
+        flops = microbatches * manifest.tokens_per_microbatch * manifest.model.flops_per_token(stage)
+        shares[account] = shares.get(account, 0) + flops * SHARE_WAD // SHARE_FLOPS
+    earned = sum(shares.values())
     for owner in manifest.owners:
-        shares[owner.account] = shares.get(owner.account, 0) + work * owner.bps // manifest.allocation.work
+        shares[owner.account] = shares.get(owner.account, 0) + earned * owner.bps // manifest.allocation.work
     leaves = tuple(sorted((account, count) for account, count in shares.items() if count > 0))
     return EpochLeaves(epoch, leaves) if leaves else None

@@ -1,13 +1,16 @@
 """Joining a run: first look, then take a seat. All that the host says is checked against the run id.
 
-look   what is there to do, and with whom       nothing is taken, nothing is promised
-take   give me a seat                           a free one, or that of a worker who wants to leave
+look   what is there to do, and with whom       a stage is offered, nothing is taken
+take   give me a seat at that stage             the account's signature binds the stage with it
+
+Who comes before the run starts is a worker with that. Later, the seat is his when the workers have let him in.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,7 @@ import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tessera.core.clock import Clock
-from tessera.core.errors import Invalid, Late, Misbehaviour, Unavailable
+from tessera.core.errors import Conflict, Invalid, Late, Misbehaviour, Unavailable
 from tessera.core.ids import RunId
 from tessera.p2p.calls import call
 from tessera.p2p.transport import Transport
@@ -26,14 +29,17 @@ from tessera.training.home import Home
 from tessera.training.invitation import Invitation
 from tessera.training.manifest import MANIFEST_LIMIT, Manifest, load_manifest
 from tessera.training.protocols import CALL_S, JOIN, SMALL
-from tessera.training.roster import seat_binding
+from tessera.training.roster import Seat, seat_binding
 
-__all__ = ["HostLink", "Member", "Offer", "Pace", "look", "machine_name", "parse_pace", "take_seat"]
+__all__ = ["HostLink", "Member", "Offer", "Pace", "Taken", "look", "machine_name", "parse_pace", "take_seat"]
 
 T = TypeVar("T")
 
 CLOCK_LIMIT_S = 300.0  # more than that apart, and receipts, records and invitations expire at the wrong time
 RETRY_S = 1.0
+TAKE_TRIES = 5
+
+_VOUCHER = re.compile(r"[0-9a-f]{128}")
 
 
 Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
@@ -70,8 +76,7 @@ class _Reply(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    stage: int = Field(ge=0, lt=1024)
-    successor: bool
+    stage: int = Field(ge=0, lt=1024, strict=True)
     returning: bool
     phase: str = Field(max_length=16)
     step: int = Field(ge=0, lt=2**53)
@@ -86,12 +91,16 @@ class Offer:
 
     manifest: Manifest
     stage: int
-    successor: bool  # of a worker who leaves
     returning: bool  # the seat is ours already
     phase: str
     step: int
     tokens_per_s: float  # of the run now; 0 while it does not train
     members: tuple[Member, ...]
+
+    @property
+    def place(self) -> int:
+        """Which worker of the offered stage the joiner would be, from 1; meaningless for who returns."""
+        return 1 + sum(member.stage == self.stage for member in self.members)
 
 
 class HostLink:
@@ -141,26 +150,39 @@ async def look(host: HostLink) -> Offer:
         raise Misbehaviour(f"the host offers stage {offer.stage} of {manifest.model.stages}")
     check_clock(offer.now, host.clock.time(), CLOCK_LIMIT_S)
     return Offer(
-        manifest, offer.stage, offer.successor, offer.returning, offer.phase, offer.step, offer.tokens_per_s,
-        offer.members,
+        manifest, offer.stage, offer.returning, offer.phase, offer.step, offer.tokens_per_s, offer.members,
     )  # fmt: skip
 
 
-async def take_seat(host: HostLink, home: Home, pace: Pace | None) -> tuple[Manifest, int, bool]:
-    """A seat: manifest, stage, and whether it has to be taken over from a worker who leaves."""
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A seat, as the host gave it."""
+
+    manifest: Manifest
+    seat: Seat
+    admitted: bool  # else the workers are to let us in
+    voucher: bytes  # the host's word that it gave this seat, for them
+
+
+async def take_seat(host: HostLink, home: Home, pace: Pace | None) -> Taken:
+    """The seat that the host offers us, or that is ours already. Raises as `look` does."""
     run_id, key = host.invitation.run_id, home.peer_key
-    request = {
-        "op": "take",
-        "record": host.transport.record().to_text(),
-        "account": home.account_key.account,
-        "binding": seat_binding(run_id, key.id, home.account_key).hex(),
-        "pace": None if pace is None else pace.model_dump(),
-    }
-    reply, manifest = await _ask(host, request)
-    stage, successor = reply.get("stage"), reply.get("successor")
-    if type(stage) is not int or not 0 <= stage < manifest.model.stages or type(successor) is not bool:
-        raise Misbehaviour(f"the host gives seat {str(reply)[:60]} of {manifest.model.stages}")
-    return manifest, stage, successor
+    for tries_left in reversed(range(TAKE_TRIES)):
+        offer = await look(host)
+        binding = seat_binding(run_id, key.id, offer.stage, home.account_key)
+        seat = Seat(offer.stage, host.transport.record(), home.account_key.account, binding)
+        request = {"op": "take", "seat": seat.to_value(), "pace": None if pace is None else pace.model_dump()}
+        try:
+            reply, manifest = await _ask(host, request)
+        except Conflict:  # others were faster, and another stage is offered now; or there is no seat, as `look` says
+            if not tries_left:
+                raise
+            continue
+        admitted, voucher = reply.get("admitted"), reply.get("voucher")
+        if type(admitted) is not bool or not isinstance(voucher, str) or _VOUCHER.fullmatch(voucher) is None:
+            raise Misbehaviour(f"the host gives a seat with {str(reply)[:60]}")
+        return Taken(manifest, seat, admitted, bytes.fromhex(voucher))
+    raise AssertionError("the last try returns or raises")
 
 
 def machine_name(run_id: RunId) -> str:

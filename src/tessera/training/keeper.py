@@ -10,7 +10,7 @@ redeems his own leaf.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import anyio
@@ -31,8 +31,8 @@ from tessera.training.book import ReceiptBook
 from tessera.training.epochs import EpochLeaves, compute_epoch
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import CALL_S, EPOCH, SMALL
-from tessera.training.receipts import Receipt, expected_receipts, verified_tokens
-from tessera.training.roster import Roster
+from tessera.training.receipts import Credit, Receipt, credited, why_not
+from tessera.training.roster import Roster, Seat
 
 __all__ = ["Keeper", "known_leaves"]
 
@@ -43,7 +43,9 @@ GATHER_S = 12.0  # how long a proposer waits for receipts that are still on thei
 POLL_S = 0.5
 RETRY_S = 2.0  # after a failed attempt, which may have sent every receipt to everybody
 LEAVES_LIMIT = 1 << 20  # bytes
-RECEIPT_BYTES = 512  # an upper bound for one receipt's row
+RECEIPT_BYTES = 800  # an upper bound for one receipt's row
+SETS = 4  # of microbatches that one worker may sign for another in one step: as often as it was done again
+AGAIN = 2  # times the receipts of an epoch in which nothing was done twice
 MAX_STREAMS = 8  # of one peer at once: a request may be large
 
 
@@ -70,7 +72,8 @@ class Keeper:
         self._book, self._roster, self._steps_done = book, roster, steps_done
         self.share = ModelShare(chain, roster().share)
         self._settled = 0  # epochs whose posted leaves we hold
-        self._receipts_limit = 4096 + RECEIPT_BYTES * 2 * manifest.model.stages * manifest.schedule.epoch_steps
+        receipts = manifest.receipts_per_step * manifest.schedule.epoch_steps
+        self._receipts_limit = 4096 + AGAIN * RECEIPT_BYTES * receipts
 
     def serve(self) -> None:
         limit = self._receipts_limit
@@ -96,9 +99,9 @@ class Keeper:
 
     async def _settle(self, epoch: int) -> None:
         turn = 0
-        stages = self._manifest.model.stages
         while await self.share.epoch_count() <= epoch:
-            if (epoch + turn) % stages == self._my_stage():
+            accounts = self._roster().accounts
+            if (epoch + turn) % len(accounts) == accounts.index(self._key.account):
                 await self._propose(epoch)
             elif not await self._posted_within(epoch, TURN_S):
                 turn += 1
@@ -113,8 +116,8 @@ class Keeper:
         signatures = {self._key.account: self._sign(leaves)}
         body = encoding.encode([receipt.to_row() for receipt in receipts])
         async with anyio.create_task_group() as tasks:
-            for stage in self._others():
-                tasks.start_soon(self._collect, stage, leaves, body, signatures)
+            for seat in self._others():
+                tasks.start_soon(self._collect, seat, leaves, body, signatures)
         accounts = set(self._roster().accounts)
         if 3 * len(signatures) <= 2 * len(accounts):
             raise Unavailable(
@@ -128,46 +131,41 @@ class Keeper:
             return  # somebody posted it first
         log.info("epoch_posted", epoch=epoch, shares=str(leaves.total), signers=len(ordered))
 
-    async def _collect(self, stage: int, leaves: EpochLeaves, body: bytes, signatures: dict[Account, bytes]) -> None:
+    async def _collect(self, seat: Seat, leaves: EpochLeaves, body: bytes, signatures: dict[Account, bytes]) -> None:
         """Ask one worker for his signature; a refusal is logged, not fatal."""
-        seat = self._roster().seats[stage]
         request = {"op": "vote", "epoch": leaves.epoch, "root": leaves.root.hex()}
         try:
-            reply, _ = await self._ask(stage, request, body)
+            reply, _ = await self._ask(seat, request, body)
             signature = bytes.fromhex(str(reply.get("signature", "")))
             if recover_account(self._digest(leaves), signature) != seat.account:
-                raise Misbehaviour(f"stage {stage} signed something else")
+                raise Misbehaviour(f"{seat.peer[:16]}… signed something else")
             signatures[seat.account] = signature
         except (TesseraError, ValueError) as error:
-            log.warning("vote_missing", epoch=leaves.epoch, stage=stage, reason=str(error))
+            log.warning("vote_missing", epoch=leaves.epoch, stage=seat.stage, peer_id=seat.peer, reason=str(error))
 
     async def _gather(self, epoch: int) -> list[Receipt]:
-        """All receipts of the epoch that any worker holds, checked. Waits a little while some are missing."""
-        steps = self._manifest.schedule.epoch_range(epoch)
-        known: dict[tuple[int, PeerId, str], Receipt] = {}
-        due = len(steps) * 2 * (self._manifest.model.stages - 1)
+        """All receipts of the epoch that any worker holds, checked. Waits a little while some work is not verified."""
+        steps, known = self._manifest.schedule.epoch_range(epoch), _Known()
+        due = len(steps) * self._manifest.model.stages * self._manifest.schedule.microbatches
         with anyio.move_on_after(GATHER_S):
             while True:
-                for receipt in self._held(steps):
-                    known[receipt.step, receipt.worker, receipt.direction] = receipt
+                known.add(self._held(steps))
                 async with anyio.create_task_group() as tasks:  # together: one that is slow must not hide the others
-                    for stage in self._others() if len(known) < due else ():
-                        tasks.start_soon(self._fetch_receipts, stage, epoch, known)
-                if len(known) >= due:
+                    for seat in self._others():
+                        tasks.start_soon(self._fetch_receipts, seat, epoch, known)
+                if sum(map(len, self._credit(epoch, known.receipts).values())) >= due:
                     break
                 await anyio.sleep(POLL_S)
-        return [known[name] for name in sorted(known)]
+        return known.receipts
 
-    async def _fetch_receipts(self, stage: int, epoch: int, known: dict[tuple[int, PeerId, str], Receipt]) -> None:
+    async def _fetch_receipts(self, seat: Seat, epoch: int, known: _Known) -> None:
         """Add what one worker holds to `known`; a bad answer is logged, not fatal."""
         try:
-            _, body = await self._ask(stage, {"op": "receipts", "epoch": epoch}, b"")
-            receipts = await to_thread.run_sync(self._read_receipts, body, epoch, frozenset(known.values()))
+            _, body = await self._ask(seat, {"op": "receipts", "epoch": epoch}, b"")
+            checked = frozenset(known.receipts)
+            known.add(await to_thread.run_sync(self._read_receipts, body, epoch, checked))
         except TesseraError as error:
-            log.warning("receipts_missing", epoch=epoch, stage=stage, code=error.code, reason=error.message)
-            return
-        for receipt in receipts:
-            known.setdefault((receipt.step, receipt.worker, receipt.direction), receipt)
+            log.warning("receipts_missing", epoch=epoch, peer_id=seat.peer, code=error.code, reason=error.message)
 
     def _read_receipts(self, body: bytes, epoch: int, checked: Set[Receipt]) -> list[Receipt]:
         """Receipts from a peer. Raises `Misbehaviour` when one is forged or is not of this epoch and roster.
@@ -181,28 +179,24 @@ class Keeper:
         if not isinstance(rows, list):
             raise Invalid("receipts come as a list")
         receipts = [Receipt.from_row(self._manifest.run_id, row) for row in rows]
-        steps, roster = self._manifest.schedule.epoch_range(epoch), self._roster()
+        steps, stage_of = self._manifest.schedule.epoch_range(epoch), self._roster().stage_by_peer
         for receipt in receipts:
-            if receipt.step not in steps or receipt.worker not in {seat.peer for seat in roster.at(receipt.step)}:
-                raise Misbehaviour("a receipt of another run's worker or another epoch", evidence=receipt.to_row())
-            if not _counts(receipt, roster):
-                raise Misbehaviour("a receipt whose signer is no neighbour", evidence=receipt.to_row())
-            if receipt.tokens != self._manifest.tokens_per_step:  # else a second one for less could take its place
-                raise Misbehaviour(
-                    f"a receipt for {receipt.tokens} tokens, a step has {self._manifest.tokens_per_step}",
-                    evidence=receipt.to_row(),
-                )
+            reason = why_not(receipt, stage_of, self._manifest.schedule.microbatches)
+            if reason or receipt.step not in steps:
+                raise Misbehaviour(f"a receipt {reason or 'of another epoch'}", evidence=receipt.to_row())
             if receipt not in checked:
                 receipt.check()
         return receipts
 
-    def _compute(self, epoch: int, receipts: list[Receipt]) -> EpochLeaves:
-        stages, accounts, tokens = list[int](), list[Account](), list[int]()
-        for steps, seats in self._roster().spans(self._manifest.schedule.epoch_range(epoch)):
-            stages += [seat.stage for seat in seats]
-            accounts += [seat.account for seat in seats]
-            tokens += verified_tokens(receipts, [seat.peer for seat in seats], steps, self._manifest.tokens_per_step)
-        leaves = compute_epoch(self._manifest, epoch, accounts, tokens, stages)
+    def _credit(self, epoch: int, receipts: Iterable[Receipt]) -> Credit:
+        schedule, roster = self._manifest.schedule, self._roster()
+        steps = schedule.epoch_range(epoch)
+        return credited(receipts, roster.stage_by_peer, roster.stages, steps, schedule.microbatches)
+
+    def _compute(self, epoch: int, receipts: Iterable[Receipt]) -> EpochLeaves:
+        credit = self._credit(epoch, receipts)
+        work = [(seat.account, seat.stage, len(credit.get(seat.peer, ()))) for seat in self._roster().everyone]
+        leaves = compute_epoch(self._manifest, epoch, work)
         if leaves is None:
             raise Unavailable(f"no receipt proves any work in epoch {epoch}")
         return leaves
@@ -226,10 +220,11 @@ class Keeper:
         return leaves
 
     async def _redeem(self, leaves: EpochLeaves) -> None:
-        """Our leaf, and those of who held our stage before us: they may be gone for good."""
-        mine = self._my_stage()
-        leavers = [past.seat.account for past in self._roster().past if past.seat.stage == mine]
-        for account in dict.fromkeys([self._key.account, *leavers]):
+        """Our leaf; and, by the first of a stage, those of who has left it: they may be gone for good."""
+        roster, mine = self._roster(), self._my_seat()
+        first = roster.of_stage(mine.stage)[0] == mine
+        leavers = [seat.account for seat in roster.past if first and seat.stage == mine.stage]
+        for account in (mine.account, *leavers):
             shares = leaves.shares_of(account)
             if shares and not await self.share.counted(share_leaf(leaves.epoch, account, shares)):
                 await self.share.redeem(self._key, leaves.epoch, account, shares, leaves.proof(account))
@@ -263,8 +258,9 @@ class Keeper:
             raise Conflict(f"epoch {epoch} is settled")
         own = self._held(self._manifest.schedule.epoch_range(epoch))
         receipts = await to_thread.run_sync(self._read_receipts, body, epoch, frozenset(own))
-        proposed = {(r.step, r.worker, r.direction) for r in receipts}
-        missing = sum((r.step, r.worker, r.direction) not in proposed for r in own)
+        proposed = _Known()
+        proposed.add(receipts)
+        missing = len(proposed.add(own))
         if missing:
             raise Conflict(f"the proposal leaves out {missing} receipts that we hold: gather again")
         leaves = self._compute(epoch, receipts)
@@ -276,15 +272,14 @@ class Keeper:
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _held(self, steps: range) -> list[Receipt]:
-        """What we hold and what counts: not, for one, of steps that a successor has trained again."""
-        roster = self._roster()
-        return [r for r in self._book.of_steps(self._manifest.run_id, steps) if _counts(r, roster)]
+        """What we hold and what counts."""
+        stage_of, microbatches = self._roster().stage_by_peer, self._manifest.schedule.microbatches
+        held = self._book.of_steps(self._manifest.run_id, steps)
+        return [receipt for receipt in held if not why_not(receipt, stage_of, microbatches)]
 
-    async def _ask(self, stage: int, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-        record = self._roster().seats[stage].record
-        return await call(
-            self._transport, record, EPOCH, request, body, timeout_s=CALL_S, reply_limit=self._receipts_limit + SMALL
-        )
+    async def _ask(self, seat: Seat, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        limit = self._receipts_limit + SMALL
+        return await call(self._transport, seat.record, EPOCH, request, body, timeout_s=CALL_S, reply_limit=limit)
 
     def _digest(self, leaves: EpochLeaves) -> bytes:
         manifest = self._manifest
@@ -294,20 +289,37 @@ class Keeper:
     def _sign(self, leaves: EpochLeaves) -> bytes:
         return self._key.sign_digest(self._digest(leaves))
 
-    def _my_stage(self) -> int:
-        return self._roster().accounts.index(self._key.account)
+    def _my_seat(self) -> Seat:
+        roster = self._roster()
+        return roster.seats[roster.accounts.index(self._key.account)]
 
-    def _others(self) -> list[int]:
-        mine = self._my_stage()
-        return [stage for stage in range(self._manifest.model.stages) if stage != mine]
+    def _others(self) -> list[Seat]:
+        return [seat for seat in self._roster().seats if seat.account != self._key.account]
 
 
-def _counts(receipt: Receipt, roster: Roster) -> bool:
-    """Whether `receipt` is about who held a stage in its step, and signed by who was his neighbour then."""
-    peers = [seat.peer for seat in roster.at(receipt.step)]
-    if receipt.worker not in peers:
-        return False
-    return (receipt.direction, receipt.signer) in expected_receipts(peers, peers.index(receipt.worker))
+class _Known:
+    """Receipts from several hands: the first of each kind, and of `SETS` sets of microbatches that one worker signed
+    for another in one step, so that two who collude cannot fill a message that everybody must read.
+    """
+
+    def __init__(self) -> None:
+        self._sets: dict[tuple[int, PeerId, PeerId, str], dict[tuple[int, ...], Receipt]] = {}
+
+    def add(self, receipts: Iterable[Receipt]) -> list[Receipt]:
+        """Those that were new."""
+        fresh = []
+        for receipt in receipts:
+            pair = (receipt.step, receipt.worker, receipt.signer, receipt.direction)
+            sets = self._sets.setdefault(pair, {})
+            if receipt.microbatches not in sets and len(sets) < SETS:
+                sets[receipt.microbatches] = receipt
+                fresh.append(receipt)
+        return fresh
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        """In the order of their names: a body is the same for all voters."""
+        return [self._sets[pair][indices] for pair in sorted(self._sets) for indices in sorted(self._sets[pair])]
 
 
 async def known_leaves(transport: Transport, roster: Roster, share: ModelShare, epoch: int) -> EpochLeaves:

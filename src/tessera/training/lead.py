@@ -19,7 +19,7 @@ from typing import Protocol
 
 import structlog
 
-from tessera.core.errors import Late, Misbehaviour, Unavailable
+from tessera.core.errors import Misbehaviour, Unavailable
 from tessera.core.ids import PeerId
 from tessera.training.control import Message
 from tessera.training.crew import Crew, Member
@@ -300,10 +300,10 @@ class Lead:
             if heard is None:
                 raise StepLost(f"stage {self._crew.members[min(waiting)].stage} did not exchange its gradients")
             member, message = heard
-            said = message.get("step"), message.get("attempt")
-            if message["op"] == "gone" or (message["op"] == "prepared" and said == (self.step, attempt)):
+            ours = (message.get("step"), message.get("attempt")) == (self.step, attempt)
+            if message["op"] == "gone" or (message["op"] == "prepared" and ours):
                 waiting.discard(member.peer)
-            elif message["op"] == "unprepared" and said == (self.step, attempt):
+            elif message["op"] == "unprepared" and ours:
                 if attempt >= PREPARE_TRIES:  # he cannot reach the others: they do his part, and he catches up
                     self._fell_behind(member)
                 return False

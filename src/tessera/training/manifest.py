@@ -27,6 +27,7 @@ MAX_OWNERS = 64
 MAX_WEIGHT = 1_000  # of a data set beside the others
 MAX_RECEIPTS = 50_000  # of one epoch: they travel to every voter in one message
 MAX_WORKERS = 128  # that a share contract takes
+MOST_REPLICAS = 8
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 
@@ -152,7 +153,7 @@ class Manifest(_Strict):
     chain_id: Annotated[int, Field(ge=1, lt=2**53)]
     model: ModelSpec
     replicas: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 1  # workers that each stage has before the run starts
-    most_replicas: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = 8  # workers of one stage at any time
+    most_replicas: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = MOST_REPLICAS  # workers of one stage at any time
     data: DataRecipe
     schedule: Schedule
     averaging: AveragingConfig = AveragingConfig()

@@ -26,7 +26,7 @@ from tessera.p2p.flood_item import Item
 from tessera.p2p.transport import PeerRecord, Transport
 from tessera.training.book import ReceiptBook
 from tessera.training.manifest import Manifest
-from tessera.training.receipts import Receipt
+from tessera.training.receipts import Receipt, why_not
 from tessera.training.roster import Roster
 
 __all__ = ["News"]
@@ -34,8 +34,9 @@ __all__ = ["News"]
 log = structlog.get_logger()
 
 SEATS, RECEIPTS = "seats", "receipts"
-BATCH_STEPS = 10  # of receipts in one item: two for each step and neighbour make about 9 kB
-BATCH_LIMIT = 16 * 1024  # bytes
+BATCH_STEPS = 10  # after which receipts are told
+BATCH_LIMIT = 16 * 1024  # bytes of one item
+BATCH = 20  # receipts in one item, of 800 bytes at most
 RECEIPTS_TTL_S = 2 * 3600.0
 LOOK_S = 2.0
 REMEMBERED = 16  # workers who left
@@ -84,7 +85,7 @@ class News:
     def _members(self) -> list[PeerRecord]:
         """The workers, and the last who left: what they signed still counts."""
         roster = self._roster()
-        return [*roster.records, *(past.seat.record for past in roster.past[-REMEMBERED:])]
+        return [*roster.records, *(seat.record for seat in roster.past[-REMEMBERED:])]
 
     # --- telling ----------------------------------------------------------------------------------------------------
 
@@ -95,8 +96,9 @@ class News:
             steps = range(self._told, min(self._told + BATCH_STEPS, last))
             held = self._book.of_steps(self._manifest.run_id, steps)
             rows = [receipt.to_row() for receipt in held if receipt.signer == self._key.id]
-            if rows and not self._say(RECEIPTS, encoding.encode(rows), ttl_s=RECEIPTS_TTL_S):
-                return  # later
+            for start in range(0, len(rows), BATCH):
+                if not self._say(RECEIPTS, encoding.encode(rows[start : start + BATCH]), ttl_s=RECEIPTS_TTL_S):
+                    return  # later
             self._told = steps.stop
 
     def _say(self, topic: str, payload: bytes, *, key: str = "", ttl_s: float | None = None) -> bool:
@@ -141,11 +143,11 @@ class News:
         if not isinstance(rows, list):
             raise Invalid("receipts come as a list")
         receipts = [Receipt.from_row(self._manifest.run_id, row) for row in rows]
-        members = {record.id for record in self._members()}
+        stage_of, schedule = self._roster().stage_by_peer, self._manifest.schedule
         for receipt in receipts:
-            if receipt.signer != item.origin or receipt.worker not in members:
-                raise Misbehaviour("a receipt that its teller has not signed, or of a stranger", evidence=item.origin)
-            if receipt.tokens != self._manifest.tokens_per_step:
-                raise Misbehaviour(f"a receipt for {receipt.tokens} tokens", evidence=receipt.to_row())
+            if receipt.signer != item.origin or receipt.step >= schedule.steps:
+                raise Misbehaviour("a receipt that its teller has not signed, or of no step", evidence=item.origin)
+            if reason := why_not(receipt, stage_of, schedule.microbatches):
+                raise Misbehaviour(f"a receipt {reason}", evidence=receipt.to_row())
             receipt.check()
         return receipts

@@ -34,7 +34,7 @@ from tessera.training.crew import Crew
 from tessera.training.follower import Follower, SavedTrainer, StageSums
 from tessera.training.lead import Lead
 from tessera.training.manifest import Manifest
-from tessera.training.protocols import CALL_S, CONTROL, SMALL
+from tessera.training.protocols import CALL_S, CONTROL, SMALL, WORK_S
 from tessera.training.roster import Roster, Seat
 from tessera.training.state_transfer import StateDonor, fetch_state
 from tessera.training.work import Batches, Compute, StageWork
@@ -123,11 +123,13 @@ class Pipeline:
             fetch=self._fetch_state,
             committed=self._committed,
             trained=self._set_trained,
-            rests=lambda: gate.reason,
+            rests=lambda: self._rests,
         )
         self._donor = StateDonor(transport, admitted=self._of_my_stage, copy=self._follower.copy)
         self._stepped = 0.0
+        self._told_rests = gate.reason
         self._leading: Lead | None = None
+        self._leaves = False
         self.trouble = "starting"  # why nothing is trained; empty while something is
         self.last_step: tuple[float, float] | None = None  # seconds since 1970, and how many it took
         self.steps_done = max(checkpoints.steps(), default=0)
@@ -147,9 +149,23 @@ class Pipeline:
         return self._work.terms
 
     @property
-    def may_leave(self) -> bool:
-        """Whether the stage stays in step without us."""
+    def _rests(self) -> str:
+        """Why we get no work; empty when we do."""
+        return self._gate.reason or ("leaves" if self._leaves else "")
+
+    async def may_leave(self) -> bool:
+        """Whether another worker of our stage is in step, so that nothing is lost without us."""
         return not self._follower.alone
+
+    async def freeze(self) -> None:
+        """Take no more work, and finish what we have."""
+        self._leaves = True
+        with anyio.move_on_after(WORK_S):
+            while self._work.busy or self._told_rests != self._rests:
+                await anyio.sleep(LOOK_S)
+
+    def thaw(self) -> None:
+        self._leaves = False
 
     async def run(self) -> None:
         """Work, serve the others and lead when it is our turn; until cancelled."""
@@ -209,13 +225,12 @@ class Pipeline:
         self.trained.set()
 
     async def _watch_gate(self) -> None:
-        told = self._gate.reason
         while True:
             await anyio.sleep(LOOK_S)
-            if self._gate.reason != told:
-                told = self._gate.reason
-                log.info("paused", stage=self._stage, reason=told) if told else log.info("goes_on", stage=self._stage)
-                self._follower.say({"op": "gate", "reason": told})
+            if self._rests != self._told_rests:
+                self._told_rests = reason = self._rests
+                log.info("paused", stage=self._stage, reason=reason) if reason else log.info("goes_on", stage=self._stage)
+                self._follower.say({"op": "gate", "reason": reason})
 
     # --- neighbours and peers of our stage --------------------------------------------------------------------------
 
@@ -284,8 +299,7 @@ class Pipeline:
                 alone_since = anyio.current_time()
                 continue
             peers = [seat.peer for seat in self._roster().of_stage(0)]
-            rank = peers.index(self._me) if self._me in peers else len(peers)
-            if anyio.current_time() - alone_since >= LEAD_S * rank:
+            if self._me in peers and anyio.current_time() - alone_since >= LEAD_S * peers.index(self._me):
                 await self._try_to_lead()
                 alone_since = anyio.current_time()
 

@@ -1,14 +1,14 @@
 """The names under which a run's members answer each other, and how long each may take."""
 
-JOIN = "tessera/join/2"  # to the host: what is there to do, give me a seat
-RUN = "tessera/run/2"  # to the host: roster, reports
+JOIN = "tessera/join/3"  # to the host: what is there to do, give me a seat
+RUN = "tessera/run/3"  # to the host: roster, reports
 RPC = "tessera/rpc/1"  # to the host: JSON-RPC of the run's chain
 CONTROL = "tessera/control/2"  # from the lead to each worker: who serves what, when a step ends
 STATE = "tessera/state/1"  # among the workers of a stage: parameters and optimiser, for one who joins
 PIPELINE = "tessera/pipeline/2"  # a boundary link
-EPOCH = "tessera/epoch/1"  # among workers: receipts, votes, leaves
 AVERAGE = "tessera/average/1"  # among replicas of a stage: parts of gradients and of the state
-HANDOVER = "tessera/handover/1"  # a stage changes hands: its state, and the others' signatures
+EPOCH = "tessera/epoch/2"  # among workers: receipts, votes, leaves
+MEMBERSHIP = "tessera/membership/1"  # among workers: signatures for who comes and goes, and whether one is there
 
 CALL_S = 10.0  # an answer that needs no work
 QUIET_S = 120.0  # how long a neighbour who owes something may be silent

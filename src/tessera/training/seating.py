@@ -15,7 +15,7 @@ import structlog
 from anyio import to_thread
 
 from tessera.chain.client import RpcChain
-from tessera.core.errors import Misbehaviour, Missing
+from tessera.core.errors import Conflict, Late, Misbehaviour, Missing, Unavailable
 from tessera.core.ids import BlobId
 from tessera.models.device import pick_device
 from tessera.models.parallel import Parallel, build_trainer
@@ -26,10 +26,10 @@ from tessera.p2p.transport import PeerRecord, Transport
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.contract import check_share
 from tessera.training.data import NamedBatches, open_batches
-from tessera.training.handover import take_over
 from tessera.training.home import Home
-from tessera.training.joining import HostLink, Pace, take_seat
+from tessera.training.joining import HostLink, Pace, Taken, take_seat
 from tessera.training.manifest import Manifest
+from tessera.training.proposal import Proposal, propose
 from tessera.training.protocols import RUN
 from tessera.training.roster import ROSTER_LIMIT, Roster, recall_run, remember_run
 from tessera.training.rpc_link import peer_rpc
@@ -39,7 +39,7 @@ __all__ = ["Seated", "Seating", "WorkerConfig"]
 log = structlog.get_logger()
 
 FETCH_S = 300.0
-TAKE_OVER_S = 1800.0  # how long a successor waits for the holder of his stage
+ADMISSION_S = 1800.0  # how long a joiner asks the workers to let him in
 ASK_S = 0.5  # between two looks at the roster
 
 
@@ -90,13 +90,14 @@ class Seating:
         self._seated: Seated | None = None
 
     async def sit_down(self) -> Seated:
-        """Take the seat, fetch and check what the manifest names, and take the stage over if somebody leaves it.
+        """Take the seat, fetch and check what the manifest names, and have the workers let us in if the run has begun.
 
         Raises: what the host says; Misbehaviour for anything that is not as the manifest and the chain have it.
         """
-        manifest, stage, successor = await self._host.patiently(lambda: take_seat(self._host, self._home, self._pace))
+        taken = await self._host.patiently(lambda: take_seat(self._host, self._home, self._pace))
+        manifest, stage = taken.manifest, taken.seat.stage
         folder = self._home.run_folder(manifest.run_id)
-        log.info("seated", run_id=manifest.run_id, stage=stage, successor=successor)
+        log.info("seated", run_id=manifest.run_id, stage=stage, admitted=taken.admitted)
         roster = await self._wait_for_roster(manifest)
         _check_remembered(folder, roster)
         chain = RpcChain(peer_rpc(self._transport, lambda: self._host.invitation.host))
@@ -106,8 +107,8 @@ class Seating:
         batches = await self._host.patiently(lambda: self._open_data(manifest, roster, blobs, folder))
         trainer = await to_thread.run_sync(self._build_trainer, manifest, stage)
         checkpoints = Checkpoints(folder / "checkpoints")
-        if successor:
-            roster = await self._take_over(manifest, stage, checkpoints, chain)
+        if not taken.admitted:
+            roster = await self._be_admitted(taken, chain)
         remember_run(folder, manifest, roster)
         self._seated = Seated(
             manifest, stage, roster, folder, self._transport, chain, trainer, checkpoints, batches, blobs
@@ -124,7 +125,7 @@ class Seating:
                 return Roster.from_value(manifest.run_id, manifest.model.stages, reply)
             taken = reply.get("taken")
             if isinstance(taken, int) and taken != told:
-                log.info("waiting_for_workers", taken=taken, stages=manifest.model.stages)
+                log.info("waiting_for_workers", taken=taken, seats=manifest.model.stages * manifest.replicas)
                 told = taken
             await anyio.sleep(ASK_S)  # the host holds the question for a while; one that does not is no busy loop
 
@@ -134,19 +135,20 @@ class Seating:
             raise Misbehaviour(f"the host's chain has id {found}, the manifest says {manifest.chain_id}")
         await check_share(chain, roster)
 
-    async def _take_over(self, manifest: Manifest, stage: int, checkpoints: Checkpoints, chain: RpcChain) -> Roster:
-        """Have the stage's holder hand it over; the roster that names us."""
-
-        async def leaver() -> PeerRecord:
-            return (await self._wait_for_roster(manifest)).holder(stage)
-
-        roster = await self._wait_for_roster(manifest)
-        if roster.holder(stage).id != self._transport.id:
-            log.info("taking_over", stage=stage, from_peer=roster.holder(stage).id)
-            await take_over(self._transport, leaver, checkpoints, patience_s=TAKE_OVER_S)
-        while (roster := await self._wait_for_roster(manifest)).holder(stage).id != self._transport.id:
-            await anyio.sleep(ASK_S)
+    async def _be_admitted(self, taken: Taken, chain: RpcChain) -> Roster:
+        """Ask the workers until they let us in; the roster that names us."""
+        deadline = anyio.current_time() + ADMISSION_S
+        while (roster := await self._wait_for_roster(taken.manifest)).seat_of(self._transport.id) is None:
+            proposal = Proposal(joiner=taken.seat, voucher=taken.voucher)
+            try:
+                await propose(self._transport, chain, self._home.account_key, taken.manifest, roster, proposal)
+            except (Conflict, Late, Unavailable) as error:
+                log.info("admission_waits", code=error.code, reason=error.message)
+                if anyio.current_time() > deadline:
+                    raise Late(f"the workers did not let us in within {ADMISSION_S:.0f} s: {error.message}") from error
+            await anyio.sleep(ASK_S)  # the host sees it on the chain when it is asked for the roster
         await check_share(chain, roster)
+        log.info("admitted", stage=taken.seat.stage, workers=len(roster.seats))
         return roster
 
     async def _open_data(self, manifest: Manifest, roster: Roster, blobs: BlobStore, folder: Path) -> NamedBatches:
@@ -187,6 +189,7 @@ class Seating:
             limit_bytes=config.memory_limit,
             link=self._link,
             parallel=config.parallel,
+            averaging=manifest.averaging,
         )
 
 

@@ -32,7 +32,7 @@ class WorkerStatus(BaseModel):
     trouble: str  # why no session runs; empty while one does
     pauses: str  # why the worker itself does not work now
     leaving: bool
-    successor: str  # the peer who takes our stage over
+    companions: int  # other workers of our stage
     trained: bool
     settled: bool
     claimable: int  # units of income that wait for us

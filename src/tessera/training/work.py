@@ -135,6 +135,11 @@ class StageWork:
             while True:
                 await self._next()
 
+    @property
+    def busy(self) -> bool:
+        """Whether something of the open step is in our sums, or under way."""
+        return bool(self.log.passages)
+
     def clear(self) -> None:
         """Forget everything that waits: the loop broke off, and starts anew."""
         self._jobs.clear()

@@ -1,6 +1,6 @@
 """A worker: takes a seat by invitation, trains, settles, serves, reports, and leaves when it is asked to.
 
-It follows what its owner wishes (`wishes`): pause, or leave. Who leaves works until somebody has taken his stage over.
+It follows what its owner wishes (`wishes`): pause, or leave. Who leaves works until his stage can do without him.
 """
 
 from __future__ import annotations
@@ -15,21 +15,26 @@ from anyio import to_thread
 
 from tessera.chain.faces import ModelShare
 from tessera.core.clock import Clock
-from tessera.core.errors import Misbehaviour, TesseraError
+from tessera.core.errors import TesseraError
+from tessera.core.ids import Account
 from tessera.models.parallel_link import RankLink
+from tessera.training.attendance import Attendance
 from tessera.training.book import ReceiptBook
-from tessera.training.contract import check_handovers
+from tessera.training.contract import check_changes
+from tessera.training.exchange import Exchange
 from tessera.training.gate import Gate
-from tessera.training.handover import Handover
 from tessera.training.home import Home
 from tessera.training.joining import HostLink, Pace
 from tessera.training.keeper import Keeper
+from tessera.training.membership import Membership
 from tessera.training.news import News
 from tessera.training.pipeline import Pipeline
 from tessera.training.protocols import RUN
-from tessera.training.roster import ROSTER_LIMIT, Roster, Seat, remember_run
+from tessera.training.receipts import NO_VERSION
+from tessera.training.roster import ROSTER_LIMIT, Roster, remember_run
 from tessera.training.seating import Seated, Seating, WorkerConfig
 from tessera.training.status import WorkerStatus, save_status
+from tessera.training.sums import Sums
 from tessera.training.wishes import make_wish, read_wish
 
 __all__ = ["Worker"]
@@ -68,14 +73,15 @@ class _Parts:
     seated: Seated
     pipeline: Pipeline
     keeper: Keeper
-    handover: Handover
+    membership: Membership
+    attendance: Attendance
+    exchange: Exchange
     news: News
     book: ReceiptBook
-    successor: Seat | None = None  # who takes our stage
 
 
 class Worker:
-    """One worker process's part in one run. `run` returns when the host closes the run, or our stage is another's.
+    """One worker process's part in one run. `run` returns when the host closes the run, or we have left it.
 
     Args:
         pace: what this machine can do, if it was measured.
@@ -105,10 +111,15 @@ class Worker:
         self._settled = False
         self._claimable = 0
 
+    @property
+    def _account(self) -> Account:
+        return self._home.account_key.account
+
     async def run(self) -> None:
         parts = self._set_to_work(await self._seating.sit_down())
         parts.keeper.serve()
-        parts.handover.serve()
+        parts.membership.serve()
+        parts.exchange.serve()
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._gate.watch)
@@ -121,10 +132,11 @@ class Worker:
                 tasks.start_soon(parts.pipeline.run)
                 tasks.start_soon(parts.seated.batches.keep_ahead)
                 tasks.start_soon(parts.news.run)
-                tasks.start_soon(parts.handover.watch)
+                tasks.start_soon(parts.attendance.run)
+                tasks.start_soon(parts.membership.run)
                 tasks.start_soon(self._settle, parts.keeper)
                 tasks.start_soon(self._serve_when_trained, parts)
-                tasks.start_soon(self._leave_when_handed_over, parts)
+                tasks.start_soon(self._say_goodbye, parts)
                 await self._closed.wait()
                 tasks.cancel_scope.cancel()
         finally:
@@ -132,6 +144,13 @@ class Worker:
 
     def _set_to_work(self, seated: Seated) -> _Parts:
         manifest, book = seated.manifest, ReceiptBook(seated.folder / "book.sqlite")
+        exchange = Exchange(
+            self._transport,
+            self._home.peer_key,
+            manifest.run_id,
+            lambda: {seat.peer: seat.record for seat in seated.roster.of_stage(seated.stage)},
+            limit_bytes=seated.trainer.gradient_bytes,
+        )
         pipeline = Pipeline(
             manifest,
             stage=seated.stage,
@@ -141,11 +160,13 @@ class Worker:
             batches=seated.batches,
             book=book,
             checkpoints=seated.checkpoints,
+            sums=Sums(exchange, seated.trainer, manifest.tokens_per_step),
             roster=lambda: seated.roster,
             refresh=lambda: self._refresh(seated),
             watcher=self._progress,
             gate=self._gate,
             clock=self._clock,
+            version=lambda: NO_VERSION,
         )
         keeper = Keeper(
             manifest,
@@ -156,16 +177,18 @@ class Worker:
             roster=lambda: seated.roster,
             steps_done=lambda: pipeline.steps_done,
         )
-        handover = Handover(
+        attendance = Attendance(self._transport, lambda: seated.roster.records)
+        membership = Membership(
             manifest,
             transport=self._transport,
             chain=seated.chain,
             account_key=self._home.account_key,
             book=book,
-            checkpoints=seated.checkpoints,
             training=pipeline,
             roster=lambda: seated.roster,
-            successor=lambda: parts.successor,
+            attendance=attendance,
+            host=self._host.invitation.host.id,
+            leaving=lambda: read_wish(seated.folder) == "leave",
         )
         news = News(
             manifest,
@@ -177,8 +200,7 @@ class Worker:
             steps_done=lambda: pipeline.steps_done,
             clock=self._clock,
         )
-        parts = _Parts(seated, pipeline, keeper, handover, news, book)
-        return parts
+        return _Parts(seated, pipeline, keeper, membership, attendance, exchange, news, book)
 
     # --- while the run is open --------------------------------------------------------------------------------------
 
@@ -196,11 +218,10 @@ class Worker:
             await anyio.sleep(1.0)
 
     async def _claim(self, share: ModelShare) -> None:
-        account = self._home.account_key.account
         try:
-            self._claimable = await share.claimable(account)
+            self._claimable = await share.claimable(self._account)
             if self._claimable >= self._config.claim_above:
-                await share.claim(self._home.account_key, account)
+                await share.claim(self._home.account_key, self._account)
                 log.info("income_claimed", units=str(self._claimable))
         except TesseraError as error:  # the chain is away: the income waits in the contract
             log.warning("claim_failed", code=error.code, reason=error.message)
@@ -208,7 +229,7 @@ class Worker:
     async def _report(self, parts: _Parts) -> None:
         """Tell the host how it goes, until it closes the run. A host that is away misses nothing that is paid for.
 
-        Its answers also say when the run pauses, when a peer has come back at another address, and who follows us.
+        Its answers also say when the run pauses, and when somebody came, went, or came back at another address.
         """
         edition: object = None
         rtt_ms: float | None = None
@@ -240,8 +261,11 @@ class Worker:
                     log.info("run_closed")
                     self._closed.set()
                     return
+                if reply.get("phase") == "left" and not await parts.keeper.share.is_worker(self._account):
+                    log.warning("dismissed", reason="the other workers have taken us off the list")
+                    parts.membership.left.set()
+                    return
                 _pause(self._gate, "run", reply.get("phase") == "paused")
-                self._meet_successor(parts, reply.get("successor"), wish == "leave")
                 if reply.get("roster") != edition:
                     edition = reply.get("roster")
                     await self._refresh(parts.seated)
@@ -250,25 +274,13 @@ class Worker:
                 await anyio.sleep(REPORT_S)
             await anyio.sleep(REPORT_S)
 
-    def _meet_successor(self, parts: _Parts, value: object, leaving: bool) -> None:
-        """Note who is to follow us, if we want to leave; the host alone cannot make us go."""
-        if value is None or not leaving:
-            parts.successor = None
-            return
-        seat = Seat.from_value(value)
-        seat.check(parts.seated.manifest.run_id)
-        if seat.stage != parts.seated.stage:
-            raise Misbehaviour(f"the host names a successor for stage {seat.stage}, ours is {parts.seated.stage}")
-        if parts.successor != seat:
-            log.info("successor_found", successor=seat.peer, account=seat.account)
-        parts.successor = seat
-
-    async def _leave_when_handed_over(self, parts: _Parts) -> None:
-        await parts.handover.complete.wait()
+    async def _say_goodbye(self, parts: _Parts) -> None:
+        """Once we are off the list."""
+        await parts.membership.left.wait()
         make_wish(parts.seated.folder, "work")  # done: joining again is a new beginning
-        for _ in range(GOODBYE_TRIES):  # the host reads the chain; without it, the successor's question has it read
+        for _ in range(GOODBYE_TRIES):  # the host reads the chain
             try:
-                await self._host.call(RUN, {"op": "handed_over"})
+                await self._host.call(RUN, {"op": "changed"})
                 break
             except TesseraError as error:
                 log.debug("goodbye_unheard", code=error.code, reason=error.message)
@@ -277,19 +289,19 @@ class Worker:
         self._closed.set()
 
     async def _refresh(self, seated: Seated) -> None:
-        """Newer addresses, and successors of those who left, from the host; what it says of the latter must be on the
-        chain.
-        """
+        """Newer addresses, and who came and went, from the host; what it says of the latter must be on the chain."""
         try:
             reply, _ = await self._host.call(RUN, {"op": "roster"}, reply_limit=ROSTER_LIMIT)
+            if reply.get("phase") == "left":  # the next report finds that out too
+                return
             roster = Roster.from_value(seated.manifest.run_id, seated.manifest.model.stages, reply)
             if not roster.follows(seated.roster):
                 log.error("roster_changed", reason="the host names other workers or another contract; ignored")
                 return
-            if len(roster.past) > len(seated.roster.past):
-                await check_handovers(ModelShare(seated.chain, roster.share), roster, len(seated.roster.past))
+            if roster.changes > seated.roster.changes:
+                await check_changes(ModelShare(seated.chain, roster.share), roster, seated.roster)
                 remember_run(seated.folder, seated.manifest, roster)
-                log.info("stage_has_new_holder", stages=[past.seat.stage for past in roster.past])
+                log.info("workers_changed", workers=len(roster.seats), changes=roster.changes)
         except TesseraError as error:
             log.debug("roster_not_refreshed", code=error.code, reason=error.message)
             return
@@ -304,7 +316,7 @@ class Worker:
                 name=seated.manifest.name,
                 stage=seated.stage,
                 stages=seated.manifest.model.stages,
-                account=self._home.account_key.account,
+                account=self._account,
                 time=self._clock.time(),
                 step=pipeline.steps_done,
                 steps=seated.manifest.schedule.steps,
@@ -313,7 +325,7 @@ class Worker:
                 trouble=pipeline.trouble,
                 pauses=self._gate.reason,
                 leaving=read_wish(parts.seated.folder) == "leave",
-                successor="" if parts.successor is None else parts.successor.peer,
+                companions=len(seated.roster.of_stage(seated.stage)) - 1,
                 trained=pipeline.trained.is_set(),
                 settled=self._settled,
                 claimable=self._claimable,
