@@ -23,6 +23,7 @@ from tessera.training.manifest import Manifest
 from tessera.training.pipeline import Gate, Pipeline
 from tessera.training.receipts import NO_VERSION, Receipt, credited
 from tessera.training.roster import Roster, Seat, seat_binding
+from tessera.training.work import Batches
 from training_world import FakeBatches, FakeTrainer, Told
 
 
@@ -81,7 +82,7 @@ class Node:
     up: anyio.Event = field(default_factory=anyio.Event)
     transport: MemoryTransport = field(init=False)
     pipeline: Pipeline = field(init=False)
-    trainer: FakeTrainer = field(init=False)
+    trainer: Any = field(init=False)
     told: Told = field(default_factory=Told)
     book: ReceiptBook = field(init=False)
     gate: Gate = field(default_factory=AlwaysOpen)
@@ -115,7 +116,7 @@ class Node:
                         key=self.key,
                         transport=self.transport,
                         trainer=self.trainer,
-                        batches=FakeBatches(),
+                        batches=world.make_batches(),
                         book=self.book,
                         checkpoints=self.checkpoints,
                         sums=world.board.of(self.key.id),
@@ -178,8 +179,11 @@ class CrewWorld:
         """Virtual seconds of a call."""
         return self.compute_s.get(name, 0.0)
 
-    def make_trainer(self, node: Node) -> FakeTrainer:
+    def make_trainer(self, node: Node) -> Any:
         return FakeTrainer(self.manifest, node.stage)
+
+    def make_batches(self) -> Batches:
+        return FakeBatches()
 
     def of_stage(self, stage: int) -> list[Node]:
         return [node for node in self.nodes if node.stage == stage]

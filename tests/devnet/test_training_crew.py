@@ -10,7 +10,10 @@ import anyio
 import pytest
 
 from crew_world import CrewWorld
+from tessera.core import encoding
+from tessera.core.errors import Unavailable
 from tessera.p2p.memory import run_virtual
+from tessera.training.protocols import CONTROL, PIPELINE
 from training_world import small_manifest
 
 STEPS = 25
@@ -218,3 +221,125 @@ class Shut:
     async def wait_open(self) -> None:
         while self.reason:
             await anyio.sleep(1)
+
+
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(undisturbed: list[bytes], tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path)
+        async with world.alive():
+            await world.at_step(21)
+        file = tmp_path / "worker-2" / "step-000000020.ckpt"
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        async with world.alive():
+            await world.trained()
+            assert [step for step, _ in world.nodes[2].told.losses].count(11) == 2
+            for stage in range(4):
+                assert set(world.params(stage)) == {undisturbed[stage]}
+
+    run_virtual(main)
+
+
+def test_a_trained_stage_that_restarts_needs_nobody(tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path)
+        async with world.alive() as tasks:
+            await world.trained()
+            for node in world.nodes[:2]:
+                node.kill()
+            await world.start(tasks, world.nodes[1])
+            await anyio.sleep(5)
+            assert world.nodes[1].pipeline.trained.is_set()
+            assert world.nodes[1].trainer.step == STEPS
+
+    run_virtual(main)
+
+
+def test_only_workers_of_stage_0_lead_and_only_one_at_a_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path, 2)
+        async with world.alive():
+            await world.at_step(2)
+            hello = encoding.encode({"run_id": MANIFEST.run_id})
+            record = world.nodes[2].transport.record()
+            stream = await world.nodes[3].transport.open(record, CONTROL, timeout_s=5)
+            with pytest.raises(Unavailable):  # a worker of stage 3
+                await stream.send(hello)
+                await stream.recv(1000)
+            stream = await world.nodes[4].transport.open(record, CONTROL, timeout_s=5)
+            await stream.send(hello)  # the second one of stage 0, while the first one leads
+            assert encoding.decode(await stream.recv(1000), 1000)["op"] == "refused"
+            await world.trained(within_s=60)
+            assert [node.pipeline.sessions for node in world.nodes] == [1] * 8  # nothing of it disturbed anybody
+
+    run_virtual(main)
+
+
+def test_a_link_from_anybody_but_the_stage_above_is_cut(tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path)
+        async with world.alive():
+            await world.at_step(2)
+            for opener, receiver, hello in ((3, 1, b"{}"), (1, 0, b"{}"), (0, 1, b"{}"), (0, 1, b"not canonical")):
+                transport, record = world.nodes[opener].transport, world.nodes[receiver].transport.record()
+                stream = await transport.open(record, PIPELINE, timeout_s=5)
+                with pytest.raises(Unavailable):
+                    await stream.send(hello)
+                    await stream.recv(100)
+            await world.trained(within_s=60)
+            assert [node.pipeline.sessions for node in world.nodes] == [1] * 4
+
+    run_virtual(main)
+
+
+def test_late_microbatches_are_dropped_where_the_manifest_says_so(tmp_path: Path) -> None:
+    schedule = MANIFEST.schedule.model_copy(update={"drop_late": True, "microbatches": 8, "steps": 12})
+    manifest = MANIFEST.model_copy(update={"schedule": schedule})
+
+    async def main() -> None:
+        world = CrewWorld(manifest, tmp_path, compute_s={"forward": 0.1, "backward": 0.2})
+        async with world.alive():
+            await world.at_step(6)
+            world.nodes[1].slowness = 100.0  # its owner plays a game
+            await world.at_step(7)
+            world.nodes[1].slowness = 1.0
+            await world.trained()
+        steps = [len({m for r in world.receipts(range(s, s + 1)) for m in r.microbatches}) for s in range(12)]
+        assert min(steps) < 8
+        assert steps[:5] == [8] * 5
+
+    run_virtual(main)
+
+
+def test_the_slower_of_two_gets_less_and_does_not_hold_the_others_up(tmp_path: Path) -> None:
+    schedule = MANIFEST.schedule.model_copy(update={"microbatches": 12, "steps": 12})
+    manifest = MANIFEST.model_copy(update={"schedule": schedule})
+
+    async def main() -> None:
+        world = CrewWorld(manifest, tmp_path, 2, compute_s={"forward": 0.1, "backward": 0.2})
+        slow = world.of_stage(1)[1]
+        slow.slowness = 3.0
+        async with world.alive():
+            await world.trained()
+            await anyio.sleep(2)
+        mine = [len(r.microbatches) for r in world.receipts(range(6, 12)) if r.worker == slow.key.id]
+        assert mine and sum(mine) / 12 < 4  # twice in each step, by those above and by those below; a quarter is his
+
+    run_virtual(main)
+
+
+def test_a_worker_who_hangs_is_left_out_and_his_work_done_by_the_other(undisturbed: list[bytes], tmp_path: Path) -> None:
+    async def main() -> None:
+        world = CrewWorld(MANIFEST, tmp_path, 2, compute_s={"forward": 0.1, "backward": 0.2})
+        async with world.alive():
+            await world.at_step(8)
+            before = anyio.current_time()
+            world.of_stage(2)[1].slowness = 1e5
+            await world.at_step(10)
+            assert anyio.current_time() - before < 60
+            world.of_stage(2)[1].slowness = 1.0
+            with anyio.fail_after(600):
+                while world.nodes[0].pipeline.steps_done < STEPS:
+                    await anyio.sleep(0.1)
+            assert world.nodes[2].trainer.params == undisturbed[2]
+
+    run_virtual(main)

@@ -19,7 +19,8 @@ from tessera.training import checkpoints
 from tessera.training.joining import look
 from tessera.training.status import read_status
 from tessera.training.wishes import make_wish
-from training_run import PipelineWorld, hosted
+from crew_world import CrewWorld
+from training_run import hosted
 from training_whole import Life, WholeRun, write_data
 from training_world import small_manifest
 
@@ -38,14 +39,14 @@ def test_a_full_disk_pauses_training_and_room_lets_it_go_on(tmp_path: Path, monk
     write, full = checkpoints.write_atomic, [False]
 
     def on_a_full_disk(file: Path, data: bytes, **options: Any) -> None:
-        if full[0] and "stage-2" in str(file):
+        if full[0] and "worker-2" in str(file):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, data, **options)
 
     monkeypatch.setattr(checkpoints, "write_atomic", on_a_full_disk)
 
     async def main() -> None:
-        world = PipelineWorld(manifest, tmp_path)
+        world = CrewWorld(manifest, tmp_path)
         async with world.alive():
             node = world.nodes[2]
             while node.pipeline.steps_done < 12:

@@ -7,6 +7,7 @@ boundary rounds, so the reference is the same four stages in one process, and pe
 
 from pathlib import Path
 
+import anyio
 import numpy as np
 import pytest
 import torch
@@ -18,11 +19,11 @@ from tessera.models.pipeline import Pipeline
 from tessera.models.presets import tiny_spec
 from tessera.models.trainer import StageTrainer
 from tessera.p2p.memory import run_virtual
+from crew_world import CrewWorld, Node
 from tessera.training.manifest import Manifest, Schedule
-from training_world import Stage, linked, make_stage, peer_keys, small_manifest, train_together, verified
+from training_world import small_manifest
 
 STAGES, STEPS = 4, 4
-KEYS = peer_keys(STAGES)
 SCHEDULE = Schedule(
     steps=STEPS, microbatches=6, sequences=2, length=16, evaluate_every=2, evaluate_batches=2, epoch_steps=2
 )
@@ -52,24 +53,23 @@ def manifest_of(spec: ModelSpec) -> Manifest:
     return small_manifest().model_copy(update={"model": spec, "schedule": SCHEDULE})
 
 
-def over_links(spec: ModelSpec, folder: Path) -> list[Stage]:
-    async def main() -> list[Stage]:
-        async with linked(KEYS, delay_s=0.01) as pairs:
-            stages = [
-                make_stage(
-                    manifest_of(spec),
-                    KEYS,
-                    i,
-                    folder,
-                    up=pairs[i - 1][1] if i else None,
-                    down=pairs[i][0] if i < STAGES - 1 else None,
-                    trainer=StageTrainer(spec, i, steps=STEPS),
-                    batches=Windows(),
-                )
-                for i in range(STAGES)
-            ]
-            await train_together(stages)
-            return stages
+class RealStages(CrewWorld):
+    """Workers with real trainers."""
+
+    def make_trainer(self, node: Node) -> StageTrainer:
+        return StageTrainer(self.manifest.model, node.stage, steps=STEPS)
+
+    def make_batches(self) -> Windows:
+        return Windows()
+
+
+def over_links(spec: ModelSpec, folder: Path, replicas: int = 1) -> RealStages:
+    async def main() -> RealStages:
+        world = RealStages(manifest_of(spec), folder, replicas, delay_s=0.01)
+        async with world.alive():
+            await world.trained()
+            await anyio.sleep(2)  # the last receipts
+            return world
 
     return run_virtual(main)
 
@@ -94,31 +94,46 @@ def test_four_peers_train_like_one_undivided_model(tmp_path: Path) -> None:
     dense = CodecConfig(kind="dense", wire="float32")
     whole, cut = (tiny_spec(count).model_copy(update={"codec": dense}) for count in (1, STAGES))
     losses, validations, pipeline = in_one_process(whole)
-    stages = over_links(cut, tmp_path)
-    assert [loss for _, loss in stages[-1].told.losses] == pytest.approx(losses, rel=1e-6)
-    assert [loss for _, loss in stages[-1].told.validations] == pytest.approx(validations, rel=1e-6)
-    theirs, ours = parameters(pipeline.trainers), parameters([stage.trainer for stage in stages])
+    lead = (world := over_links(cut, tmp_path)).nodes[0]
+    assert [loss for _, loss in lead.told.losses] == pytest.approx(losses, rel=1e-6)
+    assert [loss for _, loss in lead.told.validations] == pytest.approx(validations, rel=1e-6)
+    assert_close(pipeline, world, 1e-5)
+
+
+def assert_close(pipeline: Pipeline, world: RealStages, tolerance: float) -> None:
+    theirs, ours = parameters(pipeline.trainers), parameters([node.trainer for node in world.nodes])
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         worst = float((ours[name] - tensor).abs().max())
-        assert worst <= 1e-5 * float(tensor.abs().max()), f"{name} differs by {worst}"
+        assert worst <= tolerance * float(tensor.abs().max()), f"{name} differs by {worst}"
 
 
 def test_four_peers_with_the_codec_equal_the_same_stages_in_one_process_to_the_bit(tmp_path: Path) -> None:
     spec = tiny_spec(STAGES)
     losses, validations, pipeline = in_one_process(spec)
-    stages = over_links(spec, tmp_path)
-    assert [loss for _, loss in stages[-1].told.losses] == losses
-    assert [loss for _, loss in stages[-1].told.validations] == pytest.approx(validations, rel=1e-6)  # other batch size
-    for stage, trainer in zip(stages, pipeline.trainers, strict=True):
-        assert stage.trainer.save() == trainer.save()
+    world = over_links(spec, tmp_path)
+    told = world.nodes[0].told
+    assert [loss for _, loss in told.losses] == pytest.approx(losses, rel=1e-12)  # summed in another order
+    assert [loss for _, loss in told.validations] == pytest.approx(validations, rel=1e-6)  # other batch size
+    for node, trainer in zip(world.nodes, pipeline.trainers, strict=True):
+        assert node.trainer.save() == trainer.save()
     assert losses[-1] < losses[0]
 
 
-def test_the_receipts_of_real_stages_prove_every_token(tmp_path: Path) -> None:
+def test_two_workers_of_each_stage_train_like_one(tmp_path: Path) -> None:
+    """The same sums in another order; what rounds, rounds by the same names."""
     spec = tiny_spec(STAGES)
-    stages = over_links(spec, tmp_path)
-    manifest, peers = manifest_of(spec), [key.id for key in KEYS]
-    for i, stage in enumerate(stages):
-        receipts = stage.book.of_steps(manifest.run_id, range(STEPS))
-        assert verified(manifest, receipts, peers, range(STEPS))[i] == STEPS * manifest.schedule.microbatches
+    losses, _, pipeline = in_one_process(spec)
+    world = over_links(spec, tmp_path, 2)
+    assert [loss for _, loss in world.nodes[0].told.losses] == pytest.approx(losses, rel=1e-4)
+    for stage in range(STAGES):
+        first, second = world.of_stage(stage)
+        assert first.trainer.save() == second.trainer.save()
+        assert 0 < len(second.told.losses)
+    assert_close(pipeline, world, 0.05)  # a code that lies near the middle between two falls to either side
+
+
+def test_the_receipts_of_real_stages_prove_every_token(tmp_path: Path) -> None:
+    world = over_links(tiny_spec(STAGES), tmp_path)
+    for stage in range(STAGES):
+        assert world.credit_of(stage, range(STEPS)) == STEPS * SCHEDULE.microbatches

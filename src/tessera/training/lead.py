@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+import anyio
 import structlog
 
 from tessera.core.errors import Misbehaviour, Unavailable
@@ -34,6 +35,7 @@ __all__ = ["Lead", "LeadEvents", "StepLost"]
 log = structlog.get_logger()
 
 GRACE_S = 2.0  # after the run could begin: how long the others may take to arrive
+AGAIN_S = 1.0  # after a term that ended
 TICK_S = 0.5  # between two looks at who holds the others up
 LINK_RETRY_S = 0.5  # after a link broke
 LINK_TRIES = 3  # before the lower worker is left out, if his stage has another
@@ -104,6 +106,7 @@ class Lead:
                 log.info("term_over", term=self.term, step=self.step, reason=error.message)
                 self._events.leading(error.message)
                 self._plan, self._active = None, False
+                await anyio.sleep(AGAIN_S)
 
     # --- beginning --------------------------------------------------------------------------------------------------
 
