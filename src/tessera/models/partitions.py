@@ -52,6 +52,7 @@ class Partitions:
         kinds = (_PARAMS, *_MOMENTS) if moments else (_PARAMS,)
         self._tensors = {name: [k + name for k in kinds if k + name in layout] for name in self._sizes}
         self._owner: dict[str, np.ndarray[tuple[int], np.dtype[np.uint16]]] = {}
+        self._latest: tuple[int, list[tuple[str, Tensor]]] = (-1, [])  # a round asks for its indices many times
         self._histories = DistanceHistory()
 
     def size_bytes(self, round_: int) -> int:
@@ -129,4 +130,7 @@ class Partitions:
                 for name, size in self._sizes.items()
             }
         part = round_ % self.count
-        return [(name, torch.from_numpy(np.flatnonzero(owner == part))) for name, owner in self._owner.items()]
+        if part != self._latest[0]:
+            indices = [(name, torch.from_numpy(np.flatnonzero(owner == part))) for name, owner in self._owner.items()]
+            self._latest = part, indices
+        return self._latest[1]
