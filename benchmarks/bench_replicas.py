@@ -3,10 +3,11 @@
     python benchmarks/bench_replicas.py [--quick] [--json]
 
 A small model in two stages learns a made-up language in one process, with 2 or 4 replicas of each stage that exchange
-the bytes that peers would. Every figure compares runs on the same microbatches from the same initial values.
+the bytes that peers would. Every figure compares runs on the same microbatches from the same initial values. Replicas
+that average gradients are equal to the bit (`tests/exact/test_models_replicas.py`), so one trainer computes for all.
 
     sparse    two replicas step alone and average a part of their parameters now and then, against two that average
-              their gradients in each step: bytes that a replica sends the other, and losses, for three seeds
+              their gradients in each step: bytes that a replica sends the other, and losses, for two seeds
     one_liar  of four replicas that average their gradients robustly, one turns its part around, or makes it ten times
               as large, in every stage and step: the worst loss over that of four honest ones that average plainly
 """
@@ -32,7 +33,7 @@ VOCABULARY, LENGTH, SEQUENCES = 64, 64, 32  # sequences of a step, over all repl
 STEPS, QUICK_STEPS = 400, 6
 EVERY, PARTITIONS = 2, 13  # a round starts every 2 steps and averages 1/13 of the parameters: each comes every 26 steps
 LAG = 1  # steps that go on while a round's parts travel
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 
 Figures = dict[str, float]
 Part = Callable[[bytes], bytes]
@@ -85,19 +86,28 @@ def train_exact(
         lie: what the last replica of each stage does to its parts.
     """
     from tessera.models.config import AveragingConfig
-    from tessera.models.swarm import Swarm
+    from tessera.models.pipeline import Pipeline
+    from tessera.models.trainer import StageTrainer
 
-    swarm, sent = Swarm(spec(seed), replicas, steps=steps, averaging=AveragingConfig(robust=robust)), 0
+    pipeline, sent = Pipeline(spec(seed), steps=steps), 0
+    averaging = AveragingConfig(robust=robust)
+    trainers = [StageTrainer(spec(seed), stage, steps=steps, averaging=averaging) for stage in range(2)]
+    pipeline.trainers = trainers
     for step in range(steps):
-        learn(swarm, seed, step)
-        for row in swarm.trainers:
-            parts = [trainer.gradient() for trainer in row]
-            sent += len(parts[0])
+        parts: list[list[bytes]] = [[], []]  # of each stage
+        for index, ids in enumerate(microbatches(seed, step, replicas)):
+            code = trainers[0].forward(step, index, ids, None)
+            trainers[1].forward(step, index, ids, code)
+            trainers[0].backward(step, index, trainers[1].backward(step, index, None))
+            for own, trainer in zip(parts, trainers, strict=True):
+                own.append(trainer.gradient())
+                trainer.reset_step()
+        sent += sum(len(own[0]) for own in parts)
+        for own, trainer in zip(parts, trainers, strict=True):
             if lie is not None:
-                parts[-1] = lie(parts[-1])
-            for trainer in row:
-                trainer.finish_step_with(step, parts)
-    return swarm.evaluate(validation()), sent
+                own[-1] = lie(own[-1])
+            trainer.finish_step_with(step, own)
+    return told("exact", pipeline.evaluate(validation()), sent)
 
 
 def train_sparse(seed: int, steps: int, replicas: int) -> tuple[float, int]:
@@ -108,7 +118,8 @@ def train_sparse(seed: int, steps: int, replicas: int) -> tuple[float, int]:
     swarm, sent = Swarm(spec(seed), replicas, steps=steps, averaging=AveragingConfig(partitions=PARTITIONS)), 0
     under_way: list[list[bytes]] = []
     for step in range(steps):
-        learn(swarm, seed, step)
+        for index, ids in enumerate(microbatches(seed, step, replicas)):
+            swarm.learn(step, index, ids)
         for row in swarm.trainers:
             for trainer in row:
                 trainer.finish_step(step, SEQUENCES * LENGTH)
@@ -120,7 +131,12 @@ def train_sparse(seed: int, steps: int, replicas: int) -> tuple[float, int]:
             for row, parts in zip(swarm.trainers, under_way, strict=True):
                 for own, trainer in enumerate(row):
                     trainer.merge(number, parts[own], parts[:own] + parts[own + 1 :])
-    return swarm.evaluate(validation()), sent
+    return told("sparse", swarm.evaluate(validation()), sent)
+
+
+def told(what: str, loss: float, sent: int) -> tuple[float, int]:
+    print(f"{what}: {loss:.4f} nats, {sent:,} bytes", flush=True)
+    return loss, sent
 
 
 # --- replicas that lie ----------------------------------------------------------------------------------------------
@@ -159,15 +175,14 @@ def spec(seed: int) -> Any:
     return ModelSpec(model=model, codec=CodecConfig(kind="codec", k=8), stages=2, seed=seed)
 
 
-def learn(swarm: Any, seed: int, step: int) -> None:
-    """A step's sequences, in as many microbatches as there are replicas."""
+def microbatches(seed: int, step: int, count: int) -> list[NDArray[np.int64]]:
+    """A step's sequences, in `count` microbatches."""
     from tessera.models.dataset import rows
     from tessera.models.noise import integers
 
     text = language(400_000, 1)
     starts = integers(SEQUENCES, len(text) - LENGTH - 1, "replicas", seed, step)
-    for index, ids in enumerate(np.split(rows(text, [int(s) for s in starts], LENGTH), swarm.replicas)):
-        swarm.learn(step, index, ids)
+    return np.split(rows(text, [int(start) for start in starts], LENGTH), count)
 
 
 def validation() -> NDArray[np.int64]:
