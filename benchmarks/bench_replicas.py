@@ -151,8 +151,6 @@ def one_liar(quick: bool) -> Figures:
         "byzantine_loss_ratio": max(turned, tenfold),
         "byzantine_loss_ratio_turned": turned,
         "byzantine_loss_ratio_tenfold": tenfold,
-        "byzantine_loss_ratio_turned_tenfold": train_exact(0, steps, 4, robust=True, lie=scaled(-10.0))[0] / honest,
-        "plain_loss_ratio_turned_tenfold": train_exact(0, steps, 4, lie=scaled(-10.0))[0] / honest,
     }
 
 

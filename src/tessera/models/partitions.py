@@ -72,7 +72,7 @@ class Partitions:
         return b"".join(pieces)
 
     def check(self, round_: int, data: bytes) -> None:
-        """Raises: Invalid for bytes that no `pack` writes."""
+        """Raises: Invalid for bytes that no `pack` writes. From any thread."""
         self._unpack(round_, data)
 
     @torch.no_grad()
@@ -130,7 +130,8 @@ class Partitions:
                 for name, size in self._sizes.items()
             }
         part = round_ % self.count
-        if part != self._latest[0]:
+        latest = self._latest  # `check` may run in one thread while another asks for another round
+        if part != latest[0]:
             indices = [(name, torch.from_numpy(np.flatnonzero(owner == part))) for name, owner in self._owner.items()]
-            self._latest = part, indices
-        return self._latest[1]
+            latest = self._latest = part, indices
+        return latest[1]
