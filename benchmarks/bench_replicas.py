@@ -1,6 +1,6 @@
 """Replicas of a stage: what keeping them together costs on the wire, and what one of them can spoil.
 
-    python benchmarks/bench_replicas.py [--quick] [--json]
+    python benchmarks/bench_replicas.py [--quick] [--json] [--only sparse]
 
 A small model in two stages learns a made-up language in one process, with 2 or 4 replicas of each stage that exchange
 the bytes that peers would. Every figure compares runs on the same microbatches from the same initial values. Replicas
@@ -43,9 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps: under 50 s on two cores")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    names = [measure.__name__ for measure in MEASUREMENTS]
+    parser.add_argument("--only", choices=names, help="one measurement; the others' results stay as they are")
     arguments = parser.parse_args()
     figures: Figures = {}
     for measure in MEASUREMENTS:
+        if arguments.only not in (None, measure.__name__):
+            continue
         started = time.perf_counter()
         found = measure(arguments.quick)
         print(f"{measure.__name__}, {time.perf_counter() - started:.0f} s: {found}", flush=True)
@@ -219,16 +223,20 @@ def table(figures: Figures) -> str:
 
 
 def write_results(figures: Figures) -> None:
-    RESULTS.mkdir(exist_ok=True)
+    """Into the results; figures that were not measured now stay."""
+    file = RESULTS / "replicas.json"
     facts = {
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "command": "python benchmarks/bench_replicas.py",
     }
-    rounded = {name: float(f"{value:.5g}") for name, value in figures.items()}
-    (RESULTS / "replicas.json").write_text(json.dumps(rounded | facts, indent=1) + "\n")
+    before = json.loads(file.read_text()) if file.exists() else {}
+    kept = {name: value for name, value in before.items() if name not in facts}
+    merged = kept | {name: float(f"{value:.5g}") for name, value in figures.items()}
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(merged | facts, indent=1) + "\n")
     text = f"# Replicas of a stage\n\n{STEPS} steps of {SEQUENCES} × {LENGTH} tokens; {facts['hardware']}, Python "
-    text += f"{facts['python']}.\n`{facts['command']}`\n\n{table(figures)}\n"
+    text += f"{facts['python']}.\n`{facts['command']}`\n\n{table(merged)}\n"
     (RESULTS / f"replicas_{os.cpu_count()}core_{datetime.now(UTC):%Y%m}.md").write_text(text)
 
 
