@@ -100,13 +100,12 @@ class GradientForm:
         most = sorted(part.tokens for part in parts)[(len(parts) - 1) // 2]
         weights = [float(min(part.tokens, most)) for part in parts]
         columns = zip(*(part.flat.split_with_sizes(self._sizes) for part in parts), strict=True)
-        means = []
-        for column in columns:
-            x_ND = torch.stack([sums / part.tokens for sums, part in zip(column, parts, strict=True)])
-            if len(parts) == 2:
-                means.append(clipped_pair(x_ND))
-                continue
-            kept = agreeing(x_ND)
+        tensors = [torch.stack([sums / p.tokens for sums, p in zip(column, parts, strict=True)]) for column in columns]
+        if len(parts) == 2:
+            return torch.cat([clipped_pair(x_ND) for x_ND in tensors])
+        trusted, means = agreeing(tensors), []
+        for x_ND in tensors:  # who agrees on the whole may still lie about a little of it
+            kept = [trusted[i] for i in agreeing([x_ND[trusted]])]
             means.append(centered_clip(x_ND[kept], [weights[i] for i in kept]))
         return torch.cat(means)
 

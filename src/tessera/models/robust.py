@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -64,22 +65,31 @@ def centered_clip(x_ND: Float[Tensor, "N D"], weights: list[float] | None = None
 
 
 @torch.no_grad()
-def agreeing(x_ND: Float[Tensor, "N D"]) -> list[int]:
+def agreeing(tensors: Sequence[Float[Tensor, "N D"]]) -> list[int]:
     """The rows that do not point against the rest, in their order: always more than half of them.
 
     The worst goes first, and the others are judged anew: beside a liar, honest rows have less agreement too.
+
+    Args:
+        tensors: the same rows' parts in several tensors, which all count: much weak evidence is strong evidence.
     """
-    lengths = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True, dtype=torch.float64)
-    unit_ND = torch.where(lengths > 0, x_ND / lengths, 0.0)
-    cosine_NN = unit_ND @ unit_ND.mT
-    left = list(range(len(x_ND)))
-    while len(left) > 2 and 2 * (len(left) - 1) > len(x_ND):
-        agreement = {i: sum(float(cosine_NN[i, j]) for j in left if j != i) for i in left}
+    evidence = torch.stack([_cosines(x_ND) * math.sqrt(x_ND.size(1)) for x_ND in tensors])
+    chance_NN = evidence.sum(0) / math.sqrt(len(tensors))  # among chance directions, each is 0 ± 1
+    count = len(tensors[0])
+    left = list(range(count))
+    while len(left) > 2 and 2 * (len(left) - 1) > count:
+        agreement = {i: sum(float(chance_NN[i, j]) for j in left if j != i) for i in left}
         worst = min(left, key=lambda i: agreement[i])
-        if agreement[worst] >= -OPPOSED * math.sqrt((len(left) - 1) / x_ND.size(1)):
+        if agreement[worst] >= -OPPOSED * math.sqrt(len(left) - 1):
             break
         left.remove(worst)
     return left
+
+
+def _cosines(x_ND: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True, dtype=torch.float64)
+    unit_ND = torch.where(lengths > 0, x_ND / lengths, 0.0)
+    return unit_ND @ unit_ND.mT
 
 
 @torch.no_grad()
