@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 
 from exchange_world import LIMIT, RUN, SIZE, Replicas, honest, in_virtual_time, part, replicas
@@ -30,10 +31,10 @@ def pieces(signed: SignedPart, offset: int) -> Served:
     return signed.head.to_value(), signed.data[offset : offset + PIECE]
 
 
-def offer_all(world: Replicas, but: int = -1) -> None:
+async def offer_all(world: Replicas, but: int = -1) -> None:
     for n, exchange in enumerate(world.exchanges):
         if n != but:
-            exchange.offer(world.name(), part(n))
+            await exchange.offer(world.name(), part(n))
 
 
 async def accused(world: Replicas, attacker: int) -> str:
@@ -51,15 +52,15 @@ async def accused(world: Replicas, attacker: int) -> str:
 async def test_an_owner_whose_part_has_another_size_is_convicted_by_his_signature() -> None:
     for size in (0, 1, SIZE - 1, SIZE + 1, LIMIT):
         async with replicas(3) as world:
-            offer_all(world, but=2)
-            world.exchanges[2].offer(world.name(), part(2, size))
+            await offer_all(world, but=2)
+            await world.exchanges[2].offer(world.name(), part(2, size))
             assert f"{size} bytes, expected {SIZE}" in await accused(world, 2)
 
 
 @in_virtual_time
 async def test_an_owner_who_announces_a_gigabyte_costs_one_piece() -> None:
     async with replicas(3) as world:
-        offer_all(world, but=2)
+        await offer_all(world, but=2)
         signed = SignedPart.sign(key(3), world.name(), bytes(LIMIT))
         huge = {**signed.head.to_value(), "size": 2**40}
         attack(world, 2, lambda name, owner, offset: (huge, bytes(PIECE)))
@@ -69,8 +70,8 @@ async def test_an_owner_who_announces_a_gigabyte_costs_one_piece() -> None:
 @in_virtual_time
 async def test_an_owner_whose_part_holds_rubbish_is_convicted_by_his_signature() -> None:
     async with replicas(3) as world:
-        offer_all(world, but=2)
-        world.exchanges[2].offer(world.name(), part(255))
+        await offer_all(world, but=2)
+        await world.exchanges[2].offer(world.name(), part(255))
         assert "not finite" in await accused(world, 2)
         error = (await world.collect(1, 20)).faults[world.ids[2]]
         head = PartHead.parse(PeerId(error.evidence["peer"]), error.evidence["head"])
@@ -83,7 +84,7 @@ async def test_an_owner_whose_part_holds_rubbish_is_convicted_by_his_signature()
 async def test_who_serves_other_bytes_than_their_owner_signed_is_named_and_not_the_owner() -> None:
     """The owner is dead; the attacker has his head from before, the honest replica his part."""
     async with replicas(4) as world:
-        offer_all(world)
+        await offer_all(world)
         await world.all_collect([2])
         true = SignedPart.sign(key(4), world.name(), part(3))
         false = SignedPart(true.head, part(66))
@@ -115,7 +116,7 @@ def test_a_reply_that_no_exchange_gives_names_its_sender(spoil: Callable[[Any, A
     @in_virtual_time
     async def check() -> None:
         async with replicas(3) as world:
-            offer_all(world, but=2)
+            await offer_all(world, but=2)
             signed = SignedPart.sign(key(3), world.name(), part(2))
             attack(world, 2, lambda name, owner, offset: spoil(*pieces(signed, offset)))
             message = await accused(world, 2)
@@ -127,16 +128,35 @@ def test_a_reply_that_no_exchange_gives_names_its_sender(spoil: Callable[[Any, A
 @in_virtual_time
 async def test_a_head_that_changes_between_pieces_names_its_sender() -> None:
     async with replicas(3) as world:
-        offer_all(world, but=2)
+        await offer_all(world, but=2)
         both = [SignedPart.sign(key(3), world.name(), part(n)) for n in (2, 3)]
         attack(world, 2, lambda name, owner, offset: pieces(both[offset > 0], offset))
         assert "another head" in await accused(world, 2)
 
 
 @in_virtual_time
+async def test_a_replica_that_stalls_does_not_keep_us_from_asking_the_next() -> None:
+    """The owner is dead, the first one asked in his place never answers, the second has the part."""
+    async with replicas(4) as world:
+        await offer_all(world)
+        await world.all_collect([2])
+        world.network.kill(world.ids[3])
+
+        async def stall(peer: PeerId, request: dict[str, Any], body: bytes) -> Served:
+            if request["owner"] == world.ids[3]:
+                await anyio.sleep_forever()
+            return pieces(SignedPart.sign(key(2), world.name(), part(1)), request["offset"])
+
+        serve_calls(world.transports[1], AVERAGE, stall, request_limit=SMALL)
+        collected = await world.collect(0, 20)
+        assert list(collected.parts) == world.ids
+        assert collected.faults == {}
+
+
+@in_virtual_time
 async def test_a_part_signed_for_another_step_is_no_part_of_this_one() -> None:
     async with replicas(3) as world:
-        offer_all(world, but=2)
+        await offer_all(world, but=2)
         old = SignedPart.sign(key(3), world.name(7), part(2))
         attack(world, 2, lambda name, owner, offset: pieces(old, offset))
         assert "signature" in await accused(world, 2)
@@ -145,7 +165,7 @@ async def test_a_part_signed_for_another_step_is_no_part_of_this_one() -> None:
 @in_virtual_time
 async def test_an_accusation_against_somebody_else_falls_back_on_its_sender() -> None:
     async with replicas(3) as world:
-        offer_all(world, but=2)
+        await offer_all(world, but=2)
 
         def accuse(name: PartName, owner: PeerId, offset: int) -> Served:
             raise TesseraError("x", peer=world.ids[1])
@@ -159,7 +179,7 @@ async def test_an_accusation_against_somebody_else_falls_back_on_its_sender() ->
 @in_virtual_time
 async def test_a_stranger_is_served_nothing() -> None:
     async with replicas(3) as world:
-        offer_all(world)
+        await offer_all(world)
         del world.members[world.ids[2]]
         request = {**world.name().to_value(), "offset": 0, "owner": world.ids[0], "wait_ms": 0}
         with pytest.raises(Refused) as caught:
@@ -199,7 +219,7 @@ def test_a_request_that_makes_no_sense_is_refused(change: dict[str, Any], error:
     @in_virtual_time
     async def check() -> None:
         async with replicas(2) as world:
-            offer_all(world)
+            await offer_all(world)
             request = {**world.name().to_value(), "offset": 0, "owner": world.ids[0], "wait_ms": 0, **change}
             with pytest.raises(error):
                 await call(
@@ -214,7 +234,7 @@ def test_a_request_that_makes_no_sense_is_refused(change: dict[str, Any], error:
 async def test_names_that_nobody_offered_fill_no_memory() -> None:
     """Requests leave nothing behind, however long they say that they will wait."""
     async with replicas(2) as world:
-        offer_all(world)
+        await offer_all(world)
         for number in range(1, 300):
             request = {**world.name(number).to_value(), "offset": 0, "owner": world.ids[0], "wait_ms": 10**9}
             with pytest.raises((Late, Unavailable, Missing)):

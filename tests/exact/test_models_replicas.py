@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from replica_world import Swarm
 from tessera.core.errors import Conflict, Invalid
 from tessera.models.config import AveragingConfig, CodecConfig, ModelSpec
 from tessera.models.pipeline import Pipeline
 from tessera.models.presets import tiny_spec
+from tessera.models.swarm import Swarm
 from tessera.models.trainer import StageTrainer
 
 STEPS = 3
-EXACT = AveragingConfig()
 SPARSE = AveragingConfig(partitions=4, state="float32", moments=True)
 
 
@@ -31,6 +30,11 @@ def batch(step: int, microbatches: int = 4) -> list[np.ndarray]:
     return [np.random.default_rng([step, m]).integers(0, 300, (2, 17)) for m in range(microbatches)]
 
 
+def learn(swarm: Swarm, step: int, microbatches: int = 4) -> None:
+    for index, ids in enumerate(batch(step, microbatches)):
+        swarm.learn(step, index, ids)
+
+
 def worst(ours: StageTrainer, theirs: StageTrainer) -> float:
     """The largest difference of any parameter, in parts of that parameter's largest entry."""
     pairs = [(a.detach(), b.detach()) for a, b in zip(ours.stage.parameters(), theirs.stage.parameters(), strict=True)]
@@ -39,9 +43,9 @@ def worst(ours: StageTrainer, theirs: StageTrainer) -> float:
 
 @pytest.mark.parametrize("replicas", [2, 3, 4])
 def test_replicas_train_like_one(replicas: int) -> None:
-    one, many = Pipeline(lossless(), steps=STEPS), Swarm(lossless(), replicas, steps=STEPS, averaging=EXACT)
+    one, many = Pipeline(lossless(), steps=STEPS), Swarm(lossless(), replicas, steps=STEPS)
     for step in range(STEPS):
-        assert many.step(step, batch(step)) == pytest.approx(one.train_step(step, batch(step)), rel=1e-6)
+        assert many.train_step(step, batch(step)) == pytest.approx(one.train_step(step, batch(step)), rel=1e-6)
     for row, alone in zip(many.trainers, one.trainers, strict=True):
         assert worst(row[0], alone) < 1e-5
         assert len({trainer.save() for trainer in row}) == 1, "replicas differ"
@@ -52,14 +56,14 @@ def test_replicas_train_like_one(replicas: int) -> None:
 def test_a_ghost_with_the_parts_of_the_steps_that_it_missed_equals_its_replicas(number: str, robust: bool) -> None:
     averaging = AveragingConfig(gradient=number, robust=robust)  # type: ignore[arg-type]
     swarm = Swarm(spec(), 3, steps=STEPS, averaging=averaging)
-    swarm.step(0, batch(0))
+    swarm.train_step(0, batch(0))
     for row in swarm.trainers:
         ghost = StageTrainer(spec(), row[0].stage.index, steps=STEPS, averaging=averaging)
         ghost.load(row[0].save())
         row.append(ghost)
     losses = []
     for step in (1, 2):
-        swarm.pass_through(step, batch(step))
+        learn(swarm, step)
         for first, *others, ghost in swarm.trainers:
             parts = [trainer.gradient() for trainer in (first, *others)]
             losses = [trainer.finish_step_with(step, parts) for trainer in (first, *others, ghost)]
@@ -71,8 +75,8 @@ def test_a_ghost_with_the_parts_of_the_steps_that_it_missed_equals_its_replicas(
 
 def test_an_idle_replica_takes_part_with_zeros() -> None:
     """One microbatch and two replicas: the step is that of one trainer, to the bit."""
-    one, two = Pipeline(spec(), steps=1), Swarm(spec(), 2, steps=1, averaging=EXACT)
-    two.step(0, batch(0, 1))
+    one, two = Pipeline(spec(), steps=1), Swarm(spec(), 2, steps=1)
+    two.train_step(0, batch(0, 1))
     one.train_step(0, batch(0, 1))
     for row, alone in zip(two.trainers, one.trainers, strict=True):
         assert [trainer.save() for trainer in row] == [alone.save()] * 2
@@ -87,15 +91,11 @@ def test_a_step_in_which_nobody_did_anything_is_refused() -> None:
 
 def test_a_part_may_be_asked_for_again_after_more_microbatches() -> None:
     """A neighbour died, and what it had begun comes to us: our first part is void, the second holds everything."""
-    spared, whole = (Swarm(spec(), 1, steps=1, averaging=EXACT) for _ in range(2))
-    spared.pass_through(0, batch(0, 1))
+    spared, whole = (Swarm(spec(), 1, steps=1) for _ in range(2))
+    learn(spared, 0, 1)
     early = [row[0].gradient() for row in spared.trainers]
-    route, payload = spared.route(0, 1), None
-    for trainer in route:
-        payload = trainer.forward(0, 1, batch(0)[1], payload)
-    for trainer in reversed(route):
-        payload = trainer.backward(0, 1, payload)
-    whole.pass_through(0, batch(0, 2))
+    spared.learn(0, 1, batch(0)[1])
+    learn(whole, 0, 2)
     late = [row[0].gradient() for row in spared.trainers]
     assert late != early
     assert late == [row[0].gradient() for row in whole.trainers]
@@ -114,7 +114,7 @@ def drifted() -> list[StageTrainer]:
     """Two replicas of stage 0 after two steps each of their own: in the first, the head passes no gradient back."""
     swarm = Swarm(spec(), 2, steps=STEPS, averaging=SPARSE)
     for step in range(2):
-        swarm.pass_through(step, batch(step))
+        learn(swarm, step)
         for row in swarm.trainers:
             for trainer in row:
                 trainer.finish_step(step, 10_000)

@@ -12,7 +12,7 @@ from tessera.core.errors import Invalid
 from tessera.models.config import AveragingConfig
 from tessera.models.gradients import GradientForm
 from tessera.models.presets import tiny_spec
-from tessera.models.robust import DistanceHistory, centered_clip, clipped_pair
+from tessera.models.robust import DistanceHistory, agreeing, centered_clip, clipped_pair
 from tessera.models.trainer import StageTrainer
 
 seeds = st.integers(0, 2**32)
@@ -96,6 +96,36 @@ def test_a_second_replica_moves_us_little_more_than_it_ever_did(seed: int, lies:
         other = (normal(seed - 1, 1, 64)[0] * lie).clamp(-3e38, 3e38)
         moved = float(torch.linalg.vector_norm(history.mean("x", own, other)))
         assert moved <= usual * 2 ** (2 * (number // 8) + 1)
+
+
+@given(seeds, st.integers(3, 8), st.integers(0, 7), huge, st.floats(0.3, 2))
+def test_a_row_that_is_turned_around_is_left_out(seed: int, rows: int, place: int, size: float, noise: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, generator=generator) + noise * torch.randn(rows, 400, generator=generator)
+    liar = place % rows
+    assert agreeing([x]) == list(range(rows)), "all honest"
+    x[liar] *= -min(size, 1e30)
+    assert agreeing([x]) == [i for i in range(rows) if i != liar]
+
+
+def test_weak_evidence_in_many_tensors_is_strong_evidence() -> None:
+    """A signal so weak that no single tensor convicts a row that is turned around."""
+    generator, signs = torch.Generator().manual_seed(0), torch.tensor([[1.0], [1.0], [-1.0], [1.0]])
+    tensors = [
+        (0.25 * torch.randn(400, generator=generator) + torch.randn(4, 400, generator=generator)) * signs
+        for _ in range(20)
+    ]
+    assert sum(agreeing([x]) != [0, 1, 3] for x in tensors) > 10
+    assert agreeing(tensors) == [0, 1, 3]
+
+
+@given(seeds, st.integers(1, 9), st.integers(1, 300))
+def test_more_than_half_are_always_left(seed: int, rows: int, columns: int) -> None:
+    signs = torch.randn(rows, 1, generator=torch.Generator().manual_seed(seed)).sign()
+    left = agreeing([normal(seed, 1, columns) * signs])
+    assert 2 * len(left) > rows
+    assert left == sorted(set(left))
+    assert agreeing([torch.zeros(rows, columns)]) == list(range(rows))
 
 
 def test_an_equal_past_says_nothing() -> None:

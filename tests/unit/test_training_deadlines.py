@@ -33,6 +33,27 @@ def test_a_minority_cannot_stretch_it(usual: list[float], stalled: list[float]) 
     assert learned(usual + stalled).next_s() <= 2 + 3 * 1
 
 
+def test_a_stage_that_slows_down_as_a_whole_gets_its_time() -> None:
+    """Nothing arrives in time any more, so nothing teaches the new pace but the silence."""
+    deadline, waits = learned([1.0] * REMEMBERED), 0
+    while deadline.next_s() < 50:
+        deadline.missed()
+        waits += 1
+    assert waits < 4 * REMEMBERED
+    for _ in range(100):
+        deadline.missed()
+    assert deadline.next_s() <= deadline.cap_s
+
+
+def test_one_of_four_that_never_answers_stretches_nothing() -> None:
+    deadline = learned([1.0, 1.2, 1.4] * 10)
+    for _ in range(200):
+        deadline.observe(1.0)
+        deadline.observe(1.4)
+        deadline.missed()
+    assert deadline.next_s() < 3
+
+
 @given(st.lists(times, min_size=1, max_size=100), st.floats(1, 100))
 def test_it_follows_when_everybody_changes(before: list[float], now: float) -> None:
     assert learned(before + [now] * REMEMBERED).next_s() == pytest.approx(now)

@@ -12,7 +12,7 @@ from tessera.training.deadlines import Deadline
 async def test_everybody_gets_everybodys_part() -> None:
     async with replicas(3) as world:
         for n, exchange in enumerate(world.exchanges):
-            exchange.offer(world.name(), part(n))
+            await exchange.offer(world.name(), part(n))
         found = await world.all_collect([0, 1, 2])
         for n, collected in found.items():
             assert collected.parts == {peer: part(m) for m, peer in enumerate(world.ids)}
@@ -29,11 +29,11 @@ async def test_everybody_gets_everybodys_part() -> None:
 @in_virtual_time
 async def test_a_request_waits_for_a_part_that_is_not_there_yet() -> None:
     async with replicas(2) as world:
-        world.exchanges[0].offer(world.name(), part(0))
+        await world.exchanges[0].offer(world.name(), part(0))
 
         async def late_worker() -> None:
             await anyio.sleep(40)
-            world.exchanges[1].offer(world.name(), part(1))
+            await world.exchanges[1].offer(world.name(), part(1))
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(late_worker)
@@ -47,7 +47,7 @@ async def test_what_a_replica_sent_before_it_died_is_had_from_the_others() -> No
     """The laggard asks only after the death; somebody else has collected the part in time."""
     async with replicas(3) as world:
         for n, exchange in enumerate(world.exchanges):
-            exchange.offer(world.name(), part(n))
+            await exchange.offer(world.name(), part(n))
         await world.all_collect([0, 2])
         world.network.kill(world.ids[2])
         collected = await world.collect(1, 30)
@@ -60,7 +60,7 @@ async def test_a_replica_that_dies_in_the_middle_of_its_part_is_missing_and_noth
     async with replicas(3) as world:
         world.network.shape(world.ids[2], world.ids[0], delay_s=0.05, rate_bytes_per_s=1e6)  # 5 s for its part
         for n, exchange in enumerate(world.exchanges):
-            exchange.offer(world.name(), part(n))
+            await exchange.offer(world.name(), part(n))
 
         async def death() -> None:
             await anyio.sleep(2)
@@ -81,7 +81,7 @@ async def test_a_slow_link_is_passed_by_through_somebody_else() -> None:
     async with replicas(3) as world:
         world.network.shape(world.ids[2], world.ids[0], delay_s=0.05, rate_bytes_per_s=1e5)
         for n, exchange in enumerate(world.exchanges):
-            exchange.offer(world.name(), part(n))
+            await exchange.offer(world.name(), part(n))
         found = await world.all_collect([0, 1], 20)
         assert found[0].parts.keys() == set(world.ids)
         assert 10 < found[0].arrived_s[world.ids[2]] < 13, "half of the deadline, then the fast way"
@@ -96,12 +96,13 @@ async def test_a_slow_replica_costs_no_more_than_the_deadline_that_the_others_ta
         for step in range(4):
             name = world.name(step)
             for n, exchange in enumerate(world.exchanges):
-                exchange.offer(name, part(n))
+                await exchange.offer(name, part(n))
             started = anyio.current_time()
             collected = await world.collect(0, deadline.next_s(), name)
             took_s = anyio.current_time() - started
             for seconds in collected.arrived_s.values():
                 deadline.observe(seconds)
+            deadline.missed()
             assert list(collected.parts) == world.ids[:3]
         assert took_s < 5, "the first time it waited a minute"
 
@@ -111,7 +112,7 @@ async def test_a_ghost_gets_the_parts_of_the_steps_that_are_kept_and_no_older_on
     async with replicas(3, keep=2) as world:
         for step in range(3):
             for n, exchange in enumerate(world.exchanges[:2]):
-                exchange.offer(world.name(step), part(n))
+                await exchange.offer(world.name(step), part(n))
             await world.exchanges[0].collect(world.name(step), world.ids[:2], 10, size_bytes=SIZE, check=honest)
         ghost, owners = world.exchanges[2], world.ids[:2]
         for step, there in ((0, False), (1, True), (2, True)):
@@ -125,8 +126,8 @@ async def test_another_attempt_and_another_kind_are_other_parts() -> None:
     async with replicas(2) as world:
         names = [world.name(0), world.name(0, 1), world.name(0, kind="partition"), world.name(1)]
         for number, name in enumerate(names):
-            world.exchanges[0].offer(name, part(number))
-            world.exchanges[1].offer(name, part(10 + number))
+            await world.exchanges[0].offer(name, part(number))
+            await world.exchanges[1].offer(name, part(10 + number))
         for number, name in enumerate(names):
             found = await world.collect(0, 10, name)
             assert list(found.parts.values()) == [part(number), part(10 + number)]
@@ -136,12 +137,14 @@ async def test_another_attempt_and_another_kind_are_other_parts() -> None:
 async def test_what_was_offered_once_stays_as_it_is() -> None:
     async with replicas(2) as world:
         exchange = world.exchanges[0]
-        exchange.offer(world.name(), part(0))
-        exchange.offer(world.name(), part(0))
+        await exchange.offer(world.name(), part(0))
+        await exchange.offer(world.name(), part(0))
         with pytest.raises(Conflict, match="another part"):
-            exchange.offer(world.name(), part(1))
+            await exchange.offer(world.name(), part(1))
         with pytest.raises(Invalid, match="at most"):
-            exchange.offer(world.name(1), bytes(LIMIT + 1))
+            await exchange.offer(world.name(1), bytes(LIMIT + 1))
         with pytest.raises(Conflict, match="never offered"):
             await world.collect(1)
         assert exchange.digests(world.name(1)) == {}
+        with pytest.raises(Invalid, match="at most"):
+            await exchange.collect(world.name(), world.ids, 1, size_bytes=LIMIT + 1, check=honest)

@@ -105,7 +105,7 @@ class AveragingConfig(_Frozen):
     every: int = Field(default=0, ge=0, le=10_000)  # steps of a round; 0: gradients are summed in each step
     gradient: Literal["float32", "bfloat16"] = "float32"  # on the wire, when each step averages gradients
     state: Literal["float32", "bfloat16", "int8"] = "int8"  # on the wire, when each round averages a part of the state
-    partitions: int = Field(default=5, ge=1, le=65_536)  # parts of the state: each round averages one
+    partitions: int = Field(default=13, ge=1, le=65_536)  # parts of the state: each round averages one
     moments: bool = False  # average the optimiser's moments too; only worth it when each entry's turn comes often
     robust: bool = False  # CenteredClip: a minority may send anything, and moves the average by a bounded amount
 

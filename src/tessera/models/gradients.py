@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tessera.core.errors import Conflict, Invalid
 from tessera.models.numbers import Number, pack_numbers, packed_bytes, unpack_numbers
-from tessera.models.robust import centered_clip, clipped_pair
+from tessera.models.robust import agreeing, centered_clip, clipped_pair
 
 __all__ = ["GradientForm", "GradientPart"]
 
@@ -78,8 +78,9 @@ class GradientForm:
     def total(self, parts: Sequence[GradientPart], *, robust: bool) -> tuple[int, float, dict[str, Tensor]]:
         """(tokens that the gradients are sums over, mean loss, gradients by name).
 
-        Robust means, parameter by parameter, CenteredClip of the parts' means, each weighing as its tokens but no more
-        than the median part: who claims more gets no more. What comes out is a mean, so its tokens are 1.
+        Robust means, parameter by parameter, CenteredClip of the means of the parts that agree, each weighing as its
+        tokens but no more than the median part: who claims more gets no more. What comes out is a mean, so its tokens
+        are 1.
 
         Raises: Conflict: no part has a token.
         """
@@ -99,10 +100,13 @@ class GradientForm:
         most = sorted(part.tokens for part in parts)[(len(parts) - 1) // 2]
         weights = [float(min(part.tokens, most)) for part in parts]
         columns = zip(*(part.flat.split_with_sizes(self._sizes) for part in parts), strict=True)
-        means = []
-        for column in columns:
-            x_ND = torch.stack([sums / part.tokens for sums, part in zip(column, parts, strict=True)])
-            means.append(clipped_pair(x_ND) if len(parts) == 2 else centered_clip(x_ND, weights))
+        tensors = [torch.stack([sums / p.tokens for sums, p in zip(column, parts, strict=True)]) for column in columns]
+        if len(parts) == 2:
+            return torch.cat([clipped_pair(x_ND) for x_ND in tensors])
+        trusted, means = agreeing(tensors), []
+        for x_ND in tensors:  # who agrees on the whole may still lie about a little of it
+            kept = [trusted[i] for i in agreeing([x_ND[trusted]])]
+            means.append(centered_clip(x_ND[kept], [weights[i] for i in kept]))
         return torch.cat(means)
 
     def _split(self, flat: Tensor) -> dict[str, Tensor]:

@@ -52,6 +52,7 @@ class Partitions:
         kinds = (_PARAMS, *_MOMENTS) if moments else (_PARAMS,)
         self._tensors = {name: [k + name for k in kinds if k + name in layout] for name in self._sizes}
         self._owner: dict[str, np.ndarray[tuple[int], np.dtype[np.uint16]]] = {}
+        self._latest: tuple[int, list[tuple[str, Tensor]]] = (-1, [])  # a round asks for its indices many times
         self._histories = DistanceHistory()
 
     def size_bytes(self, round_: int) -> int:
@@ -71,7 +72,7 @@ class Partitions:
         return b"".join(pieces)
 
     def check(self, round_: int, data: bytes) -> None:
-        """Raises: Invalid for bytes that no `pack` writes."""
+        """Raises: Invalid for bytes that no `pack` writes. From any thread."""
         self._unpack(round_, data)
 
     @torch.no_grad()
@@ -129,4 +130,8 @@ class Partitions:
                 for name, size in self._sizes.items()
             }
         part = round_ % self.count
-        return [(name, torch.from_numpy(np.flatnonzero(owner == part))) for name, owner in self._owner.items()]
+        latest = self._latest  # `check` may run in one thread while another asks for another round
+        if part != latest[0]:
+            indices = [(name, torch.from_numpy(np.flatnonzero(owner == part))) for name, owner in self._owner.items()]
+            latest = self._latest = part, indices
+        return latest[1]

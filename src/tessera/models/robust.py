@@ -7,6 +7,9 @@ v starts at the median of each coordinate; τ is twice the median of the distanc
 replicas, which lie at about one distance, nothing is clipped and the result is their mean. Moving all x_i moves v with
 them: clipping the replicas' values, or their moves from a value that they last agreed on, is the same.
 
+A row that points the other way is as long as the others, and no limit on lengths touches it. So the rows that oppose
+the rest are left out first, where that is no chance: among random directions in D dimensions a cosine is 0 ± 1/√D.
+
 Between two there is no majority. A limit on the distance keeps one step of a liar small, and nothing more.
 
 Invariants: only sums, sorts and norms in a given order, so equal input on machines of one kind gives equal bits.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -26,10 +30,11 @@ from torch import Tensor
 
 from tessera.core.errors import Invalid
 
-__all__ = ["DistanceHistory", "centered_clip", "clipped_pair"]
+__all__ = ["DistanceHistory", "agreeing", "centered_clip", "clipped_pair"]
 
 FACTOR = 2.0  # τ over the median distance
 ITERATIONS = 5
+OPPOSED = 2.0  # standard deviations of a sum of chance cosines
 REMEMBERED = 16  # distances
 NEEDED = 4  # distances before a limit says anything
 
@@ -57,6 +62,34 @@ def centered_clip(x_ND: Float[Tensor, "N D"], weights: list[float] | None = None
         away = x_ND - v
         v = v + sum(weight * row for weight, row in zip(share, _clip(away, limit), strict=True))
     return v
+
+
+@torch.no_grad()
+def agreeing(tensors: Sequence[Float[Tensor, "N D"]]) -> list[int]:
+    """The rows that do not point against the rest, in their order: always more than half of them.
+
+    The worst goes first, and the others are judged anew: beside a liar, honest rows have less agreement too.
+
+    Args:
+        tensors: the same rows' parts in several tensors, which all count: much weak evidence is strong evidence.
+    """
+    evidence = torch.stack([_cosines(x_ND) * math.sqrt(x_ND.size(1)) for x_ND in tensors])
+    chance_NN = evidence.sum(0) / math.sqrt(len(tensors))  # among chance directions, each is 0 ± 1
+    count = len(tensors[0])
+    left = list(range(count))
+    while len(left) > 2 and 2 * (len(left) - 1) > count:
+        agreement = {i: sum(float(chance_NN[i, j]) for j in left if j != i) for i in left}
+        worst = min(left, key=lambda i: agreement[i])
+        if agreement[worst] >= -OPPOSED * math.sqrt(len(left) - 1):
+            break
+        left.remove(worst)
+    return left
+
+
+def _cosines(x_ND: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True, dtype=torch.float64)
+    unit_ND = torch.where(lengths > 0, x_ND / lengths, 0.0)
+    return unit_ND @ unit_ND.mT
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@
 Invariants: the same calls with the same bytes give the same bytes (rounding noise is named by run seed, step,
 microbatch and boundary), so a step can be replayed and audited. Gradients are sums over tokens until a step divides
 them by the tokens that they are sums over, whatever was planned: a microbatch that got lost weighs nothing. A refused
-call changes nothing. Not safe for use from two threads at once.
+call changes nothing. Not safe for use from two threads at once, except `check_gradient` and `check_partition`.
 
 Legend: B sequences, T tokens.
 """

@@ -3,7 +3,8 @@
     next = median(recent) + 3 · median(|recent − median|), within [floor, cap]
 
 Half of the replicas would have to be slow for the median to follow them, so one that stalls cannot hold up the rest for
-long. What arrives after its deadline is observed like the rest: a stage that slows down as a whole gets more time.
+long. What did not arrive counts as having taken two deadlines: were it left out, a stage that slows down as a whole
+would never again be in time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = ["Deadline"]
 
 SPREADS = 3.0  # of arrivals with a bell-shaped spread, 2 in 100 come later
 REMEMBERED = 32  # arrivals
+LATE = 2.0  # deadlines: when something counts as having arrived that never did
 
 
 class Deadline:
@@ -48,6 +50,10 @@ class Deadline:
         if not 0 <= seconds < math.inf:
             raise Invalid(f"an arrival takes a finite time, not {seconds:g} s")
         self._recent.append(seconds)
+
+    def missed(self) -> None:
+        """Something did not arrive within `next_s()`."""
+        self.observe(min(self.cap_s, LATE * self.next_s()))
 
     def next_s(self) -> float:
         """How long to wait next time."""

@@ -81,15 +81,14 @@ class Exchange:
     def name(self, kind: str, number: int, attempt: int = 0) -> PartName:
         return PartName(self._run_id, kind, number, attempt)
 
-    def offer(self, name: PartName, data: bytes) -> None:
+    async def offer(self, name: PartName, data: bytes) -> None:
         """Our part of `name`. Offering the same again changes nothing.
 
         Raises: Conflict: other bytes under this name: what was signed may be with others already.  Invalid: too large.
         """
-        if len(data) > self._limit:
-            raise Invalid(f"a part of {len(data)} bytes, at most {self._limit} expected")
-        part = SignedPart.sign(self._key, name, data)
-        before = self._here.get(name, {}).get(self._key.id)
+        self._check_size(len(data))
+        part = await to_thread.run_sync(SignedPart.sign, self._key, name, data)
+        before = self._here.get(name, {}).get(self.id)
         if before is not None and before.head.digest != part.head.digest:
             raise Conflict(f"another part was offered as {name}: take a new attempt")
         self._store(name, part)
@@ -108,8 +107,9 @@ class Exchange:
             size_bytes: of every part, exactly.
             check: raises Invalid for bytes that no honest replica sends. Runs in a thread.
 
-        Raises: Conflict: we are among the owners and have offered nothing.
+        Raises: Conflict: we are among the owners and have offered nothing.  Invalid: parts larger than our limit.
         """
+        self._check_size(size_bytes)
         owners, found = list(dict.fromkeys(owners)), Collected()
         if self.id in owners and self.id not in self._here.get(name, {}):
             raise Conflict(f"our own part of {name} was never offered")
@@ -127,6 +127,10 @@ class Exchange:
     @property
     def id(self) -> PeerId:
         return self._key.id
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limit:
+            raise Invalid(f"a part of {size} bytes, at most {self._limit} expected")
 
     # --- serving ----------------------------------------------------------------------------------------------------
 
@@ -218,9 +222,10 @@ class Exchange:
         while owner not in g.found.faults:
             for peer, record in list(self._members().items()):
                 if peer not in (self.id, owner) and peer not in g.found.faults:
-                    part = await self._ask(g, record, owner, min(ASK_S, g.left_s()))
-                    if part is not None:
-                        return part
+                    with anyio.move_on_after(max(ASK_S, g.left_s() / 2)):  # one that stalls leaves time for the next
+                        part = await self._ask(g, record, owner, min(ASK_S, g.left_s()))
+                        if part is not None:
+                            return part
             await anyio.sleep(PAUSE_S)
         return None
 
