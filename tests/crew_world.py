@@ -44,7 +44,7 @@ class BoardSums:
     board: Board
     me: PeerId
 
-    def offer(self, term: int, step: int, attempt: int, part: bytes) -> None:
+    async def offer(self, term: int, step: int, attempt: int, part: bytes) -> None:
         self.board.parts[(term, step, attempt), self.me] = part
 
     async def collect(
@@ -54,7 +54,7 @@ class BoardSums:
             return [await self._wait((term, step, attempt), owner) for owner in owners]
         raise Late(f"sums of step {step} are missing")
 
-    def offer_round(self, round_: int, part: bytes) -> None:
+    async def offer_round(self, round_: int, part: bytes) -> None:
         self.board.parts[(round_,), self.me] = part
 
     async def collect_round(self, round_: int, owners: Sequence[PeerId], patience_s: float) -> list[bytes]:

@@ -261,8 +261,8 @@ def test_only_workers_of_stage_0_lead_and_only_one_at_a_time(tmp_path: Path) -> 
             await world.at_step(2)
             hello = encoding.encode({"run_id": MANIFEST.run_id})
             record = world.nodes[2].transport.record()
-            stream = await world.nodes[3].transport.open(record, CONTROL, timeout_s=5)
             with pytest.raises(Unavailable):  # a worker of stage 3
+                stream = await world.nodes[3].transport.open(record, CONTROL, timeout_s=5)
                 await stream.send(hello)
                 await stream.recv(1000)
             stream = await world.nodes[4].transport.open(record, CONTROL, timeout_s=5)
@@ -281,8 +281,8 @@ def test_a_link_from_anybody_but_the_stage_above_is_cut(tmp_path: Path) -> None:
             await world.at_step(2)
             for opener, receiver, hello in ((3, 1, b"{}"), (1, 0, b"{}"), (0, 1, b"{}"), (0, 1, b"not canonical")):
                 transport, record = world.nodes[opener].transport, world.nodes[receiver].transport.record()
-                stream = await transport.open(record, PIPELINE, timeout_s=5)
                 with pytest.raises(Unavailable):
+                    stream = await transport.open(record, PIPELINE, timeout_s=5)
                     await stream.send(hello)
                     await stream.recv(100)
             await world.trained(within_s=60)

@@ -17,7 +17,7 @@ import anyio
 import anyio.abc
 import structlog
 
-from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, TesseraError
+from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, TesseraError, Unavailable
 from tessera.core.ids import PeerId
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.control import Line, Message
@@ -31,6 +31,7 @@ log = structlog.get_logger()
 CHECKPOINT_EVERY = 10  # steps
 MISSED = 256  # steps whose sums somebody who is behind keeps
 SYNC_RETRY_S = 2.0
+DISK_RETRY_S = 5.0
 
 
 class SavedTrainer(Trainer, Protocol):
@@ -45,11 +46,11 @@ class SavedTrainer(Trainer, Protocol):
 class StageSums(Protocol):
     """What the workers of one stage exchange; `tessera.training.sums.Sums`."""
 
-    def offer(self, term: int, step: int, attempt: int, part: bytes) -> None: ...
+    async def offer(self, term: int, step: int, attempt: int, part: bytes) -> None: ...
     async def collect(
         self, term: int, step: int, attempt: int, owners: Sequence[PeerId], patience_s: float
     ) -> list[bytes]: ...
-    def offer_round(self, round_: int, part: bytes) -> None: ...
+    async def offer_round(self, round_: int, part: bytes) -> None: ...
     async def collect_round(self, round_: int, owners: Sequence[PeerId], patience_s: float) -> list[bytes]: ...
 
 
@@ -77,10 +78,12 @@ class Follower:
         committed: Callable[[int, float | None], Awaitable[None]],
         trained: Callable[[bool], None],
         rests: Callable[[], str],
+        trouble: Callable[[str], None],
     ) -> None:
         self._me, self.work, self._trainer, self._checkpoints, self._sums = me, work, trainer, checkpoints, sums
         self._every, self._rounds = every, deque[tuple[int, bytes, list[bytes]]]()
         self._steps, self._fetch, self._committed, self._trained, self._rests = steps, fetch, committed, trained, rests
+        self._trouble = trouble
         self.lead: PeerId | None = None
         self.term, self.past = 0, 0
         self.in_step = False  # the parameters in memory are those of `work.step`
@@ -236,8 +239,9 @@ class Follower:
             self.work.take_window(index, _peer(message.get("source")), _peer(message.get("target")))
 
     async def _reset(self, message: Message) -> None:
+        """We held the others up: they do our part of this step."""
         if self._current(message):
-            self._parts = None
+            self._parts, self._ready = None, False
             await self.work.reset()
 
     async def _drop(self, message: Message) -> None:
@@ -250,6 +254,10 @@ class Follower:
             self._trained(True)
 
     def _current(self, message: Message) -> bool:
+        """Whether an order is for what is open here. One of an earlier term may have waited for us."""
+        return self._in_open_step(message) and message.get("term") == self.work.term
+
+    def _in_open_step(self, message: Message) -> bool:
         return self.in_step and message.get("step") == self.work.step
 
     # --- the end of a step ------------------------------------------------------------------------------------------
@@ -259,7 +267,7 @@ class Follower:
         step, attempt, owners = _integer(message, "step"), _integer(message, "attempt"), _owners(message)
         term = _integer(message, "term")
         if self._current(message) and self._me in owners:
-            self._sums.offer(term, step, attempt, await self.work.part())
+            await self._sums.offer(term, step, attempt, await self.work.part())
         self._tasks.start_soon(self._collect, term, step, attempt, owners)
 
     async def _collect(self, term: int, step: int, attempt: int, owners: list[PeerId]) -> None:
@@ -286,7 +294,7 @@ class Follower:
 
     async def _commit(self, message: Message) -> None:
         step = _integer(message, "step")
-        if not self._current(message):
+        if not self._in_open_step(message):
             self._missed_commits.add(step)
             self._missed_commits = {s for s in self._missed_commits if s > step - MISSED}
             return
@@ -313,9 +321,7 @@ class Follower:
             self._loaded_at = None
         done = step + 1
         if done % CHECKPOINT_EVERY == 0 or done == self._steps:
-            state = await self.work.compute(self._trainer.save)
-            await self.work.compute(self._checkpoints.save, done, state)
-            self.say({"op": "checkpoint", "step": done})
+            await self._keep(done)
         await self._committed(step, loss if isinstance(loss, float) else None)
         if not self._ready:
             self.say({"op": "in_step", "step": done})
@@ -323,7 +329,7 @@ class Follower:
     async def _begin_round(self, round_: int, mates: list[PeerId]) -> None:
         """Show our part of the state, and have the others' brought while training goes on."""
         own = await self.work.compute(self._trainer.partition, round_)
-        self._sums.offer_round(round_, own)
+        await self._sums.offer_round(round_, own)
         self._tasks.start_soon(self._collect_round, round_, own, [peer for peer in mates if peer != self._me])
 
     async def _collect_round(self, round_: int, own: bytes, mates: list[PeerId]) -> None:
@@ -336,6 +342,20 @@ class Follower:
         while self._rounds:
             round_, own, others = self._rounds.popleft()
             await self.work.compute(self._trainer.merge, round_, own, others)
+
+    async def _keep(self, done: int) -> None:
+        """Save a checkpoint; while the disk does not take it, everything waits for room."""
+        state = await self.work.compute(self._trainer.save)
+        while True:
+            try:
+                await self.work.compute(self._checkpoints.save, done, state)
+            except Unavailable as error:
+                log.warning("checkpoint_not_saved", step=done, reason=error.message)
+                self._trouble(error.message)
+                await anyio.sleep(DISK_RETRY_S)
+                continue
+            self.say({"op": "checkpoint", "step": done})
+            return
 
     # --- catching up ------------------------------------------------------------------------------------------------
 

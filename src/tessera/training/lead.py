@@ -356,7 +356,8 @@ class Lead:
             for stage, member in enumerate(path):
                 source = path[stage - 1].peer if stage else None
                 target = path[stage + 1].peer if stage + 1 < len(path) else None
-                member.say({"op": "window", "step": self.step, "index": index, "source": source, "target": target})
+                said = {"op": "window", "term": self.term, "step": self.step, "index": index}
+                member.say({**said, "source": source, "target": target})
 
     # --- what happens meanwhile -------------------------------------------------------------------------------------
 
@@ -479,7 +480,8 @@ class Lead:
     def _leave_out(self, member: Member) -> None:
         log.info("left_out", peer_id=member.peer, stage=member.stage, step=self.step, seconds=LEFT_OUT_S)
         member.out_until = self._now() + LEFT_OUT_S
-        member.say({"op": "reset", "step": self.step})
+        member.say({"op": "reset", "term": self.term, "step": self.step})
+        member.standing = "behind"  # he goes on with the others' sums, and says when he is in step again
         self._lose(member)
 
     def _has_sibling(self, member: Member) -> bool:
@@ -503,7 +505,7 @@ class Lead:
         late = self._plan.drop()
         for index in late:
             self._losses.pop(index, None)
-        self._crew.say_all({"op": "drop", "step": self.step, "indexes": late})
+        self._crew.say_all({"op": "drop", "term": self.term, "step": self.step, "indexes": late})
         log.info("microbatches_dropped", step=self.step, indexes=late)
 
     # --- saying -----------------------------------------------------------------------------------------------------
@@ -524,7 +526,7 @@ class Lead:
             member = self._crew.members.get(peer)
             if member is None:
                 raise Misbehaviour(f"{peer[:16]}… has no seat")
-            member.say({"op": "take", "step": self.step, "rows": rows})
+            member.say({"op": "take", "term": self.term, "step": self.step, "rows": rows})
 
     def _ready(self) -> list[Member]:
         return [m for m in self._crew.members.values() if m.standing == "ready"]

@@ -124,6 +124,7 @@ class Pipeline:
             committed=self._committed,
             trained=self._set_trained,
             rests=lambda: self._rests,
+            trouble=self.leading,
         )
         self._donor = StateDonor(transport, admitted=self._of_my_stage, copy=self._follower.copy)
         self._stepped = 0.0

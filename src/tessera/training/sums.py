@@ -34,9 +34,9 @@ class Sums:
     def __init__(self, exchange: Exchange, trainer: SummedTrainer, tokens: int) -> None:
         self._exchange, self._trainer, self._tokens = exchange, trainer, tokens
 
-    def offer(self, term: int, step: int, attempt: int, part: bytes) -> None:
+    async def offer(self, term: int, step: int, attempt: int, part: bytes) -> None:
         """Our gradients of `step`."""
-        self._exchange.offer(self._exchange.name("gradient", step, _attempt(term, attempt)), part)
+        await self._exchange.offer(self._exchange.name("gradient", step, _attempt(term, attempt)), part)
 
     async def collect(
         self, term: int, step: int, attempt: int, owners: Sequence[PeerId], patience_s: float
@@ -59,9 +59,9 @@ class Sums:
             raise Late(f"{missing[0][:16]}… did not show its sums of step {step} within {patience_s:.0f} s")
         return [found.parts[owner] for owner in owners]
 
-    def offer_round(self, round_: int, part: bytes) -> None:
+    async def offer_round(self, round_: int, part: bytes) -> None:
         """Our part of the state in a round."""
-        self._exchange.offer(self._exchange.name("partition", round_), part)
+        await self._exchange.offer(self._exchange.name("partition", round_), part)
 
     async def collect_round(self, round_: int, owners: Sequence[PeerId], patience_s: float) -> list[bytes]:
         """The parts of those `owners` who showed theirs in time."""

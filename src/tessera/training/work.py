@@ -35,7 +35,7 @@ __all__ = ["Batches", "Compute", "StageWork", "Trainer"]
 log = structlog.get_logger()
 
 OPEN_RECEIPTS = 8  # steps that a neighbour may leave unsigned before he is left out
-KEPT_STEPS = 4  # whose codes are kept, for receipts that are late and for audits
+KEPT_STEPS = 2  # whose codes are kept, for receipts that are late and for audits
 
 
 class Trainer(Protocol):
