@@ -41,9 +41,9 @@ LOSSLESS = CodecConfig(kind="dense", wire="float32")
 CODES = preset_codec("codec", 8)
 
 
-def shared(link: RankLink, described: ModelSpec, stage: int, mode: str, recompute: bool = False) -> StageTrainer:
+def shared(link: RankLink, described: ModelSpec, stage: int, mode: str, graphs: int = 9) -> StageTrainer:
     engine = LeadEngine(link, described, stage, STEPS, mode == "shard")
-    return StageTrainer(described, stage, steps=STEPS, recompute=recompute, engine=engine)
+    return StageTrainer(described, stage, steps=STEPS, graphs=graphs, engine=engine)
 
 
 def inputs(described: ModelSpec, stage: int, step: int, index: int) -> tuple[Any, bytes | None, bytes | None]:
@@ -118,7 +118,7 @@ def test_codes_are_the_same_bytes_as_long_as_the_parameters_are(link: RankLink, 
     ours = train(shared(link, described, 1, mode), 1)
     assert ours[0] == theirs[0]
     assert ours[1] == theirs[1]
-    again = train(shared(link, described, 1, mode, recompute=True), 1)
+    again = train(shared(link, described, 1, mode, graphs=1), 1)
     assert again == ours
 
 
@@ -221,7 +221,7 @@ def test_a_trainer_is_built_on_all_ranks(link: RankLink) -> None:
     assert type(both._engine) is LeadEngine
     assert not both._engine._shard
     assert build_trainer(described, 1, **schedule, link=link, parallel="shard")._engine._shard  # type: ignore
-    assert not build_trainer(described, 1, **schedule).recompute  # type: ignore[arg-type]
+    assert build_trainer(described, 1, **schedule).graphs == 3  # type: ignore[arg-type]
     with pytest.raises(Invalid, match="parallel is one of"):
         build_trainer(described, 1, **schedule, parallel="both")  # type: ignore[arg-type]
     with pytest.raises(Invalid, match="RAM"):

@@ -23,12 +23,11 @@ from tessera.core.errors import Conflict, Invalid, Missing
 from tessera.models.checkpoint import read_checkpoint, write_checkpoint
 from tessera.models.config import ModelSpec
 from tessera.models.engine import Alone, Engine, LocalEngine
+from tessera.models.memory import MAX_IN_FLIGHT
 from tessera.models.stage import Stage
 from tessera.models.wire import Wire
 
-__all__ = ["MAX_IN_FLIGHT", "StageTrainer", "check_ids", "receive"]
-
-MAX_IN_FLIGHT = 256  # microbatches; each holds its graph, or its codes
+__all__ = ["StageTrainer", "check_ids", "receive"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +44,11 @@ class StageTrainer:
     Args:
         steps: of the whole run; rates decay to zero at its end.
         device: a torch device, see `pick_device`.
-        recompute: keep the codes of microbatches in flight instead of their graphs, and run their forward once more in
-            the backward: the same bytes, a third more work, a fraction of the memory.
+        graphs: how many microbatches in flight may keep their graph. The others keep their codes only, and run their
+            forward once more in the backward: the same bytes, a third more work, a fraction of the memory.
         engine: computes instead of this process alone, `device` is its own then; see `tessera.models.parallel`.
 
-    Raises: Invalid: no such stage, or no steps.
+    Raises: Invalid: no such stage, no steps, or fewer than no graphs.
     """
 
     def __init__(
@@ -59,10 +58,12 @@ class StageTrainer:
         *,
         steps: int,
         device: str = "cpu",
-        recompute: bool = False,
+        graphs: int = MAX_IN_FLIGHT,
         engine: Engine | None = None,
     ) -> None:
-        self.spec, self.recompute = spec, recompute
+        if graphs < 0:
+            raise Invalid(f"a stage keeps the graphs of 0 or more microbatches, not of {graphs}")
+        self.spec, self.graphs = spec, graphs
         self._engine: Engine = engine or LocalEngine(Alone(Stage(spec, stage).to(device), steps))
         self.stage = self._engine.stage
         self.device = self.stage.device
@@ -92,7 +93,7 @@ class StageTrainer:
         tokens = check_ids(ids, self.spec)
         shape = (tokens.size(0), tokens.size(1) - 1)
         message = receive(self.stage, self._wire, payload, *shape)
-        keep = self.stage.last or not self.recompute
+        keep = self.stage.last or sum(item.codes is None for item in self._open.values()) < self.graphs
         out = self._engine.forward(index, tokens, message, keep=keep)
         data = self._leave(index, out, tokens)
         self._open[index] = _InFlight(shape, None if keep else (tokens, payload))
