@@ -20,7 +20,7 @@ Legend: B sequences, T tokens, W message width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar, cast, get_args
 
 import structlog
@@ -43,6 +43,8 @@ __all__ = ["LeadEngine", "Parallel", "build_trainer", "run_follower", "share_of"
 log = structlog.get_logger()
 
 T = TypeVar("T")
+
+_ENDS = ("decode", "encode")  # of a codec, in the order in which ranks speak of them
 
 Parallel = Literal["auto", "replicate", "shard"]
 
@@ -190,6 +192,11 @@ class LeadEngine:
             self._link.order(Order.LOAD)
             self._together(lambda: self._local.load(state))
 
+    def rotate(self, turns: Mapping[str, Tensor]) -> None:
+        with self._link.turn():
+            self._link.order(Order.ROTATE, *(int(end in turns) for end in _ENDS))
+            self._together(lambda: self._local.rotate(turns))
+
     def whole_stage(self) -> Stage:
         """Rank 0's own copy; of a sharded stage, a new one, as it is now."""
         if not self._shard:
@@ -263,6 +270,7 @@ class _Follower:
                 Order.STATE: engine.state,
                 Order.LOAD: lambda: engine.load(None),
                 Order.PARAMETERS: engine.whole_parameters,
+                Order.ROTATE: lambda: engine.rotate({e: None for e, yes in zip(_ENDS, numbers, strict=False) if yes}),
             }
             self._try(acts[order])
 

@@ -59,6 +59,7 @@ class Order(IntEnum):
     LOAD = 10
     PARAMETERS = 11
     STOP = 12
+    ROTATE = 13  # decode, encode: whether that end turns
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from tessera.models.checkpoint import read_checkpoint, write_checkpoint
 from tessera.models.config import ModelSpec
 from tessera.models.engine import Alone, Engine, LocalEngine
 from tessera.models.memory import MAX_IN_FLIGHT
+from tessera.models.rotation import check_rotation
 from tessera.models.stage import Stage
 from tessera.models.wire import Wire
 
@@ -150,6 +151,27 @@ class StageTrainer:
         """Drops everything of the open step: it can start again from its first microbatch."""
         self._engine.clear()
         self._forget()
+
+    def rotate(self, *, entering: Tensor | None = None, leaving: Tensor | None = None) -> None:
+        """Turns the boundary before this stage, the one after it, or both; `tessera.models.rotation` says what that is.
+
+        The neighbours turn theirs by the same matrix between the same two steps, or no message is understood any more.
+
+        Args:
+            entering, leaving: orthogonal float64 matrices [k, k].
+
+        Raises: Invalid: no such boundary, no learned codec, or no rotation.  Conflict: the open step has begun.
+        """
+        turns = {end: turn for end, turn in (("decode", entering), ("encode", leaving)) if turn is not None}
+        if turns and self.spec.codec.kind != "codec":
+            raise Invalid(f"only the kind codec has an encoder and a decoder to turn, not {self.spec.codec.kind}")
+        if (self.stage.first and entering is not None) or (self.stage.last and leaving is not None):
+            raise Invalid(f"stage {self.stage.index} of {self.spec.stages} has no boundary there to turn")
+        for turn in turns.values():
+            check_rotation(turn, self.spec.codec.k)
+        if self._seen:
+            raise Conflict(f"step {self.step} has begun: its gradients belong to the boundary as it was")
+        self._engine.rotate(turns)
 
     def evaluate(self, ids: Any, payload: bytes | None) -> bytes | tuple[float, int]:
         """As `forward`, but learns nothing: the message, or (sum of losses in nats, tokens) on the last stage."""
