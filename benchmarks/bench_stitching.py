@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import sysconfig
 import tempfile
 import time
@@ -54,7 +55,7 @@ from tessera.training.rotation import BoundarySecret, turn_after_step
 
 RESULTS = Path(__file__).parent / "results"
 RUN = RunId("ab" * 32)
-STAGES, WIDTH, K, LENGTH, SEQUENCES = 4, 128, 16, 128, 8
+STAGES, WIDTH, K, LENGTH, SEQUENCES = 4, 128, 16, 128, 4
 MATRIX_RATE = 0.02  # of the k x k matrices, by Adam
 CLOSE_NATS = 0.05  # "works again": this near to the model that was stolen
 
@@ -70,7 +71,7 @@ class Case:
     windows: int
 
 
-FULL = Case(steps=240, early=200, every=10, fractions=(0.05, 0.15, 0.5), windows=96)
+FULL = Case(steps=320, early=260, every=10, fractions=(0.05, 0.15, 0.4), windows=64)
 QUICK = Case(steps=8, early=4, every=2, fractions=(0.25, 0.5), windows=8)
 
 
@@ -107,16 +108,20 @@ def measure(data: Dataset, case: Case) -> dict[str, Any]:
     windows = validation_windows(data.validation, case.windows, LENGTH)
     spec = described(data.vocab_size)
     shards, target = train_victim(spec, data, case, windows)
-    stitched = [shards[case.early if stage % 2 == 0 else case.steps][stage] for stage in range(STAGES)]
+    times = [case.early, case.steps, case.early, case.steps]
+    stitched = [shards[time][stage] for stage, time in enumerate(times)]
 
     def thief() -> Chain:
         return Chain(spec, stitched)
 
     def curve(attack: Callable[[int], Chain]) -> list[list[float]]:
-        runs = [max(1, round(fraction * case.steps)) for fraction in case.fractions]
-        return [[n * SEQUENCES * LENGTH, round(attack(n).loss(windows), 4)] for n in runs]
+        points = []
+        for n in (max(1, round(fraction * case.steps)) for fraction in case.fractions):
+            points.append([n * SEQUENCES * LENGTH, round(attack(n).loss(windows), 4)])
+            print(f"{points[-1][0]:,} tokens: {points[-1][1]} nats", file=sys.stderr, flush=True)
+        return points
 
-    own = [encoder(shards[case.early], b).T @ encoder(shards[case.steps], b) for b in range(STAGES - 1)]
+    own = [encoder(stitched, b).T @ encoder(shards[times[b + 1]], b) for b in range(STAGES - 1)]
     met = [encoder(stitched, b).T @ decoder(stitched, b) for b in range(STAGES - 1)]
     result = {
         "curve": curve(lambda n: thief().train_matrices(batches(data, case.steps, n))),
@@ -167,13 +172,16 @@ def secrets() -> list[BoundarySecret]:
 
 
 def true_turns(case: Case) -> list[Tensor]:
-    """What turned between the two times: with it, only the training between them is left of the mismatch."""
+    """From each sender's time to its receiver's: with it, only the training between the times is left of the mismatch.
+
+    Boundary 1 goes back in time: its sender is the later one.
+    """
     turns = []
     for secret in secrets():
         turn = torch.eye(K, dtype=torch.float64)
         for epoch in range(case.early // case.every + 1, case.steps // case.every + 1):
             turn = turn @ boundary_rotation(secret.key, RUN, secret.boundary, epoch, K)
-        turns.append(turn)
+        turns.append(turn.T if secret.boundary == 1 else turn)
     return turns
 
 
