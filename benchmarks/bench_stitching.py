@@ -74,6 +74,16 @@ class Case:
 FULL = Case(steps=320, early=260, every=10, fractions=(0.05, 0.15, 0.4), windows=64)
 QUICK = Case(steps=8, early=4, every=2, fractions=(0.25, 0.5), windows=8)
 
+SETTING = (
+    f"{STAGES} stages of 2 layers, D = {WIDTH}, k = {K}, int8 codes, on the standard library's sources; {FULL.steps} "
+    f"steps of\n{SEQUENCES * LENGTH} tokens, turned every {FULL.every}. The thief has stages 0 and 2 of step "
+    f"{FULL.early}, 1 and 3 of step {FULL.steps}."
+)
+LEGEND = f"""target: the last shards together. stitched: what was stolen, as it is. mixed: with the true turns, so that
+only the training between the two times is missing. aligned, watched: the thief's own guess at the turns, without a
+token, from encoder and decoder, or from one encoder at both times. curve_tokens_ratio: tokens until {CLOSE_NATS} nats
+near, as far as the curve's points tell; curve_left_nats: what is left at its end."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -328,7 +338,8 @@ def write_results(result: dict[str, Any]) -> None:
     (RESULTS / "stitching.json").write_text(json.dumps(result, indent=1) + "\n")
     name = f"stitching_{os.cpu_count()}core_{datetime.now(UTC):%Y%m}.md"
     text = f"# Shards of two times\n\n{result['hardware']}, Python {result['python']}, one thread.\n"
-    (RESULTS / name).write_text(f"{text}`{result['command']}`\n\n{table(result)}\n")
+    text += f"`{result['command']}`\n\n{SETTING}\n\n{table(result)}\n\n{LEGEND}\n"
+    (RESULTS / name).write_text(text)
 
 
 if __name__ == "__main__":
