@@ -78,8 +78,8 @@ def rss(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
-def train(spec, stage, rows, length, depth, recompute):
-    trainer = StageTrainer(spec, stage, steps=5, recompute=recompute)
+def train(spec, stage, rows, length, depth, graphs):
+    trainer = StageTrainer(spec, stage, steps=5, graphs=graphs)
     ids = torch.zeros(rows, length + 1, dtype=torch.int64)
     message = torch.ones(rows, length, spec.message_width)
     entered = None if stage == 0 else Wire(spec).pack(message)
@@ -95,7 +95,7 @@ def train(spec, stage, rows, length, depth, recompute):
     trainer.save()
 
 torch.set_num_threads(1)
-train(tiny_spec(2), 0, 2, 8, 2, True)  # what every process loads once
+train(tiny_spec(2), 0, 2, 8, 2, 0)  # what every process loads once
 for line in sys.stdin:
     case = json.loads(line)
     spec = parse_spec(case.pop("spec"))
@@ -114,16 +114,16 @@ def wide(compute: Compute, vocab_size: int, width: int) -> ModelSpec:
 
 
 CASES: list[dict[str, Any]] = [
-    {"spec": wide("float32", 1024, 256), "stage": 0, "rows": 4, "length": 128, "depth": 3, "recompute": False},
-    {"spec": wide("float32", 1024, 256), "stage": 0, "rows": 4, "length": 128, "depth": 3, "recompute": True},
-    {"spec": wide("bfloat16", 8_192, 256), "stage": 1, "rows": 4, "length": 128, "depth": 2, "recompute": False},
+    {"spec": wide("float32", 1024, 256), "stage": 0, "rows": 4, "length": 128, "depth": 3, "graphs": 9},
+    {"spec": wide("float32", 1024, 256), "stage": 0, "rows": 4, "length": 128, "depth": 3, "graphs": 0},
+    {"spec": wide("bfloat16", 8_192, 256), "stage": 1, "rows": 4, "length": 128, "depth": 2, "graphs": 9},
 ]
 
 
 def need(case: dict[str, Any]) -> MemoryNeed:
     return estimate_memory(
         case["spec"], case["stage"], sequences=case["rows"], length=case["length"], microbatches=case["depth"],
-        recompute=case["recompute"],
+        graphs=case["graphs"],
     )  # fmt: skip
 
 
@@ -140,20 +140,18 @@ def test_a_process_takes_what_was_estimated() -> None:
         assert need(case).together == pytest.approx(int(line), rel=0.25), case
 
 
-def test_recomputing_is_chosen_only_when_graphs_do_not_fit() -> None:
+def test_as_many_graphs_are_kept_as_fit() -> None:
     spec = default_spec(4)
-    needs = {
-        flag: estimate_memory(spec, 1, sequences=2, length=256, microbatches=8, recompute=flag)
-        for flag in (False, True)
-    }
-    much, little = needs[False].together, needs[True].together
-    assert little < much
-    assert fit_memory(needs, "cpu", device_free=0, ram_free=much) is False
-    assert fit_memory(needs, "cpu", device_free=0, ram_free=much - 1) is True
+    needs = [estimate_memory(spec, 1, sequences=2, length=256, microbatches=8, graphs=graphs) for graphs in range(6)]
+    much, some, little = needs[5].together, needs[2].together, needs[0].together
+    assert little < some < much
+    assert fit_memory(needs, "cpu", device_free=0, ram_free=much) == 5
+    assert fit_memory(needs, "cpu", device_free=0, ram_free=some) == 2
+    assert fit_memory(needs, "cpu", device_free=0, ram_free=some - 1) == 1
     with pytest.raises(Invalid, match=r"needs [\d,]+ MiB of RAM, [\d,]+ MiB are free"):
         fit_memory(needs, "cpu", device_free=0, ram_free=little - 1)
-    device = needs[True].device
-    assert fit_memory(needs, "cuda", device_free=device, ram_free=2**40) is True
+    device = needs[0].device
+    assert fit_memory(needs, "cuda", device_free=device, ram_free=2**40) == 0
     with pytest.raises(Invalid, match="memory on cuda"):
         fit_memory(needs, "cuda", device_free=device - 1, ram_free=2**40)
     with pytest.raises(Invalid, match="of RAM"):

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from rank_world import two_ranks
 from tessera.core.errors import Conflict, Invalid
+from tessera.core.ids import RunId
 from tessera.models.config import CodecConfig, ModelSpec
 from tessera.models.decode import StageDecoder
 from tessera.models.parallel import LeadEngine, build_trainer
 from tessera.models.parallel_link import RankLink
 from tessera.models.presets import preset_codec, tiny_spec
+from tessera.models.rotation import boundary_rotation
 from tessera.models.trainer import StageTrainer
 from tessera.models.wire import Wire
 
@@ -41,9 +43,9 @@ LOSSLESS = CodecConfig(kind="dense", wire="float32")
 CODES = preset_codec("codec", 8)
 
 
-def shared(link: RankLink, described: ModelSpec, stage: int, mode: str, recompute: bool = False) -> StageTrainer:
+def shared(link: RankLink, described: ModelSpec, stage: int, mode: str, graphs: int = 9) -> StageTrainer:
     engine = LeadEngine(link, described, stage, STEPS, mode == "shard")
-    return StageTrainer(described, stage, steps=STEPS, recompute=recompute, engine=engine)
+    return StageTrainer(described, stage, steps=STEPS, graphs=graphs, engine=engine)
 
 
 def inputs(described: ModelSpec, stage: int, step: int, index: int) -> tuple[Any, bytes | None, bytes | None]:
@@ -118,8 +120,24 @@ def test_codes_are_the_same_bytes_as_long_as_the_parameters_are(link: RankLink, 
     ours = train(shared(link, described, 1, mode), 1)
     assert ours[0] == theirs[0]
     assert ours[1] == theirs[1]
-    again = train(shared(link, described, 1, mode, recompute=True), 1)
+    again = train(shared(link, described, 1, mode, graphs=1), 1)
     assert again == ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["replicate", "shard"])
+def test_a_shared_stage_turns_its_boundaries_like_one_process(link: RankLink, mode: str) -> None:
+    described = spec(CODES)
+    alone, both = StageTrainer(described, 1, steps=STEPS), shared(link, described, 1, mode)
+    train(alone, 1)
+    both.load(alone.save())
+    turns = [boundary_rotation(bytes(32), RunId("ab" * 32), boundary, 1, 8) for boundary in (0, 1)]
+    before = both.save()
+    for trainer in (alone, both):
+        trainer.rotate(entering=turns[0], leaving=turns[1])
+        trainer.rotate(leaving=turns[0])
+    assert both.save() == alone.save() != before
+    train(both)
 
 
 @pytest.mark.slow
@@ -221,7 +239,7 @@ def test_a_trainer_is_built_on_all_ranks(link: RankLink) -> None:
     assert type(both._engine) is LeadEngine
     assert not both._engine._shard
     assert build_trainer(described, 1, **schedule, link=link, parallel="shard")._engine._shard  # type: ignore
-    assert not build_trainer(described, 1, **schedule).recompute  # type: ignore[arg-type]
+    assert build_trainer(described, 1, **schedule).graphs == 3  # type: ignore[arg-type]
     with pytest.raises(Invalid, match="parallel is one of"):
         build_trainer(described, 1, **schedule, parallel="both")  # type: ignore[arg-type]
     with pytest.raises(Invalid, match="RAM"):

@@ -1,8 +1,9 @@
-"""A stage that recomputes sends the same bytes and learns the same numbers as one that keeps its graphs."""
+"""A stage sends the same bytes and learns the same numbers, however many graphs it keeps."""
 
 import numpy as np
 import pytest
 
+from tessera.core.errors import Invalid
 from tessera.models.config import CodecConfig, ModelSpec
 from tessera.models.presets import preset_codec, tiny_spec
 from tessera.models.trainer import StageTrainer
@@ -47,15 +48,42 @@ def _tensor(random: np.random.Generator, shape: tuple[int, ...]):  # type: ignor
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_recomputing_changes_no_byte(stage: int, codec: CodecConfig, compute: str) -> None:
     described = spec(codec, compute)
-    plain, again = (StageTrainer(described, stage, steps=5, recompute=flag) for flag in (False, True))
-    assert train(plain) == train(again)
-    assert plain.save() == again.save()
+    plain, *others = (StageTrainer(described, stage, steps=5, graphs=graphs) for graphs in (3, 2, 1, 0))
+    sent, saved = train(plain), plain.save()
+    for other in others:
+        assert train(other) == sent
+        assert other.save() == saved
 
 
 def test_nothing_but_codes_is_in_flight() -> None:
-    trainer = StageTrainer(tiny_spec(3), 1, steps=5, recompute=True)
+    trainer = StageTrainer(tiny_spec(3), 1, steps=5, graphs=0)
     payload = bytes(trainer.payload_limit(2, 16))
     trainer.forward(0, 0, np.ones((2, 17), np.int64), payload)
     assert trainer._engine._open == {}  # type: ignore[attr-defined]
     assert trainer._open[0].codes is not None
     assert trainer._open[0].codes[1] is payload
+
+
+def test_a_graph_that_is_used_up_makes_room_for_another() -> None:
+    trainer = StageTrainer(tiny_spec(3), 1, steps=5, graphs=1)
+    payload, ids = bytes(trainer.payload_limit(2, 16)), np.ones((2, 17), np.int64)
+
+    def kept() -> list[int]:
+        return sorted(trainer._engine._open)  # type: ignore[attr-defined]
+
+    for index in range(3):
+        trainer.forward(0, index, ids, payload)
+        assert kept() == [0]
+    trainer.backward(0, 1, payload)
+    assert kept() == [0]
+    trainer.backward(0, 0, payload)
+    trainer.forward(0, 3, ids, payload)
+    assert kept() == [3]
+    trainer.reset_step()
+    trainer.forward(0, 2, ids, payload)
+    assert kept() == [2]
+
+
+def test_fewer_than_no_graphs_are_refused() -> None:
+    with pytest.raises(Invalid, match="0 or more microbatches, not of -1"):
+        StageTrainer(tiny_spec(3), 1, steps=5, graphs=-1)

@@ -8,7 +8,7 @@ import torch
 
 from tessera.core.errors import Invalid
 from tessera.models.device import (
-    choose_recompute,
+    choose_graphs,
     fast_compute,
     free_device_bytes,
     keep_freed_memory,
@@ -43,18 +43,21 @@ def test_free_memory_is_a_number_of_bytes() -> None:
     assert 0 < free_device_bytes("cpu") < 2**60
 
 
-def test_a_memory_limit_makes_a_stage_recompute_and_then_refuses_it() -> None:
+def test_a_memory_limit_takes_graphs_from_a_stage_and_then_refuses_it() -> None:
     spec = default_spec(4)
     shape = {"sequences": 2, "length": 256, "microbatches": 8}
-    plain, small = (estimate_memory(spec, 1, **shape, recompute=flag).together for flag in (False, True))
+    needs = [estimate_memory(spec, 1, **shape, graphs=graphs).together for graphs in range(6)]
 
-    def choose(limit_bytes: int) -> bool:
-        return choose_recompute(spec, 1, **shape, device="cpu", limit_bytes=limit_bytes)
+    def choose(limit_bytes: int) -> int:
+        return choose_graphs(spec, 1, **shape, device="cpu", limit_bytes=limit_bytes)
 
-    assert choose(0) is False
-    assert choose(plain) is False
-    assert choose(plain - 1) is True
-    assert choose(small) is True
+    assert choose(0) == 5
+    assert choose(needs[5]) == 5
+    assert needs[4] == needs[5]  # the one that is made again weighs as much as the one that would be kept
+    assert choose(needs[4] - 1) == 3
+    assert choose(needs[1]) == 1
+    small = needs[0]
+    assert choose(small) == 0
     with pytest.raises(Invalid, match=r"needs \d+ MiB of RAM, \d+ MiB are free"):
         choose(small - 1)
     with pytest.raises(Invalid, match="memory limit"):

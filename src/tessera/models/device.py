@@ -17,10 +17,10 @@ import torch
 
 from tessera.core.errors import Invalid
 from tessera.models.config import ModelSpec
-from tessera.models.memory import estimate_memory, fit_memory, free_ram_bytes
+from tessera.models.memory import estimate_memory, fit_memory, free_ram_bytes, in_flight_depth
 
 __all__ = [
-    "choose_recompute",
+    "choose_graphs",
     "fast_compute",
     "free_device_bytes",
     "keep_freed_memory",
@@ -59,7 +59,7 @@ def free_device_bytes(device: str) -> int:
     return free_ram_bytes()
 
 
-def choose_recompute(
+def choose_graphs(
     spec: ModelSpec,
     stage: int,
     *,
@@ -70,22 +70,22 @@ def choose_recompute(
     limit_bytes: int = 0,
     ranks: int = 1,
     shard: bool = False,
-) -> bool:
-    """Whether the stage must recompute its forwards to fit. Ask before it is built, and again before joining.
+) -> int:
+    """How many microbatches in flight may keep their graphs. Ask before the stage is built, and again before joining.
 
     Args:
         limit_bytes: most that the owner lends of the device's memory, on top of what is taken now; 0 = what is free.
         ranks, shard: see `estimate_memory`.
 
-    Raises: Invalid, naming what is needed and what is there, when it does not fit either way.
+    Raises: Invalid, naming what is needed and what is there, when it does not fit with codes alone.
     """
-    needs = {
-        recompute: estimate_memory(
-            spec, stage, sequences=sequences, length=length, microbatches=microbatches, recompute=recompute,
-            ranks=ranks, shard=shard,
+    needs = [
+        estimate_memory(
+            spec, stage, sequences=sequences, length=length, microbatches=microbatches, graphs=graphs, ranks=ranks,
+            shard=shard,
         )
-        for recompute in (False, True)
-    }  # fmt: skip
+        for graphs in range(in_flight_depth(spec, microbatches) + 1)
+    ]  # fmt: skip
     if limit_bytes < 0:
         raise Invalid(f"a memory limit is a number of bytes ≥ 0, not {limit_bytes}")
     kind, free, ram = torch.device(device).type, free_device_bytes(device), free_ram_bytes()

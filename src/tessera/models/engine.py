@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tessera.core.errors import Invalid
 from tessera.models.optim import StageOptimizer
+from tessera.models.rotation import turned
 from tessera.models.stage import Stage
 
 __all__ = ["Alone", "Engine", "LocalEngine", "Placement"]
@@ -60,6 +61,10 @@ class Engine(Protocol):
     def layout(self) -> dict[str, Tensor]: ...
     def state(self) -> dict[str, Tensor]: ...
     def load(self, state: dict[str, Tensor]) -> None: ...
+    def rotate(self, turns: Mapping[str, Tensor]) -> None:
+        """Turns the codec's `encode`, `decode` or both by rotations [k, k], with what the optimiser knows of them."""
+        ...
+
     def whole_stage(self) -> Stage: ...
 
 
@@ -248,6 +253,20 @@ class LocalEngine:
         for name, parameter in self._placement.parameters().items():
             parameter.copy_(new[f"params.{name}"])
         self._optimizer.load_state_dict(new)
+
+    @torch.no_grad()
+    def rotate(self, turns: Mapping[str, Tensor | None]) -> None:
+        """As `Engine`. None: another rank brings the result.
+
+        Cost: O(k² D) and, where several ranks share the stage, three tensors of k · D numbers over the link; no copy of
+        the rest of the stage.
+        """
+        for name, own in self._own_state().items():
+            end = name.rpartition(".")[2]
+            if end not in turns or own.dim() == 0:  # AdamW's counter bears its parameter's name as well
+                continue
+            rotation, whole = turns[end], self._placement.whole(name, own)
+            own.copy_(self._placement.own(name, own, None if rotation is None else turned(name, whole, rotation)))
 
     def whole_stage(self) -> Stage:
         return self.stage

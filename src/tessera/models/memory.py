@@ -1,8 +1,8 @@
 """Memory: what a stage in training needs, and how much is free here. No torch: it is asked before anything is built.
 
 What is needed follows from shapes, as the trainer, the optimiser and autograd keep them (`tests/exact/
-test_models_memory_peak.py` compares it with what processes really take). In-flight microbatches weigh most: each keeps
-the whole graph of its forward, unless the stage recomputes it in the backward and keeps codes only.
+test_models_memory_peak.py` compares it with what processes really take). In-flight microbatches weigh most: as many as
+fit keep the whole graph of their forward; the others keep codes only, and their graph is made again in the backward.
 
 Legend: D width, KV of keys and of values, F feed-forward width, V vocabulary, k code width; numbers for each token.
 """
@@ -10,7 +10,7 @@ Legend: D width, KV of keys and of values, F feed-forward width, V vocabulary, k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,12 @@ import psutil
 from tessera.core.errors import Invalid
 from tessera.models.config import ModelSpec
 
-__all__ = ["MemoryNeed", "estimate_memory", "fit_memory", "free_ram_bytes", "parameter_shapes"]
+__all__ = [
+    "MAX_IN_FLIGHT", "MemoryNeed", "estimate_memory", "fit_memory", "free_ram_bytes", "in_flight_depth",
+    "parameter_shapes",
+]  # fmt: skip
+
+MAX_IN_FLIGHT = 256  # microbatches of one stage; each holds its graph, or its codes
 
 FLOAT = 4  # bytes; parameters, gradients and the optimiser's state are float32 whatever the products take
 LOW = 2  # bytes of bfloat16
@@ -66,14 +71,14 @@ def estimate_memory(
     sequences: int,
     length: int,
     microbatches: int,
-    recompute: bool = False,
+    graphs: int = MAX_IN_FLIGHT,
     ranks: int = 1,
     shard: bool = False,
 ) -> MemoryNeed:
     """What training `stage` takes, for microbatches of `sequences` × `length` tokens.
 
     Args:
-        recompute: keep codes in flight, not graphs.
+        graphs: how many microbatches in flight keep their graph, the others their codes.
         ranks: devices that split a microbatch's sequences among them; the need is that of one.
         shard: they also split parameters, gradients and the optimiser's state.
 
@@ -86,32 +91,39 @@ def estimate_memory(
     groups = _groups(spec, hidden)
     parts = ranks if shard else 1
     tokens = -(-sequences // ranks) * length
-    depth = min(microbatches, spec.stages + 1)
+    depth = in_flight_depth(spec, microbatches)
+    kept = min(graphs, depth)
     graph = tokens * _graph_bytes(spec, stage) + _copies_bytes(spec, stage, matrices)
     codes = sequences * length * (spec.message_bytes_per_token() + 8)
     last = stage == spec.stages - 1  # its backward follows at once: nothing stays in flight
     return MemoryNeed(
         fixed=state // parts + _tables_bytes(spec, stage),
         gradients=FLOAT * count // parts,
-        in_flight=0 if last else depth * (codes if recompute else codes + graph),
-        work=tokens * _work_bytes(spec, stage) + (graph if last or recompute else 0) + (count * FLOAT if shard else 0),
+        in_flight=0 if last else depth * codes + kept * graph,
+        work=tokens * _work_bytes(spec, stage)
+        + (graph if last or kept < depth else 0)
+        + (count * FLOAT if shard else 0),
         step=FLOAT * matrices // parts + 3 * FLOAT * max(groups.values(), default=0),
         checkpoint=2 * state,
         messages=4 * depth * codes,
     )
 
 
-def fit_memory(need_of: dict[bool, MemoryNeed], device: str, *, device_free: int, ram_free: int) -> bool:
-    """Whether the stage has to recompute to fit: `need_of[recompute]` against what is free.
+def in_flight_depth(spec: ModelSpec, microbatches: int) -> int:
+    """How many microbatches of a step are under way at once: what the schedule of `training.session` lets in."""
+    return min(microbatches, spec.stages + 1)
 
-    Raises: Invalid, naming what is needed and what is there, when it fits neither way.
+
+def fit_memory(need_of: Sequence[MemoryNeed], device: str, *, device_free: int, ram_free: int) -> int:
+    """The most graphs that fit: `need_of[graphs]` against what is free.
+
+    Raises: Invalid, naming what is needed and what is there, when codes alone do not fit either.
     """
     on_cpu = device == "cpu"
-    for recompute in (False, True):
-        need = need_of[recompute]
+    for graphs, need in reversed(list(enumerate(need_of))):
         if (need.together <= ram_free) if on_cpu else (need.device <= device_free and need.host <= ram_free):
-            return recompute
-    need = need_of[True]
+            return graphs
+    need = need_of[0]
     if on_cpu or need.host > ram_free:
         what, wanted, have = "RAM", need.together if on_cpu else need.host, ram_free
     else:

@@ -30,8 +30,9 @@ from torch import Tensor
 from tessera.core.encoding import encode
 from tessera.core.errors import Invalid, TesseraError
 from tessera.models.config import AveragingConfig, ModelSpec, parse_spec
-from tessera.models.device import choose_recompute
+from tessera.models.device import choose_graphs
 from tessera.models.engine import Inputs, LocalEngine
+from tessera.models.memory import in_flight_depth
 from tessera.models.parallel_link import Order, RankLink, RankLost, named_failures
 from tessera.models.parallel_place import Replicas, Shards
 from tessera.models.stage import Stage
@@ -42,6 +43,8 @@ __all__ = ["LeadEngine", "Parallel", "build_trainer", "run_follower", "share_of"
 log = structlog.get_logger()
 
 T = TypeVar("T")
+
+_ENDS = ("decode", "encode")  # of a codec, in the order in which ranks speak of them
 
 Parallel = Literal["auto", "replicate", "shard"]
 
@@ -60,7 +63,7 @@ def build_trainer(
     parallel: Parallel = "auto",
     averaging: AveragingConfig | None = None,
 ) -> StageTrainer:
-    """The trainer of `stage` on this device, or on all that `link` joins; recomputing if it would not fit otherwise.
+    """The trainer of `stage` on this device, or on all that `link` joins; with as many graphs as fit.
 
     Args:
         sequences, length, microbatches: of the run's schedule.
@@ -73,35 +76,36 @@ def build_trainer(
     if parallel not in get_args(Parallel):
         raise Invalid(f"parallel is one of {', '.join(get_args(Parallel))}, not {parallel!r}")
 
-    def recompute(shard: bool, free: int, ranks: int) -> bool:
-        return choose_recompute(
+    def graphs(shard: bool, free: int, ranks: int) -> int:
+        return choose_graphs(
             spec, stage, sequences=sequences, length=length, microbatches=microbatches, device=device,
             limit_bytes=free, ranks=ranks, shard=shard,
         )  # fmt: skip
 
     if link is None:
-        again = recompute(False, limit_bytes, 1)
-        return StageTrainer(spec, stage, steps=steps, device=device, recompute=again, averaging=averaging)
+        kept = graphs(False, limit_bytes, 1)
+        return StageTrainer(spec, stage, steps=steps, device=device, graphs=kept, averaging=averaging)
     ranks, least = link.world.size, link.least_free()
     free = min(least, limit_bytes or least)
     if sequences < ranks:
         log.warning("ranks_without_work", ranks=ranks, sequences=sequences)
-    shard, again = _choose_mode(parallel, lambda shard: recompute(shard, free, ranks))
-    log.info("ranks_share_stage", stage=stage, ranks=ranks, mode="shard" if shard else "replicate", recompute=again)
+    depth = in_flight_depth(spec, microbatches)
+    shard, kept = _choose_mode(parallel, depth, lambda shard: graphs(shard, free, ranks))
+    log.info("ranks_share_stage", stage=stage, ranks=ranks, mode="shard" if shard else "replicate", graphs=kept)
     engine = LeadEngine(link, spec, stage, steps, shard)
-    return StageTrainer(spec, stage, steps=steps, recompute=again, engine=engine, averaging=averaging)
+    return StageTrainer(spec, stage, steps=steps, graphs=kept, engine=engine, averaging=averaging)
 
 
-def _choose_mode(parallel: Parallel, recompute: Callable[[bool], bool]) -> tuple[bool, bool]:
-    """(shard, recompute). Copies without recomputing are fastest, then shards without, then shards with."""
+def _choose_mode(parallel: Parallel, depth: int, graphs: Callable[[bool], int]) -> tuple[bool, int]:
+    """(shard, graphs). Copies that keep all `depth` graphs are fastest, then shards with as many as fit."""
     if parallel != "auto":
-        return parallel == "shard", recompute(parallel == "shard")
+        return parallel == "shard", graphs(parallel == "shard")
     try:
-        if not recompute(False):
-            return False, False
+        if graphs(False) == depth:
+            return False, depth
     except Invalid:  # a copy does not fit at all
         pass
-    return True, recompute(True)
+    return True, graphs(True)
 
 
 def share_of(sequences: int, rank: int, size: int) -> tuple[slice, float]:
@@ -202,6 +206,11 @@ class LeadEngine:
             self._link.order(Order.LOAD)
             self._together(lambda: self._local.load(state))
 
+    def rotate(self, turns: Mapping[str, Tensor]) -> None:
+        with self._link.turn():
+            self._link.order(Order.ROTATE, *(int(end in turns) for end in _ENDS))
+            self._together(lambda: self._local.rotate(turns))
+
     def whole_stage(self) -> Stage:
         """Rank 0's own copy; of a sharded stage, a new one, as it is now."""
         if not self._shard:
@@ -277,6 +286,7 @@ class _Follower:
                 Order.STATE: engine.state,
                 Order.LOAD: lambda: engine.load(None),
                 Order.PARAMETERS: engine.whole_parameters,
+                Order.ROTATE: lambda: engine.rotate({e: None for e, yes in zip(_ENDS, numbers, strict=False) if yes}),
             }
             self._try(acts[order])
 

@@ -61,6 +61,7 @@ class Order(IntEnum):
     SUMS = 12
     FINISH_WITH = 13  # step, tokens; then the sums
     STOP = 14
+    ROTATE = 15  # decode, encode: whether that end turns
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,13 +27,13 @@ from tessera.models.checkpoint import read_checkpoint, write_checkpoint
 from tessera.models.config import AveragingConfig, ModelSpec
 from tessera.models.engine import Alone, Engine, LocalEngine
 from tessera.models.gradients import GradientForm
+from tessera.models.memory import MAX_IN_FLIGHT
 from tessera.models.partitions import Partitions
+from tessera.models.rotation import check_rotation
 from tessera.models.stage import Stage
 from tessera.models.wire import Wire
 
-__all__ = ["MAX_IN_FLIGHT", "StageTrainer", "check_ids", "receive"]
-
-MAX_IN_FLIGHT = 256  # microbatches; each holds its graph, or its codes
+__all__ = ["StageTrainer", "check_ids", "receive"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class StageTrainer:
     Args:
         steps: of the whole run; rates decay to zero at its end.
         device: a torch device, see `pick_device`.
-        recompute: keep the codes of microbatches in flight instead of their graphs, and run their forward once more in
-            the backward: the same bytes, a third more work, a fraction of the memory.
+        graphs: how many microbatches in flight may keep their graph. The others keep their codes only, and run their
+            forward once more in the backward: the same bytes, a third more work, a fraction of the memory.
         engine: computes instead of this process alone, `device` is its own then; see `tessera.models.parallel`.
         averaging: how this stage's replicas stay together; None: the defaults.
 
-    Raises: Invalid: no such stage, or no steps.
+    Raises: Invalid: no such stage, no steps, or fewer than no graphs.
     """
 
     def __init__(
@@ -65,11 +65,13 @@ class StageTrainer:
         *,
         steps: int,
         device: str = "cpu",
-        recompute: bool = False,
+        graphs: int = MAX_IN_FLIGHT,
         engine: Engine | None = None,
         averaging: AveragingConfig | None = None,
     ) -> None:
-        self.spec, self.recompute = spec, recompute
+        if graphs < 0:
+            raise Invalid(f"a stage keeps the graphs of 0 or more microbatches, not of {graphs}")
+        self.spec, self.graphs = spec, graphs
         self.averaging = averaging or AveragingConfig()
         self._engine: Engine = engine or LocalEngine(Alone(Stage(spec, stage).to(device), steps))
         self.stage = self._engine.stage
@@ -101,7 +103,7 @@ class StageTrainer:
         tokens = check_ids(ids, self.spec)
         shape = (tokens.size(0), tokens.size(1) - 1)
         message = receive(self.stage, self._wire, payload, *shape)
-        keep = self.stage.last or not self.recompute
+        keep = self.stage.last or sum(item.codes is None for item in self._open.values()) < self.graphs
         out = self._engine.forward(index, tokens, message, keep=keep)
         data = self._leave(index, out, tokens)
         self._open[index] = _InFlight(shape, None if keep else (tokens, payload))
@@ -254,6 +256,27 @@ class StageTrainer:
         """Drops everything of the open step: it can start again from its first microbatch."""
         self._engine.clear()
         self._forget()
+
+    def rotate(self, *, entering: Tensor | None = None, leaving: Tensor | None = None) -> None:
+        """Turns the boundary before this stage, the one after it, or both; `tessera.models.rotation` says what that is.
+
+        The neighbours turn theirs by the same matrix between the same two steps, or no message is understood any more.
+
+        Args:
+            entering, leaving: orthogonal float64 matrices [k, k].
+
+        Raises: Invalid: no such boundary, no learned codec, or no rotation.  Conflict: the open step has begun.
+        """
+        turns = {end: turn for end, turn in (("decode", entering), ("encode", leaving)) if turn is not None}
+        if turns and self.spec.codec.kind != "codec":
+            raise Invalid(f"only the kind codec has an encoder and a decoder to turn, not {self.spec.codec.kind}")
+        if (self.stage.first and entering is not None) or (self.stage.last and leaving is not None):
+            raise Invalid(f"stage {self.stage.index} of {self.spec.stages} has no boundary there to turn")
+        for turn in turns.values():
+            check_rotation(turn, self.spec.codec.k)
+        if self._seen:
+            raise Conflict(f"step {self.step} has begun: its gradients belong to the boundary as it was")
+        self._engine.rotate(turns)
 
     def evaluate(self, ids: Any, payload: bytes | None) -> bytes | tuple[float, int]:
         """As `forward`, but learns nothing: the message, or (sum of losses in nats, tokens) on the last stage."""
