@@ -7,6 +7,7 @@ CONTROL = "tessera/control/1"  # from stage 0: which checkpoints, start a sessio
 PIPELINE = "tessera/pipeline/1"  # a boundary link
 EPOCH = "tessera/epoch/1"  # among workers: receipts, votes, leaves
 HANDOVER = "tessera/handover/1"  # a stage changes hands: its state, and the others' signatures
+SNAPSHOT = "tessera/snapshot/1"  # to holders of other stages: a piece of a stage's state, to keep or to give back
 
 CALL_S = 10.0  # an answer that needs no work
 WORK_S = 90.0  # an answer that loads a checkpoint or deploys a contract
