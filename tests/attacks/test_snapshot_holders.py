@@ -138,27 +138,25 @@ def test_a_holder_shows_only_pieces_of_his_own(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with world(tmp_path) as run:
+            dead = run.at(0)[0]
             newcomer, holders = await orphaned(run)
-            maker, others = holders[1], [node.transport.id for node in run.nodes if node is not holders[1]]
-            without_him = [peer for peer in others if peer != holders[0].transport.id]
+            liar, stranger = holders[0], holders[1]
+            others = [node.transport.id for node in holders]
             shown: list[SnapshotHeader] = [
-                run.sealed(maker, Moment(1, 60), stage=0, holders=without_him, needed=2).header,
-                run.sealed(maker, Moment(1, 60)).header,
-                run.sealed(maker, Moment(1, 60), stage=0, run_id="cd" * 32, holders=others).header,
-                run.sealed(maker, Moment(1, 60), stage=0, holders=others).header,
+                run.sealed(dead, Moment(1, 60), holders=others[1:]).header,
+                run.sealed(dead, Moment(1, 60), stage=3, holders=others).header,
+                run.sealed(dead, Moment(1, 60), run_id="cd" * 32, holders=others).header,
+                run.sealed(stranger, Moment(1, 60), stage=0, holders=[liar.transport.id, newcomer.transport.id]).header,
             ]
-            dead = SnapshotHeader.from_value(
-                (await ask(newcomer.transport, holders[0], op="list", stage=0))[0]["headers"][0]
-            ).maker
             for header in shown:
 
                 def twist(request: dict[str, Any], reply: dict[str, Any], body: bytes) -> Reply:
                     return {"headers": [header.to_value()]} if request["op"] == "list" else reply, body  # noqa: B023
 
-                lies(holders[0], twist)
-                restored = await run.restore(newcomer, 0, made_by=lambda peer, stage: peer == dead)
+                lies(liar, twist)
+                restored = await run.restore(newcomer, 0, made_by=lambda peer, stage: peer == dead.transport.id)
                 assert restored.state == state_of(0, 1, 40)
-                assert list(restored.wrong) == [holders[0].transport.id]
+                assert list(restored.wrong) == [liar.transport.id]
 
     run_virtual(main)
 

@@ -110,6 +110,10 @@ def test_with_replicas_only_whose_turn_it_is_may_put(tmp_path: Path) -> None:
                         await put_all(maker, sealed, [holder])
                         assert step not in taken
                         taken[step] = maker.transport.id
+                turn, other = sorted(run.at(0), key=lambda node: node.transport.id != taken[step])
+                foreign = run.sealed(other, Moment(1, step), holders=[node.record.id for node in run.at(1)], needed=2)
+                with pytest.raises(Refused):  # nor may he hand on what another has made
+                    await put_all(turn, foreign, [holder])
             assert len(taken) == 4
             assert taken[20] == taken[60] != taken[40] == taken[80]
 
