@@ -92,6 +92,7 @@ class World:
             transport=node.transport,
             folder=node.folder / "snapshots",
             checkpoints=node.checkpoints,
+            checkpoint_every=SAVE_EVERY,
             members=lambda: self.nodes,
             maker_of=lambda stage, step: choose_maker(RUN, stage, self.nodes, step, self.config.every),
             admitted=self.admitted,

@@ -96,6 +96,31 @@ def test_every_choice_of_k_pieces_decodes(needed: int, count: int) -> None:
         assert erasure.decode({n: pieces[n] for n in chosen}, len(data), needed, count) == data
 
 
+def _times(a: int, b: int) -> int:
+    """In GF(2^8) with the polynomial 0x11d."""
+    product = 0
+    while b:
+        product ^= a if b & 1 else 0
+        a, b = (a << 1) ^ (0x11D if a & 0x80 else 0), b >> 1
+    return product
+
+
+@pytest.mark.parametrize(("needed", "count"), [(2, 2), (2, 3), (3, 5), (5, 9), (9, 16)])
+def test_pieces_are_what_the_specification_says(needed: int, count: int) -> None:
+    """specs/snapshots.md, computed by its formula: whoever has another library can restore too."""
+    data = bytes(range(1, 102))
+    length = -(-len(data) // needed)
+    padded = data.ljust(needed * length, b"\0")
+    rows = [padded[j * length : (j + 1) * length] for j in range(needed)]
+    inverse = {a: next(b for b in range(1, 256) if _times(a, b) == 1) for a in range(1, 32)}
+    for i, piece in enumerate(erasure.encode(data, needed, count)):
+        expected = bytes(length) if i >= needed else rows[i]
+        for j in range(needed if i >= needed else 0):
+            factor = inverse[i ^ j]
+            expected = bytes(e ^ _times(factor, x) for e, x in zip(expected, rows[j], strict=True))
+        assert piece == expected
+
+
 def test_k_less_one_shares_fit_every_secret() -> None:
     """With k - 1 shares, each value of the k-th gives a key: they exclude nothing but what SLIP-39's check sieves.
 

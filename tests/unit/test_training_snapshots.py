@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_a_majority_is_needed() -> None:
 def test_a_config_that_cannot_work_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(Invalid):
         SnapshotConfig(**fields)
+
+
+def test_snapshots_fall_on_checkpoints(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path) as run:
+            with pytest.raises(Invalid, match="every 25 steps"):
+                run.snapshots_of(run.nodes[0], replace(CONFIG, every=25))
+
+    run_virtual(main)
 
 
 def test_only_steps_that_are_due_are_made_by_whose_turn_it_is(tmp_path: Path) -> None:

@@ -144,10 +144,13 @@ class Snapshots:
     Args:
         stages: of the run; each other stage has an equal part of the quota.
         checkpoints: where `offer`ed states lie, and what must stay there is held.
+        checkpoint_every: steps from one checkpoint to the next.
         members: who works now, at which stage.
         maker_of: whose turn it is at a stage and step (`choose_maker`).
         admitted: whether a peer is a worker of this very stage now, by what the run's members agree on.
         reached: how far the run is: the present session, and the steps done.
+
+    Raises: Invalid when checkpoints and snapshots do not fall together; Unavailable for a disk that refuses.
     """
 
     def __init__(
@@ -161,11 +164,14 @@ class Snapshots:
         transport: Transport,
         folder: Path,
         checkpoints: Steps,
+        checkpoint_every: int,
         members: Callable[[], Sequence[Member]],
         maker_of: Callable[[int, int], PeerId | None],
         admitted: Callable[[PeerId, int], bool],
         reached: Callable[[], Moment],
     ) -> None:
+        if config.every % checkpoint_every:
+            raise Invalid(f"snapshots every {config.every} steps need checkpoints there, not every {checkpoint_every}")
         self._config, self._run_id, self._stage, self._stages = config, run_id, stage, stages
         self._key, self._transport, self._checkpoints = key, transport, checkpoints
         self._members, self._maker_of, self._admitted, self._reached = members, maker_of, admitted, reached

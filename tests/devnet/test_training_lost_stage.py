@@ -48,8 +48,8 @@ def test_a_dead_stage_comes_back_exactly_within_one_interval(stage: int, tmp_pat
 
 def test_stage_after_stage_may_die_when_each_is_restored_before_the_next(tmp_path: Path) -> None:
     async def main() -> None:
-        async with world(tmp_path, stages=5, replicas=2, config=replace(CONFIG, holders=5)) as run:
-            await run.train(100)
+        async with world(tmp_path, replicas=2) as run:
+            await run.train(40)
             for number, stage in enumerate((3, 0)):
                 while run.at(stage):
                     await run.lose(run.at(stage)[0])
