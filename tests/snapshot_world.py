@@ -116,11 +116,13 @@ class World:
                 node.snapshots.offer(self.moment)
             await anyio.sleep(10)
 
-    def go_back(self, step: int) -> None:
+    def go_back(self, step: int, *, told: bool = True) -> None:
         """The run loads `step` everywhere, and goes on in a new session."""
+        self.moment = Moment(self.moment.session + 1, step)
         for node in self.nodes:
             node.checkpoints.drop_after(step)
-        self.moment = Moment(self.moment.session + 1, step)
+            if told:
+                node.snapshots.went_back(self.moment)
 
     async def lose(self, node: Node) -> None:
         """The machine is gone, with its disk."""

@@ -9,8 +9,8 @@ import anyio
 import pytest
 import structlog
 
-from snapshot_world import CONFIG, SAVE_EVERY, Node, World, state_of, world
-from tessera.core.errors import Missing
+from snapshot_world import CONFIG, SAVE_EVERY, Node, World, put, state_of, world
+from tessera.core.errors import Conflict, Missing
 from tessera.p2p.memory import run_virtual
 from tessera.training.snapshot_header import Moment
 from tessera.training.snapshot_restore import find_snapshots
@@ -182,7 +182,7 @@ def test_a_snapshot_of_a_past_that_the_run_has_left_is_not_restored(tmp_path: Pa
     async def main() -> None:
         async with world(tmp_path) as run:
             await run.train(60)
-            run.go_back(40)
+            run.go_back(40, told=False)  # holders who have just restarted, say
             dying = run.at(1)[0]
             others = [node for node in run.nodes if node.stage != 1]
             for node in others[1:]:
@@ -196,6 +196,29 @@ def test_a_snapshot_of_a_past_that_the_run_has_left_is_not_restored(tmp_path: Pa
             assert [found.header.moment for found in inventory.found] == [Moment(2, 60), Moment(1, 40)]
             restored = await run.restore(newcomer, 1)
             assert (restored.step, restored.state) == (40, state_of(1, 1, 40))
+
+    run_virtual(main)
+
+
+def test_a_run_that_goes_back_forgets_snapshots_of_what_it_leaves(tmp_path: Path) -> None:
+    """Nothing was put since: no later header shows that step 60 is of another past, but every holder was there."""
+
+    async def main() -> None:
+        async with world(tmp_path) as run:
+            await run.train(60)
+            maker, holder = run.at(0)[0], run.at(1)[0]
+            left = run.sealed(maker, Moment(1, 60))
+            run.go_back(40)
+            assert [header.step for header in holder.snapshots._shelf.headers(0)] == [40]
+            assert holder.snapshots.steps_kept() == [20, 40]
+            with pytest.raises(Conflict):
+                await put(maker, left, holder)
+            maker.snapshots.offer(Moment(1, 60))  # too late by a moment
+            maker.snapshots.went_back(run.moment)
+            await anyio.sleep(10)
+            newcomer = await replace_node(run, 0, 99)
+            restored = await run.restore(newcomer, 0)
+            assert (restored.step, restored.state) == (40, state_of(0, 1, 40))
 
     run_virtual(main)
 

@@ -15,7 +15,7 @@ from tessera.core.errors import Conflict, Misbehaviour, Missing, Refused
 from tessera.core.hashing import sha256
 from tessera.core.ids import RunId
 from tessera.training.snapshot_code import share_hash
-from tessera.training.snapshot_header import TAG, Piece, SnapshotHeader, is_overtaken
+from tessera.training.snapshot_header import TAG, Moment, Piece, SnapshotHeader, is_overtaken
 from tessera.training.snapshot_shelf import KEPT, Shelf
 from training_world import peer_keys
 
@@ -85,6 +85,12 @@ class ShelfMachine(RuleBasedStateMachine):
             assert last
         except Missing:
             raise AssertionError("it was begun just now") from None
+
+    @rule(session=st.integers(1, 3), step=st.integers(0, 6))
+    def go_back(self, session: int, step: int) -> None:
+        before = self.shelf.headers()
+        self.shelf.drop_after(Moment(session, step))
+        assert self.shelf.headers() == [h for h in before if h.session >= session or h.step <= step]
 
     @rule()
     def restart(self) -> None:

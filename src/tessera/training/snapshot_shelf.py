@@ -159,6 +159,14 @@ class Shelf:
             self._drop(entry)
             raise Unavailable("this snapshot was damaged here: ask another holder") from error
 
+    def drop_after(self, moment: Moment) -> None:
+        """The run went back to `moment.step` in that session: forget what earlier sessions reached later."""
+        with self._lock:
+            entries = list(self._entries.values())
+            left = [e for e in entries if e.moment.session < moment.session and e.moment.step > moment.step]
+            gone = self._take_out(left)
+        self._discard(gone)
+
     def header(self, digest: str) -> SnapshotHeader:
         """Raises `Missing` unless it is whole."""
         with self._lock:

@@ -23,7 +23,7 @@ import anyio
 import structlog
 from anyio import to_thread
 
-from tessera.core.errors import Invalid, Late, Misbehaviour, Refused, TesseraError, Unavailable
+from tessera.core.errors import Conflict, Invalid, Late, Misbehaviour, Refused, TesseraError, Unavailable
 from tessera.core.hashing import sha256
 from tessera.core.ids import PeerId, RunId
 from tessera.core.signing import PeerKey
@@ -177,6 +177,7 @@ class Snapshots:
         self._members, self._maker_of, self._admitted, self._reached = members, maker_of, admitted, reached
         self._shelf = Shelf(folder, peer=transport.id, stage_bytes=config.quota_bytes // max(1, stages - 1))
         self._newest = max(checkpoints.steps(), default=0)
+        self._line = Moment(0, 0)  # where the present session began
         self._pending: Moment | None = None
         self._offered = anyio.Event()
         self.last: Spread | None = None  # of our own snapshots
@@ -197,6 +198,15 @@ class Snapshots:
         if due and self._maker_of(self._stage, moment.step) == self._transport.id:
             self._pending = moment
             self._offered.set()
+
+    def went_back(self, moment: Moment) -> None:
+        """Session `moment.session` goes on from `moment.step`: what earlier ones reached beyond is void."""
+        self._line = moment
+        self._newest = moment.step
+        self._shelf.drop_after(moment)
+        if self._pending is not None and self._is_left(self._pending):
+            self._pending = None
+        self._hold()
 
     def steps_kept(self) -> list[int]:
         """The steps whose checkpoints must stay: a stage may come back at any of them, and all others go back with it.
@@ -220,6 +230,9 @@ class Snapshots:
                     await self._make(moment)
                 except TesseraError as error:  # the next one may go better; training does not wait for this one
                     log.warning("snapshot_failed", step=moment.step, code=error.code, reason=error.message)
+
+    def _is_left(self, moment: Moment) -> bool:
+        return moment.session < self._line.session and moment.step > self._line.step
 
     def _hold(self) -> None:
         self._checkpoints.hold(self.steps_kept())
@@ -345,6 +358,8 @@ class Snapshots:
             raise Refused(f"it is not your turn to make stage {header.stage}'s snapshot", rule="maker")
         if header.step % self._config.every:  # else one turn would be enough to fill all places
             raise Refused(f"snapshots come every {self._config.every} steps, not at {header.step}", rule="interval")
+        if self._is_left(header.moment):
+            raise Conflict(f"the run went back behind step {header.step} since session {header.session}")
         reached = self._reached()
         if header.session > reached.session or header.step > reached.step:
             raise Unavailable(
