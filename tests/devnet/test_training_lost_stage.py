@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -11,9 +12,15 @@ import structlog
 
 from snapshot_world import CONFIG, SAVE_EVERY, Node, World, put, state_of, world
 from tessera.core.errors import Conflict, Missing
+from tessera.core.ids import PeerId
+from tessera.p2p.calls import serve_calls
 from tessera.p2p.memory import run_virtual
+from tessera.training.protocols import SNAPSHOT
 from tessera.training.snapshot_header import Moment
 from tessera.training.snapshot_restore import find_snapshots
+from tessera.training.snapshots import CHUNK_BYTES
+
+BIG = replace(CONFIG, quota_bytes=1 << 26)
 
 
 async def replace_node(run: World, stage: int, seed: int) -> Node:
@@ -70,36 +77,29 @@ def test_a_snapshot_reaches_a_holder_who_was_away_and_goes_on_where_it_stopped(t
     """3 MB at 100 kB/s: the link breaks in the middle of the second chunk of two."""
 
     async def main() -> None:
-        async with world(tmp_path, rate_bytes_per_s=100_000) as run:
+        async with world(tmp_path, rate_bytes_per_s=100_000, config=BIG) as run:
             run.size = 3_000_000
-            run.config = replace(CONFIG, quota_bytes=1 << 26)
-            for node in run.nodes:
-                node.snapshots = run.snapshots_of(node)
-                node.snapshots.serve()
             maker, away = run.at(0)[0], run.at(1)[0]
             run.moment = Moment(1, 20)
             maker.checkpoints.save(20, state_of(0, 1, 20, run.size))
             maker.snapshots.offer(run.moment)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(maker.snapshots.run)
-                await anyio.sleep(13)
-                (part,) = (away.folder / "snapshots").glob("*.part")
-                assert part.stat().st_size == 1 << 20
-                run.network.partition(maker.transport.id, away.transport.id)
-                await anyio.sleep(40)
-                spread = maker.snapshots.last
-                assert spread is not None
-                assert len(spread.placed) == 2
-                assert list(spread.missing) == [away.transport.id]
-                assert part.stat().st_size == 1 << 20
-                sent = run.network.wire(maker.transport.id, away.transport.id).delivered_bytes
-                run.network.heal(maker.transport.id, away.transport.id)
-                await anyio.sleep(40)
-                assert spread.missing == {}
-                assert len(spread.placed) == 3
-                again = run.network.wire(maker.transport.id, away.transport.id).delivered_bytes - sent
-                assert again < 500_000  # of 1.5 MB: what was there did not come twice
-                tasks.cancel_scope.cancel()
+            await anyio.sleep(13)
+            (part,) = (away.folder / "snapshots").glob("*.part")
+            assert part.stat().st_size == 1 << 20
+            run.network.partition(maker.transport.id, away.transport.id)
+            await anyio.sleep(40)
+            spread = maker.snapshots.last
+            assert spread is not None
+            assert len(spread.placed) == 2
+            assert list(spread.missing) == [away.transport.id]
+            assert part.stat().st_size == 1 << 20
+            sent = run.network.wire(maker.transport.id, away.transport.id).delivered_bytes
+            run.network.heal(maker.transport.id, away.transport.id)
+            await anyio.sleep(40)
+            assert spread.missing == {}
+            assert len(spread.placed) == 3
+            again = run.network.wire(maker.transport.id, away.transport.id).delivered_bytes - sent
+            assert again < 500_000  # of 1.5 MB: what was there did not come twice
 
     run_virtual(main)
 
@@ -172,6 +172,45 @@ def test_training_never_waits_for_a_snapshot(tmp_path: Path) -> None:
             assert spread is not None
             assert spread.header.step == 80
             assert len(spread.missing) == 3
+
+    run_virtual(main)
+
+
+def test_a_slow_uplink_takes_longer_than_patience_lasts(tmp_path: Path) -> None:
+    """4.5 MB to each holder at 30 kB/s are 150 s; patience is for holders that take nothing for 120 s."""
+
+    async def main() -> None:
+        async with world(tmp_path, rate_bytes_per_s=30_000, config=BIG) as run:
+            maker, run.moment = run.at(0)[0], Moment(1, 20)
+            maker.checkpoints.save(20, bytes(9_000_000))
+            maker.snapshots.offer(run.moment)
+            await anyio.sleep(200)
+            spread = maker.snapshots.last
+            assert spread is not None
+            assert (len(spread.placed), spread.missing) == (3, {})
+
+    run_virtual(main)
+
+
+def test_a_slow_holder_does_not_keep_the_next_snapshot_waiting(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path, config=BIG) as run:
+            maker, slow = run.at(0)[0], run.at(1)[0]
+            honest = slow.snapshots
+
+            async def drip(peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+                await anyio.sleep(39 if body else 0)  # a chunk must be taken within 40
+                return await honest._answer(peer, request, body)
+
+            serve_calls(slow.transport, SNAPSHOT, drip, request_limit=2 * CHUNK_BYTES)
+            for step in (20, 40):
+                run.moment = Moment(1, step)
+                maker.checkpoints.save(step, bytes(6 * CHUNK_BYTES))
+                maker.snapshots.offer(run.moment)
+                await anyio.sleep(10)
+            spread = maker.snapshots.last
+            assert spread is not None
+            assert (spread.header.step, len(spread.placed)) == (40, 2)
 
     run_virtual(main)
 

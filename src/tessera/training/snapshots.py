@@ -80,7 +80,7 @@ class SnapshotConfig:
     every: int = 100  # steps from one snapshot to the next: a multiple of the checkpoints' interval, alike for all
     holders: int = 5  # pieces of a snapshot, at most 16; fewer where fewer workers hold other stages
     quota_bytes: int = 16 << 30  # most of the disk for other stages' snapshots
-    patience_s: float = 900.0  # how long holders that are away are tried again
+    patience_s: float = 900.0  # how long a holder that is away, and takes nothing, is tried again
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 2 <= self.holders <= MAX_PIECES or self.quota_bytes < 1 or self.patience_s <= 0:
@@ -98,6 +98,17 @@ class Spread:
     @property
     def restorable(self) -> bool:
         return len(self.placed) >= self.header.needed
+
+
+@dataclass
+class _Delivery:
+    """One piece on its way."""
+
+    record: PeerRecord
+    fragment: bytes
+    share: str
+    moved: float  # when its holder last took something
+    sent: int = 0  # bytes, those that were lost included
 
 
 def needed_of(count: int) -> int:
@@ -245,15 +256,18 @@ class Snapshots:
             raise Unavailable(f"{len(holders)} workers hold other stages: a snapshot needs at least 2")
         sealed = await to_thread.run_sync(self._seal, moment, [record.id for record in holders])
         spread = self.last = Spread(sealed.header)
-        pieces = list(zip(holders, sealed.fragments, sealed.shares, strict=True))
+        now = anyio.current_time()
+        todo = [_Delivery(*piece, now) for piece in zip(holders, sealed.fragments, sealed.shares, strict=True)]
         del sealed  # from here on each piece is freed as soon as it is placed
-        with anyio.move_on_after(self._config.patience_s):
+        async with anyio.create_task_group() as watch:
+            watch.start_soon(self._give_way, spread, watch.cancel_scope)
             async with anyio.create_task_group() as tasks:
-                while pieces:
-                    tasks.start_soon(self._place, spread, *pieces.pop())
+                while todo:
+                    tasks.start_soon(self._place, spread, todo.pop())
+            watch.cancel_scope.cancel()
         for record in holders:
             if record.id not in spread.placed:
-                spread.missing.setdefault(record.id, "it was away all the time")
+                spread.missing.setdefault(record.id, "it was too slow for the next snapshot")
         facts = {"step": moment.step, "placed": len(spread.placed), "needed": spread.header.needed}
         if spread.restorable:
             log.info("snapshot_spread", **facts, missing=spread.missing)
@@ -272,39 +286,46 @@ class Snapshots:
             secret=secrets.token_bytes(32),
         )
 
-    async def _place(self, spread: Spread, record: PeerRecord, fragment: bytes, share: str) -> None:
+    async def _give_way(self, spread: Spread, scope: anyio.CancelScope) -> None:
+        """A slow holder must not keep the next snapshot waiting, once this one can be restored without him."""
+        while self._pending is None or not spread.restorable:
+            await anyio.sleep(RETRY_S)
+        scope.cancel()
+
+    async def _place(self, spread: Spread, delivery: _Delivery) -> None:
         """Bring one piece to its holder, in as many goes as it takes, unless a newer snapshot waits."""
-        budget = [RESENT * (len(fragment) + CHUNK_BYTES)]
+        peer = delivery.record.id
         while True:
             try:
-                await self._put(spread.header, record, fragment, share, budget)
-                spread.placed.append(record.id)
-                spread.missing.pop(record.id, None)
+                await self._put(spread.header, delivery)
+                spread.placed.append(peer)
+                spread.missing.pop(peer, None)
                 return
             except (Unavailable, Late) as error:
-                spread.missing[record.id] = error.message
-                if self._pending is not None:
+                spread.missing[peer] = error.message
+                idle_s = anyio.current_time() - delivery.moved
+                if self._pending is not None or idle_s > self._config.patience_s:
                     return
                 wait_s = error.retry_after_s if isinstance(error, Unavailable) else 0.0
                 await anyio.sleep(min(RETRY_MOST_S, max(RETRY_S, wait_s)))
             except TesseraError as error:
-                spread.missing[record.id] = error.message
+                spread.missing[peer] = error.message
                 return
 
-    async def _put(
-        self, header: SnapshotHeader, record: PeerRecord, fragment: bytes, share: str, budget: list[int]
-    ) -> None:
-        request: dict[str, Any] = {"op": "put", "header": header.to_value(), "share": share}
+    async def _put(self, header: SnapshotHeader, delivery: _Delivery) -> None:
+        record, fragment = delivery.record, delivery.fragment
+        request: dict[str, Any] = {"op": "put", "header": header.to_value(), "share": delivery.share}
         have, whole = await self._ask(record, request)
         while not whole:
             chunk = fragment[have : have + CHUNK_BYTES]
-            budget[0] -= len(chunk)
-            if not chunk or budget[0] < 0:
+            delivery.sent += len(chunk)
+            if not chunk or delivery.sent > RESENT * (len(fragment) + CHUNK_BYTES):
                 raise Misbehaviour(f"{record.id[:16]}… has us send the same bytes again and again", evidence=have)
             request, end = {"op": "chunk", "snapshot": header.digest, "offset": have}, have + len(chunk)
             have, whole = await self._ask(record, request, chunk)
             if have != end or whole != (end == len(fragment)):
                 raise Misbehaviour(f"{record.id[:16]}… has {have:,} bytes where {end:,} were sent", evidence=have)
+            delivery.moved = anyio.current_time()
 
     async def _ask(self, record: PeerRecord, request: dict[str, Any], body: bytes = b"") -> tuple[int, bool]:
         reply, _ = await call(
