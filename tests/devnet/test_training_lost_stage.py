@@ -184,7 +184,13 @@ def test_a_slow_uplink_takes_longer_than_patience_lasts(tmp_path: Path) -> None:
             maker, run.moment = run.at(0)[0], Moment(1, 20)
             maker.checkpoints.save(20, bytes(9_000_000))
             maker.snapshots.offer(run.moment)
-            await anyio.sleep(200)
+            await anyio.sleep(130)
+            for node in run.nodes[1:]:  # and a break after that is no reason to give up
+                run.network.partition(maker.transport.id, node.transport.id)
+            await anyio.sleep(10)
+            for node in run.nodes[1:]:
+                run.network.heal(maker.transport.id, node.transport.id)
+            await anyio.sleep(100)
             spread = maker.snapshots.last
             assert spread is not None
             assert (len(spread.placed), spread.missing) == (3, {})
