@@ -233,6 +233,20 @@ def test_checkpoints_keep_the_last_few_and_notice_damage(tmp_path: Path) -> None
     assert checkpoints.steps() == [0]
 
 
+def test_checkpoints_that_are_held_stay_until_they_are_let_go(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.hold([20, 70])
+    for step in range(10, 60, 10):
+        checkpoints.save(step, b"state %d" % step)
+    assert checkpoints.steps() == [20, 40, 50]
+    checkpoints.hold([])
+    checkpoints.save(60, b"state 60")
+    assert checkpoints.steps() == [50, 60]
+    checkpoints.hold([60])
+    checkpoints.drop_after(50)  # another past: held or not
+    assert checkpoints.steps() == [50]
+
+
 def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
     Checkpoints(tmp_path).save(0, b"whole")
     (tmp_path / ".step-000000010.ckpt.abc123").write_bytes(b"half")

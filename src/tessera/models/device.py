@@ -84,7 +84,7 @@ def choose_graphs(
             spec, stage, sequences=sequences, length=length, microbatches=microbatches, graphs=graphs, ranks=ranks,
             shard=shard,
         )
-        for graphs in range(in_flight_depth(spec, microbatches) + 1)
+        for graphs in range(in_flight_depth(microbatches) + 1)
     ]  # fmt: skip
     if limit_bytes < 0:
         raise Invalid(f"a memory limit is a number of bytes ≥ 0, not {limit_bytes}")

@@ -91,7 +91,7 @@ def estimate_memory(
     groups = _groups(spec, hidden)
     parts = ranks if shard else 1
     tokens = -(-sequences // ranks) * length
-    depth = in_flight_depth(spec, microbatches)
+    depth = in_flight_depth(microbatches)
     kept = min(graphs, depth)
     graph = tokens * _graph_bytes(spec, stage) + _copies_bytes(spec, stage, matrices)
     codes = sequences * length * (spec.message_bytes_per_token() + 8)
@@ -109,9 +109,9 @@ def estimate_memory(
     )
 
 
-def in_flight_depth(spec: ModelSpec, microbatches: int) -> int:
-    """How many microbatches of a step are under way at once: what the schedule of `training.session` lets in."""
-    return min(microbatches, spec.stages + 1)
+def in_flight_depth(microbatches: int) -> int:
+    """How many microbatches of a step are under way at once: what `training.lead` lets in."""
+    return min(microbatches, MAX_IN_FLIGHT)
 
 
 def fit_memory(need_of: Sequence[MemoryNeed], device: str, *, device_free: int, ram_free: int) -> int:

@@ -89,7 +89,7 @@ def build_trainer(
     free = min(least, limit_bytes or least)
     if sequences < ranks:
         log.warning("ranks_without_work", ranks=ranks, sequences=sequences)
-    depth = in_flight_depth(spec, microbatches)
+    depth = in_flight_depth(microbatches)
     shard, kept = _choose_mode(parallel, depth, lambda shard: graphs(shard, free, ranks))
     log.info("ranks_share_stage", stage=stage, ranks=ranks, mode="shard" if shard else "replicate", graphs=kept)
     engine = LeadEngine(link, spec, stage, steps, shard)

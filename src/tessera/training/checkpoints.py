@@ -1,8 +1,12 @@
-"""A stage's checkpoints on disk: the first and the last few, each with its SHA-256, never half of one."""
+"""A stage's checkpoints on disk: the first, the last few, and what is held; each with its SHA-256, never half of one.
+
+Held are the steps to which the run may have to go back because another stage returns from a snapshot.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from tessera.core.errors import Invalid, Missing, Unavailable
@@ -21,6 +25,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 3) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._keep = folder, keep
+        self._held: frozenset[int] = frozenset()
         for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
 
@@ -28,6 +33,10 @@ class Checkpoints:
         """The steps that can be loaded, ascending. Not yet checked for damage."""
         matches = (_NAME.fullmatch(file.name) for file in self._folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
+
+    def hold(self, steps: Iterable[int]) -> None:
+        """From now on these stay as well, and no others; one that is let go leaves with the next `save`."""
+        self._held = frozenset(steps)
 
     def save(self, step: int, data: bytes) -> None:
         """Raises `Unavailable` when the disk does not take it; the older ones are there still."""
@@ -41,7 +50,8 @@ class Checkpoints:
                 retry_after_s=30.0,
             ) from error
         for old in [s for s in self.steps() if 0 < s <= step][: -self._keep]:
-            self._file(old).unlink(missing_ok=True)
+            if old not in self._held:
+                self._file(old).unlink(missing_ok=True)
 
     def load(self, step: int) -> bytes:
         """Raises `Missing` when there is none, `Invalid` when it is damaged (and then drops it)."""

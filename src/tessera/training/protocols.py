@@ -9,6 +9,7 @@ PIPELINE = "tessera/pipeline/2"  # a boundary link
 AVERAGE = "tessera/average/1"  # among replicas of a stage: parts of gradients and of the state
 EPOCH = "tessera/epoch/2"  # among workers: receipts, votes, leaves
 MEMBERSHIP = "tessera/membership/1"  # among workers: signatures for who comes and goes, and whether one is there
+SNAPSHOT = "tessera/snapshot/1"  # to holders of other stages: a piece of a stage's state, to keep or to give back
 
 CALL_S = 10.0  # an answer that needs no work
 QUIET_S = 120.0  # how long a neighbour who owes something may be silent
