@@ -71,7 +71,7 @@ class Club:
     trainings: list[Fake] = field(default_factory=list)
     leaving: set[int] = field(default_factory=set)
 
-    async def vote(self, sender: MemoryTransport, body: bytes = b"", *, voter: int = 1, **request: Any) -> bytes:
+    async def vote(self, sender: MemoryTransport, body: bytes = b"[]", *, voter: int = 1, **request: Any) -> bytes:
         asked = {"op": "vote", "number": 0, "joiner": None, "leaver": None, "voucher": "", **request}
         record = self.world.roster.seats[voter].record
         reply, _ = await call(sender, record, MEMBERSHIP, asked, body, timeout_s=5, reply_limit=SMALL)

@@ -279,7 +279,7 @@ class Pipeline:
 
     def _check_free(self) -> None:
         if self._frozen:
-            raise Unavailable(f"stage {self._stage} is being handed over", retry_after_s=RETRY_S)
+            raise Unavailable(f"stage {self._stage} stands still for a worker who leaves", retry_after_s=RETRY_S)
         if self._gate.reason:
             raise Unavailable(f"stage {self._stage} pauses: {self._gate.reason}", retry_after_s=RETRY_S)
 
