@@ -55,7 +55,8 @@ class Shards:
 
     def one_process(self, prompt: list[int], count: int) -> list[int]:
         """Greedy decoding with the same stages and no peers."""
-        decoders = [StageDecoder(decoder.stage) for decoder in self.decoders]
+        firsts = self.decoders[:: len(self.decoders) // self.roster.stages]
+        decoders = [StageDecoder(decoder.stage) for decoder in firsts]
         new, found = list(prompt), []
         for _ in range(count):
             out: Any = None
@@ -78,17 +79,19 @@ async def open_peers(count: int, *, real: bool) -> AsyncIterator[tuple[MemoryNet
 
 @asynccontextmanager
 async def open_shards(
-    stages: int = 4, codec: Kind = "codec", *, real: bool = False, **settings: Any
+    stages: int = 4, codec: Kind = "codec", *, replicas: int = 1, real: bool = False, **settings: Any
 ) -> AsyncIterator[Shards]:
+    """`transports`, `decoders` and `servers` are by stage, then by worker of it."""
     spec = tiny_spec(stages=stages, codec=codec)
     model = spec.model
-    async with open_peers(stages + 1, real=real) as (network, (gateway, *transports)):
-        roster = FixedRoster(tuple((transport.record(),) for transport in transports))
+    async with open_peers(stages * replicas + 1, real=real) as (network, (gateway, *transports)):
+        records = [transport.record() for transport in transports]
+        roster = FixedRoster(tuple(tuple(records[stage * replicas :][:replicas]) for stage in range(stages)))
         config = ShardConfig(context=model.context, vocab_size=model.vocab_size, **settings)
-        decoders = [StageDecoder(_lively(Stage(spec, stage))) for stage in range(stages)]
+        decoders = [StageDecoder(_lively(Stage(spec, number // replicas))) for number in range(stages * replicas)]
         servers = [
-            serve_decode(transport, decoder, stage, roster, config)
-            for stage, (transport, decoder) in enumerate(zip(transports, decoders, strict=True))
+            serve_decode(transport, decoder, number // replicas, roster, config)
+            for number, (transport, decoder) in enumerate(zip(transports, decoders, strict=True))
         ]
         engine = ShardEngine(gateway, roster, ShardEngineConfig(model.context, model.vocab_size, step_timeout_s=5))
         yield Shards(network, gateway, transports, decoders, servers, roster, engine, config)

@@ -10,14 +10,16 @@ import pytest
 
 from serving_peers import Shards, open_shards, tokens
 from tessera.core.errors import Late, TesseraError, Unavailable
+from tessera.core.signing import PeerKey
 from tessera.serving.engine import Sampling
 from tessera.serving.frames import HEADER_LIMIT
 from tessera.serving.links import PROTOCOL
 
 pytestmark = pytest.mark.anyio
 NAME = "a" * 32
+LAST = PeerKey(b"\3" * 32).id  # of two stages
 HOW = Sampling().to_dict()
-OPEN = {"op": "open", "session": NAME, "stage": 0, "last": "ab" * 32, "sampling": HOW}
+OPEN = {"op": "open", "session": NAME, "stage": 0, "last": LAST, "sampling": HOW}
 LISTEN = {"op": "listen", "session": NAME}
 
 

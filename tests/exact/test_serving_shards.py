@@ -23,6 +23,18 @@ async def test_greedy_decoding_over_peers_equals_one_process(stages: int, codec:
         await shards.settled()
 
 
+@pytest.mark.parametrize("away", [(0,), (2,), (6,), (0, 3, 4, 7)])
+async def test_a_stage_answers_as_long_as_one_of_its_workers_is_there(away: tuple[int, ...]) -> None:
+    """Two at each of four stages; the first of a stage is asked first."""
+    async with open_shards(4, replicas=2) as shards:
+        assert shards.network is not None
+        expected = shards.one_process([1, 2, 3], 24)
+        assert await tokens(shards.engine, [1, 2, 3], GREEDY) == expected
+        for number in away:
+            shards.network.kill(shards.transports[number].id)
+        assert await tokens(shards.engine, [1, 2, 3], GREEDY) == expected
+
+
 async def test_equal_seeds_give_equal_text_and_other_seeds_another() -> None:
     async with open_shards(2) as shards:
         samples = [

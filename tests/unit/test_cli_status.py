@@ -22,7 +22,7 @@ def status(**changes: object) -> WorkerStatus:
     facts: dict[str, object] = {
         "run_id": RUN_ID, "name": "small", "stage": 1, "stages": 4, "account": "0x" + "11" * 20, "time": NOW - 1,
         "step": 40, "steps": 100, "tokens_per_step": 4096, "last_step": (NOW - 2, 2.0), "trouble": "", "pauses": "",
-        "leaving": False, "successor": "", "trained": False, "settled": False, "claimable": 0, **changes,
+        "leaving": False, "companions": 0, "trained": False, "settled": False, "claimable": 0, **changes,
     }  # fmt: skip
     return WorkerStatus.model_validate(facts)
 
@@ -36,8 +36,8 @@ def status(**changes: object) -> WorkerStatus:
         ({"trouble": "stage 2 does not answer"}, False, "no session runs: stage 2 does not answer"),
         ({"last_step": None}, False, "no step is done yet"),
         ({"last_step": (NOW - 90, 2.0)}, False, "the last step ended 1 min 30 s ago"),
-        ({"leaving": True}, True, "waiting for a successor"),
-        ({"leaving": True, "successor": "ab" * 32}, True, "handed to abababababababab"),
+        ({"leaving": True}, True, "alone at the stage: work and pay go on"),
+        ({"leaving": True, "companions": 2}, True, "leaving as soon as another worker of the stage is in step"),
         ({"trained": True}, True, "the last epochs are being settled"),
         ({"trained": True, "settled": True}, True, "serves; income is claimed"),
     ],

@@ -13,7 +13,7 @@ from tessera.devnet.plan import UpConfig
     ("asked", "reason"),
     [
         ({"own_workers": -1}, "-1 own workers"),
-        ({"own_workers": 5}, "5 own workers of 4 stages"),
+        ({"own_workers": 5}, "5 own workers for 4 seats"),
         ({"manifest": Path("/nowhere/run.json")}, "no manifest at /nowhere/run.json"),
         ({"manifest": Path(__file__), "data": Path(__file__)}, "either data or a manifest"),
         ({"relays": (("relay.example", ""),)}, "https://relay.example, not 'relay.example'"),

@@ -1,4 +1,4 @@
-"""What a run's members keep on disk, on SQLite and PostgreSQL alike: receipts; seats, handovers and invitations."""
+"""What a run's members keep on disk, on SQLite and PostgreSQL alike: receipts; seats, facts and invitations."""
 
 from __future__ import annotations
 

@@ -108,12 +108,16 @@ def _pipeline(snapshot: Snapshot, width: int) -> RenderableType:
     if not _tiles_fit(stages, width):
         costs = (f"{index}│{index + 1} {_cost(boundary)}" for index, boundary in sorted(boundaries.items()))
         return Text("boundaries  " + "   ".join(costs), style=QUIET, no_wrap=True, overflow="ellipsis")
-    seats = {peer.stage: peer for peer in snapshot.peers if peer.stage is not None}
+    seats: dict[int, list[Peer]] = {}
+    for peer in snapshot.peers:
+        if peer.stage is not None:
+            seats.setdefault(peer.stage, []).append(peer)
     grid = Table.grid()
     tiles: list[RenderableType] = []
     for stage in range(stages):
-        seat = seats.get(stage)
-        holder = Text(f"{seat.peer[:8]}…" if seat else "open seat", style="" if seat else QUIET)
+        here = seats.get(stage, [])
+        more = f" +{len(here) - 1}" if len(here) > 1 else ""
+        holder = Text(f"{here[0].peer[:8]}…{more}" if here else "open seat", style="" if here else QUIET)
         style = STAGE_STYLES[stage % len(STAGE_STYLES)]
         grid.add_column(width=TILE)
         tiles.append(Panel(holder, title=f"stage {stage}", border_style=style))

@@ -72,12 +72,10 @@ def run_status(state_dir: Path, as_json: bool) -> None:
         print(json.dumps(facts))  # noqa: T201  the command's result
         return
     left = (status.steps - status.step) * (status.last_step[1] if status.last_step else 0.0)
+    more = f" with {status.companions} more" if status.companions else ""
     rows = [
         ("run", f"{status.name}  {status.run_id[:16]}…"),
-        (
-            "seat",
-            f"stage {status.stage} of {status.stages}, with {status.companions} more there, paid to {status.account}",
-        ),
+        ("seat", f"stage {status.stage} of {status.stages}{more}, paid to {status.account}"),
         ("step", f"{status.step:,} of {status.steps:,}" + (f", {duration(left)} to go" if left else "")),
         ("income", f"{status.claimable:,} units wait to be claimed"),
         ("earning", "yes" if verdict.earning else "no"),
@@ -97,7 +95,7 @@ def run_pause(state_dir: Path, wish: Wish) -> None:
 
 
 def run_leave(state_dir: Path, *, stay: bool, wait: bool) -> None:
-    """Ask to leave, and wait until somebody has taken the stage; or take that back."""
+    """Ask to leave, and wait until the worker has left; or take that back."""
     console = Console()
     folder = _wish(state_dir, "work" if stay else "leave")
     if stay:

@@ -48,9 +48,9 @@ def join(
 def leave(
     state_dir: StateDir = default_state_dir("worker"),
     stay: Annotated[bool, typer.Option("--stay", help="Take it back: stay.")] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait for the successor here.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait here until it has left.")] = False,
 ) -> None:
-    """Leave a run: work and be paid until somebody has taken the stage over, then end."""
+    """Leave a run: work and be paid until the stage can do without this worker, then end."""
     from tessera.cli.status import run_leave
 
     run_leave(state_dir, stay=stay, wait=not no_wait)

@@ -23,12 +23,13 @@ class Tile:
     """A stage: of its stones, the first `verified` are solid, the next up to `trained` pale.
 
     Attributes:
+        peers: its workers.
         boundary: what crosses to the next stage; None after the last.
     """
 
     stage: int
     colour: int
-    peer: Peer | None
+    peers: tuple[Peer, ...]
     verified: int
     trained: int
     boundary: Boundary | None
@@ -54,9 +55,12 @@ class Part:
 
 
 def tiles(snapshot: Snapshot) -> list[Tile]:
-    """The pipeline from the first stage to the last; a seat that nobody took has no peer."""
+    """The pipeline from the first stage to the last; a stage where nobody is has no peers."""
     boundaries = {boundary.index: boundary for boundary in snapshot.boundaries}
-    seats = {peer.stage: peer for peer in snapshot.peers if peer.stage is not None}
+    seats: dict[int, list[Peer]] = {}
+    for peer in snapshot.peers:
+        if peer.stage is not None:
+            seats.setdefault(peer.stage, []).append(peer)
     count = max(snapshot.model.stages, max(boundaries, default=-1) + 2 if boundaries else 0, len(seats))
     planned = snapshot.tokens * snapshot.steps // snapshot.step if snapshot.step > 0 else 0
     trained = _stones(snapshot.tokens, planned)
@@ -64,8 +68,8 @@ def tiles(snapshot: Snapshot) -> list[Tile]:
         Tile(
             stage=stage,
             colour=stage % COLOURS,
-            peer=seats.get(stage),
-            verified=_stones(seats[stage].verified_tokens, planned) if stage in seats else 0,
+            peers=tuple(seats.get(stage, ())),
+            verified=_stones(sum(peer.verified_tokens for peer in seats.get(stage, ())), planned),
             trained=trained,
             boundary=boundaries.get(stage, Boundary(stage)) if stage < count - 1 else None,
         )
