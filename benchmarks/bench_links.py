@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import anyio
 import structlog
-from crew_world import CrewWorld, Node
-from training_world import small_manifest
 
+from crew_world import CrewWorld, Node
 from tessera.models.config import CodecConfig, ModelConfig, ModelSpec
 from tessera.p2p.memory import run_virtual
 from tessera.training.manifest import Manifest
+from training_world import small_manifest
 
 RESULTS = Path(__file__).parent / "results"
 STAGES, MBIT_S, DELAY_MS = 4, 80, 50

@@ -18,6 +18,7 @@ from tessera.core.signing import AccountKey, PeerKey
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock
 from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
+from tessera.training.copies import NoCopies, StageCopies
 from tessera.training.gate import AlwaysOpen
 from tessera.training.manifest import Manifest
 from tessera.training.pipeline import Gate, Pipeline
@@ -126,6 +127,7 @@ class Node:
                         gate=self.gate,
                         clock=world.clock,
                         version=lambda: NO_VERSION,
+                        copies=world.make_copies(self),
                         compute=self.compute,
                     )
                     self.up.set()
@@ -181,6 +183,9 @@ class CrewWorld:
 
     def make_trainer(self, node: Node) -> Any:
         return FakeTrainer(self.manifest, node.stage)
+
+    def make_copies(self, node: Node) -> StageCopies:
+        return NoCopies()
 
     def make_batches(self) -> Batches:
         return FakeBatches()

@@ -24,21 +24,20 @@ from tessera.p2p.calls import call
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock
 from tessera.p2p.transport import PeerRecord
 from tessera.training.book import ReceiptBook, SeatBook
-from tessera.training.checkpoints import Checkpoints
-from tessera.training.gate import AlwaysOpen, Gate, GateConfig
+from tessera.training.gate import Gate, GateConfig
 from tessera.training.home import Home
 from tessera.training.host import RunHost, WorkerReport
 from tessera.training.invitation import Invitation
 from tessera.training.joining import HostLink
 from tessera.training.keeper import Keeper
 from tessera.training.manifest import Manifest
-from tessera.training.protocols import CONTROL, EPOCH, JOIN
+from tessera.training.protocols import EPOCH, JOIN
 from tessera.training.receipts import Receipt
 from tessera.training.roster import Roster, Seat, seat_binding
 from tessera.training.seating import Seated, WorkerConfig
 from tessera.training.sensors import FakeSensors, Sensors
 from tessera.training.worker import Worker
-from training_world import FakeBatches, FakeTrainer, Told, account_keys, all_receipts, peer_keys
+from training_world import account_keys, all_receipts, peer_keys
 
 OPERATOR = AccountKey(b"\x31" * 32)
 HOST_KEY = PeerKey(b"\x32" * 32)

@@ -327,7 +327,9 @@ def test_the_slower_of_two_gets_less_and_does_not_hold_the_others_up(tmp_path: P
     run_virtual(main)
 
 
-def test_a_worker_who_hangs_is_left_out_and_his_work_done_by_the_other(undisturbed: list[bytes], tmp_path: Path) -> None:
+def test_a_worker_who_hangs_is_left_out_and_his_work_done_by_the_other(
+    undisturbed: list[bytes], tmp_path: Path
+) -> None:
     async def main() -> None:
         world = CrewWorld(MANIFEST, tmp_path, 2, compute_s={"forward": 0.1, "backward": 0.2})
         async with world.alive():

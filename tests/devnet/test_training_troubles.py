@@ -13,13 +13,13 @@ import anyio
 import pytest
 import torch
 
+from crew_world import CrewWorld
 from tessera.core.errors import Invalid
 from tessera.p2p.memory import run_virtual
 from tessera.training import checkpoints
 from tessera.training.joining import look
 from tessera.training.status import read_status
 from tessera.training.wishes import make_wish
-from crew_world import CrewWorld
 from training_run import hosted
 from training_whole import Life, WholeRun, write_data
 from training_world import small_manifest

@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from tessera.core.errors import Misbehaviour, TesseraError
+from tessera.core.hashing import sha256
 from tessera.core.ids import PeerId
 from tessera.p2p.memory import run_virtual
 from tessera.p2p.transport import PeerRecord
@@ -20,7 +21,6 @@ from tessera.training.frames import Frame, Kind
 from tessera.training.receipts import NO_VERSION, Direction, Receipt, payloads_digest
 from tessera.training.roster import Roster, Seat, seat_binding
 from tessera.training.work import OPEN_RECEIPTS, StageWork
-from tessera.core.hashing import sha256
 from training_world import FakeBatches, FakeTrainer, account_keys, peer_keys, small_manifest
 
 MANIFEST = small_manifest(stages=3, steps=20)

@@ -141,7 +141,7 @@ def _choose(state: Path, *, blobs: bool, checkpoints: bool) -> tuple[list[Path],
 
 
 def _walk(state: Path, *, blobs: bool) -> Iterator[Path]:
-    skipped = {"logs"} if blobs else {"logs", "blobs"}
+    skipped = {"logs", "snapshots"} if blobs else {"logs", "snapshots", "blobs"}
     for folder, folders, names in os.walk(state):
         folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
         for name in sorted(names):

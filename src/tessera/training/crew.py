@@ -20,7 +20,7 @@ from tessera.training.control import Line, Message
 from tessera.training.mailbox import Mailbox
 from tessera.training.roster import Roster, Seat
 
-__all__ = ["Crew", "Member", "Standing"]
+__all__ = ["Crew", "Member", "Standing", "read_state"]
 
 log = structlog.get_logger()
 

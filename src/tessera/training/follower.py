@@ -21,6 +21,8 @@ from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, Tesser
 from tessera.core.ids import PeerId
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.control import Line, Message
+from tessera.training.copies import StageCopies
+from tessera.training.manifest import CHECKPOINT_EVERY
 from tessera.training.protocols import CALL_S, QUIET_S
 from tessera.training.work import StageWork, Trainer
 
@@ -28,7 +30,6 @@ __all__ = ["Follower", "SavedTrainer", "StageSums"]
 
 log = structlog.get_logger()
 
-CHECKPOINT_EVERY = 10  # steps
 MISSED = 256  # steps whose sums somebody who is behind keeps
 SYNC_RETRY_S = 2.0
 DISK_RETRY_S = 5.0
@@ -79,11 +80,13 @@ class Follower:
         trained: Callable[[bool], None],
         rests: Callable[[], str],
         trouble: Callable[[str], None],
+        copies: StageCopies,
     ) -> None:
         self._me, self.work, self._trainer, self._checkpoints, self._sums = me, work, trainer, checkpoints, sums
         self._every, self._rounds = every, deque[tuple[int, bytes, list[bytes]]]()
         self._steps, self._fetch, self._committed, self._trained, self._rests = steps, fetch, committed, trained, rests
-        self._trouble = trouble
+        self._trouble, self._copies = trouble, copies
+        self._restoring = False
         self.lead: PeerId | None = None
         self.term, self.past = 0, 0
         self.in_step = False  # the parameters in memory are those of `work.step`
@@ -170,6 +173,9 @@ class Follower:
         op = message["op"]
         if op == "sync":
             self._begin_sync(message)
+        elif op == "restore":
+            if not self._restoring:
+                self._tasks.start_soon(self._restore)
         elif op == "alone":
             self.alone = message.get("alone") is True
         elif op in handlers:
@@ -318,6 +324,7 @@ class Follower:
         self._parts = None
         if self._loaded_at is not None:  # the run has gone on from here: whatever was ahead belongs to another past
             await self.work.compute(self._checkpoints.drop_after, self._loaded_at)
+            self._copies.went_back(self.past, self._loaded_at)
             self._loaded_at = None
         done = step + 1
         if done % CHECKPOINT_EVERY == 0 or done == self._steps:
@@ -355,6 +362,7 @@ class Follower:
                 await anyio.sleep(DISK_RETRY_S)
                 continue
             self.say({"op": "checkpoint", "step": done})
+            self._copies.offer(self.past, done)
             return
 
     # --- catching up ------------------------------------------------------------------------------------------------
@@ -383,6 +391,20 @@ class Follower:
                     self.work.do(lambda step=step, data=data: self._take_state(step, data, past))  # type: ignore[misc]
                     return
                 await anyio.sleep(SYNC_RETRY_S)
+
+    async def _restore(self) -> None:
+        """Nobody of our stage has its state: bring it back from the owners of other stages."""
+        self._restoring = True
+        try:
+            if not await self._copies.restore() and not self._checkpoints.steps():
+                log.warning("stage_begins_anew", reason="no copy of it was ever made")
+                await self.work.compute(self._checkpoints.save, 0, self._trainer.save())
+            self.say(self.state())
+        except TesseraError as error:
+            log.warning("stage_not_restored", code=error.code, reason=error.message)
+            self._trouble(error.message)
+        finally:
+            self._restoring = False
 
     async def _take_state(self, step: int, data: bytes, past: int) -> None:
         try:

@@ -48,6 +48,7 @@ Phase = Literal["seating", "training", "paused", "serving", "closed"]
 LONG_POLL_S = 5.0
 SHARE_SYMBOL = "TSRA"
 GAS_GRANT_WEI = 10**16  # sent to each worker's account where gas costs money
+SILENT_S = 60.0  # a worker who has not reported for so long is not counted on
 CANDIDATE_S = 120.0  # a joiner who says nothing for so long has gone away: his place is offered to others
 OFFERS = 1024  # that are remembered; whoever looks again in vain is offered another
 FROM_THE_START = -1
@@ -105,6 +106,8 @@ class RunHost:
         self._past: list[Seat] = []
         self._candidates: dict[PeerId, Seat] = {}  # whom the workers are to let in
         self._heard: dict[PeerId, float] = {}  # when a candidate last asked
+        self._reported: dict[PeerId, float] = {}  # when a worker last reported
+        self._began = 0.0
         self._saved: dict[PeerId, SavedSeat] = {}
         self._changes = 0  # of the contract, that we have followed
         self._leaving: set[PeerId] = set()  # who says that he wants to
@@ -121,6 +124,7 @@ class RunHost:
             raise Invalid(f"{book.shown} is damaged ({error}): restore it from your backup, or move it away") from error
 
     def serve(self) -> None:
+        self._began = anyio.current_time()
         serve_calls(self._transport, JOIN, self._join, request_limit=SMALL)
         serve_calls(self._transport, RUN, self._run, request_limit=SMALL)
 
@@ -213,7 +217,7 @@ class RunHost:
     def _offer_stage(self, peer: PeerId, known: Seat | None) -> int:
         """The stage that `peer` has, or is offered: one with the fewest workers, the same until others fill it.
 
-        Who wants to leave is not counted: he may be the only one of his stage, and waits for another.
+        Who wants to leave, or is silent, is not counted: he may be the only one of his stage.
 
         Raises: Conflict when there is no room, or `peer` has left before.
         """
@@ -229,7 +233,8 @@ class RunHost:
             raise Conflict(
                 f"all {taken.total()} seats of this run are taken: ask its host to tell you when one is free"
             )
-        staying = taken - Counter(seat.stage for seat in self._seats if seat.peer in self._leaving)
+        going = [seat.stage for seat in self._seats if seat.peer in self._leaving or self._is_silent(seat.peer)]
+        staying = taken - Counter(going)
         least = min(staying[stage] for stage in free)
         fewest = [stage for stage in free if staying[stage] == least]
         stage = self._offered.pop(peer, None)
@@ -238,6 +243,10 @@ class RunHost:
         if len(self._offered) > OFFERS:
             self._offered.pop(next(iter(self._offered)))
         return stage
+
+    def _is_silent(self, peer: PeerId) -> bool:
+        """Whether a worker has not reported for a while: his stage needs somebody."""
+        return self._share is not None and anyio.current_time() - self._reported.get(peer, self._began) > SILENT_S
 
     def _is_fresh(self, candidate: Seat) -> bool:
         return anyio.current_time() - self._heard.get(candidate.peer, -math.inf) < CANDIDATE_S
@@ -327,6 +336,7 @@ class RunHost:
             return ({"ready": True, **self.roster().to_value()} if ready else waiting), b""
         if op == "report" and seat is not None:
             report = _parse_report(request.get("report"))
+            self._reported[peer] = anyio.current_time()
             (self._leaving.add if report.leaving else self._leaving.discard)(peer)
             self._on_report(seat, report)
             if self.phase == "closed":

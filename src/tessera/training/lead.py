@@ -23,7 +23,7 @@ import structlog
 from tessera.core.errors import Misbehaviour, Unavailable
 from tessera.core.ids import PeerId
 from tessera.training.control import Message
-from tessera.training.crew import Crew, Member
+from tessera.training.crew import Crew, Member, read_state
 from tessera.training.deadlines import Deadline
 from tessera.training.manifest import Manifest
 from tessera.training.plan import Order, StepPlan
@@ -180,6 +180,9 @@ class Lead:
             held = [{c for m in self._crew.of_stage(s) for c in m.checkpoints if m.line} for s in self._stages]
             common = set.intersection(*held)
             if not common:
+                for member in self._crew.present():
+                    if not held[member.stage]:
+                        member.say({"op": "restore"})
                 raise StepLost("the workers hold no common checkpoint")
             step, self.past = max(common), self.term
             waiting = {m.peer for m in self._crew.present() if step in m.checkpoints}
@@ -386,8 +389,10 @@ class Lead:
             member.rests = str(message.get("reason", ""))[:100]
         elif op == "checkpoint" and type(message.get("step")) is int:
             member.checkpoints = [*member.checkpoints[-KEPT:], message["step"]]
-        elif op == "state" and self._active:
-            self._fell_behind(member)
+        elif op == "state":
+            read_state(member, message)
+            if self._active:
+                self._fell_behind(member)
 
     def _counts_as_in_step(self, step: object) -> bool:
         """With rounds, workers of a stage are never quite alike: one who was alike lately will do."""

@@ -17,7 +17,17 @@ from tessera.core.hashing import sha256
 from tessera.core.ids import Account, BlobId, RunId, parse_account, parse_blob_id
 from tessera.models.config import AveragingConfig, ModelSpec
 
-__all__ = ["Allocation", "DataRecipe", "DataSet", "Manifest", "Owner", "Part", "Schedule", "load_manifest"]
+__all__ = [
+    "CHECKPOINT_EVERY",
+    "Allocation",
+    "DataRecipe",
+    "DataSet",
+    "Manifest",
+    "Owner",
+    "Part",
+    "Schedule",
+    "load_manifest",
+]
 
 MANIFEST_LIMIT = 64 * 1024  # bytes
 WHOLE_BPS = 10_000
@@ -28,6 +38,7 @@ MAX_WEIGHT = 1_000  # of a data set beside the others
 MAX_RECEIPTS = 50_000  # of one epoch: they travel to every voter in one message
 MAX_WORKERS = 128  # that a share contract takes
 MOST_REPLICAS = 8
+CHECKPOINT_EVERY = 10  # steps
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 
@@ -121,7 +132,17 @@ class Schedule(_Strict):
     evaluate_every: Positive
     evaluate_batches: Annotated[int, Field(ge=1, le=4096)]
     epoch_steps: Positive
+    snapshot_every: Annotated[int, Field(ge=0, le=10**9)] = 100  # steps from one copy with others to the next; 0 = none
     drop_late: bool = False  # end a step without microbatches that are late; else every step has them all
+
+    @field_validator("snapshot_every")
+    @classmethod
+    def _with_checkpoints(cls, value: int) -> int:
+        if value % CHECKPOINT_EVERY:
+            raise ValueError(
+                f"copies are made of checkpoints: every so many times {CHECKPOINT_EVERY} steps, not {value}"
+            )
+        return value
 
     @property
     def epochs(self) -> int:

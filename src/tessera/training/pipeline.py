@@ -30,6 +30,7 @@ from tessera.training.book import ReceiptBook
 from tessera.training.boundary import Boundary
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.control import Line, Message, StreamLine, local_pair
+from tessera.training.copies import StageCopies
 from tessera.training.crew import Crew
 from tessera.training.follower import Follower, SavedTrainer, StageSums
 from tessera.training.lead import Lead
@@ -73,6 +74,7 @@ class Pipeline:
         roster: the newest roster that is known.
         refresh: fetch it again, because a peer may have come, or come back at another address.
         version: a commitment to the parameters as they are, for receipts.
+        copies: of this stage, with others.
         compute: how a call of the trainer is made, beside the event loop.
     """
 
@@ -94,6 +96,7 @@ class Pipeline:
         gate: Gate,
         clock: Clock,
         version: Callable[[], bytes],
+        copies: StageCopies,
         compute: Compute = to_thread.run_sync,
     ) -> None:
         self._manifest, self._stage, self._me, self._transport = manifest, stage, key.id, transport
@@ -125,6 +128,7 @@ class Pipeline:
             trained=self._set_trained,
             rests=lambda: self._rests,
             trouble=self.leading,
+            copies=copies,
         )
         self._donor = StateDonor(transport, admitted=self._of_my_stage, copy=self._follower.copy)
         self._stepped = 0.0
@@ -135,7 +139,7 @@ class Pipeline:
         self.last_step: tuple[float, float] | None = None  # seconds since 1970, and how many it took
         self.steps_done = max(checkpoints.steps(), default=0)
         self.trained = anyio.Event()
-        if 0 not in checkpoints.steps():
+        if not checkpoints.steps() and roster().changes == 0:  # else the run has begun without us: step 0 is no news
             checkpoints.save(0, trainer.save())
 
     @property
@@ -153,6 +157,11 @@ class Pipeline:
     def _rests(self) -> str:
         """Why we get no work; empty when we do."""
         return self._gate.reason or ("leaves" if self._leaves else "")
+
+    @property
+    def past(self) -> int:
+        """The term in which the parameters were last loaded from a checkpoint."""
+        return self._follower.past
 
     async def may_leave(self) -> bool:
         """Whether another worker of our stage is in step, so that nothing is lost without us."""
@@ -230,7 +239,9 @@ class Pipeline:
             await anyio.sleep(LOOK_S)
             if self._rests != self._told_rests:
                 self._told_rests = reason = self._rests
-                log.info("paused", stage=self._stage, reason=reason) if reason else log.info("goes_on", stage=self._stage)
+                log.info("paused", stage=self._stage, reason=reason) if reason else log.info(
+                    "goes_on", stage=self._stage
+                )
                 self._follower.say({"op": "gate", "reason": reason})
 
     # --- neighbours and peers of our stage --------------------------------------------------------------------------

@@ -113,7 +113,6 @@ class Receipt:
             _hex(digest, 32), _hex(version, 32), _hex(signature, 64),
         )  # fmt: skip
 
-
     def to_payload(self) -> bytes:
         """The form that crosses a boundary link, where both sides know the rest."""
         size = self.microbatches[-1] // 8 + 1

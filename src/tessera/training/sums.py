@@ -9,7 +9,7 @@ from tessera.core.errors import Late, Misbehaviour
 from tessera.core.ids import PeerId
 from tessera.training.exchange import Exchange
 
-__all__ = ["Sums", "SummedTrainer"]
+__all__ = ["SummedTrainer", "Sums"]
 
 ATTEMPTS = 256  # to end one step in one term
 

@@ -21,11 +21,13 @@ from tessera.models.parallel_link import RankLink
 from tessera.training.attendance import Attendance
 from tessera.training.book import ReceiptBook
 from tessera.training.contract import check_changes
+from tessera.training.copies import NoCopies, StageCopies, StageSnapshots
 from tessera.training.exchange import Exchange
 from tessera.training.gate import Gate
 from tessera.training.home import Home
 from tessera.training.joining import HostLink, Pace
 from tessera.training.keeper import Keeper
+from tessera.training.manifest import CHECKPOINT_EVERY
 from tessera.training.membership import Membership
 from tessera.training.news import News
 from tessera.training.pipeline import Pipeline
@@ -33,6 +35,8 @@ from tessera.training.protocols import RUN
 from tessera.training.receipts import NO_VERSION
 from tessera.training.roster import ROSTER_LIMIT, Roster, remember_run
 from tessera.training.seating import Seated, Seating, WorkerConfig
+from tessera.training.snapshot_header import Moment
+from tessera.training.snapshots import SnapshotConfig, Snapshots, choose_maker
 from tessera.training.status import WorkerStatus, save_status
 from tessera.training.sums import Sums
 from tessera.training.wishes import make_wish, read_wish
@@ -45,6 +49,7 @@ REPORT_S = 0.5
 STATUS_S = 2.0
 REPORT_POINTS = 200  # losses in one report
 GOODBYE_TRIES = 10
+STATE_ROOM = 2  # times our own state: what one of the same stage can be, its format allowed for
 FIRST_LOOK_S = 1.0  # the gate is shut until somebody has looked: that is no reason to say that we pause
 
 
@@ -76,6 +81,7 @@ class _Parts:
     membership: Membership
     attendance: Attendance
     exchange: Exchange
+    snapshots: Snapshots | None
     news: News
     book: ReceiptBook
 
@@ -120,6 +126,8 @@ class Worker:
         parts.keeper.serve()
         parts.membership.serve()
         parts.exchange.serve()
+        if parts.snapshots is not None:
+            parts.snapshots.serve()
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._gate.watch)
@@ -134,6 +142,8 @@ class Worker:
                 tasks.start_soon(parts.news.run)
                 tasks.start_soon(parts.attendance.run)
                 tasks.start_soon(parts.membership.run)
+                if parts.snapshots is not None:
+                    tasks.start_soon(parts.snapshots.run)
                 tasks.start_soon(self._settle, parts.keeper)
                 tasks.start_soon(self._serve_when_trained, parts)
                 tasks.start_soon(self._say_goodbye, parts)
@@ -151,6 +161,17 @@ class Worker:
             lambda: {seat.peer: seat.record for seat in seated.roster.of_stage(seated.stage)},
             limit_bytes=seated.trainer.gradient_bytes,
         )
+        snapshots = self._snapshots(seated, lambda: Moment(pipeline.past, pipeline.steps_done))
+        copies: StageCopies = NoCopies()
+        if snapshots is not None:
+            copies = StageSnapshots(
+                snapshots,
+                self._transport,
+                seated.checkpoints,
+                stage=seated.stage,
+                roster=lambda: seated.roster,
+                size_limit=STATE_ROOM * len(seated.trainer.save()),
+            )
         pipeline = Pipeline(
             manifest,
             stage=seated.stage,
@@ -167,6 +188,7 @@ class Worker:
             gate=self._gate,
             clock=self._clock,
             version=lambda: NO_VERSION,
+            copies=copies,
         )
         keeper = Keeper(
             manifest,
@@ -200,7 +222,29 @@ class Worker:
             steps_done=lambda: pipeline.steps_done,
             clock=self._clock,
         )
-        return _Parts(seated, pipeline, keeper, membership, attendance, exchange, news, book)
+        return _Parts(seated, pipeline, keeper, membership, attendance, exchange, snapshots, news, book)
+
+    def _snapshots(self, seated: Seated, reached: Callable[[], Moment]) -> Snapshots | None:
+        """Our part in keeping stages alive; None when the manifest wants no copies."""
+        every = seated.manifest.schedule.snapshot_every
+        if every == 0:
+            return None
+        run_id = seated.manifest.run_id
+        return Snapshots(
+            SnapshotConfig(every=every),
+            run_id=run_id,
+            stage=seated.stage,
+            stages=seated.manifest.model.stages,
+            key=self._home.peer_key,
+            transport=self._transport,
+            folder=seated.folder / "snapshots",
+            checkpoints=seated.checkpoints,
+            checkpoint_every=CHECKPOINT_EVERY,
+            members=lambda: seated.roster.seats,
+            maker_of=lambda stage, step: choose_maker(run_id, stage, seated.roster.seats, step, every),
+            admitted=lambda peer, stage: seated.roster.stage_of(peer) == stage,
+            reached=reached,
+        )
 
     # --- while the run is open --------------------------------------------------------------------------------------
 
