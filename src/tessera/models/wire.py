@@ -20,7 +20,7 @@ from tessera.core.errors import Invalid
 from tessera.models.config import SCALE_BYTES, ModelSpec
 from tessera.models.noise import uniform
 
-__all__ = ["Wire"]
+__all__ = ["Wire", "quantise", "step_sizes"]
 
 _LEVELS = 127
 _TINY = 2.0**-100  # scales under it are sent as zero: dividing by them could overflow
@@ -72,21 +72,19 @@ class Wire:
             raise Invalid("a message holds numbers that are not finite")
         return x_BTW
 
+    def scales(self, data: bytes, batch: int, length: int) -> Float[Tensor, "B T 1"]:
+        """One step of each token's codes, in an int8 message whose size is right. Not checked further."""
+        return _bfloat16(data[: batch * length * SCALE_BYTES]).reshape(batch, length, 1)
+
     def _pack_int8(self, x_BTW: Tensor, noise: tuple[object, ...] | None) -> bytes:
-        scale = _round_up_to_bfloat16(x_BTW.abs().amax(-1, keepdim=True) / _LEVELS)
-        scale = torch.where(scale < _TINY, 0.0, scale)
-        code = torch.where(scale > 0, x_BTW / scale, 0.0)
-        if noise is None:
-            code = code.round_()
-        else:
-            code = code.add_(torch.from_numpy(uniform(tuple(x_BTW.shape), *noise))).floor_()
-        code = code.clamp_(-_LEVELS, _LEVELS).to(torch.int8)  # 127 + 0.9999999 rounds to 128 in float32
+        scale = step_sizes(x_BTW)
+        code = quantise(x_BTW, scale, noise).to(torch.int8)
         scales = scale.to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2", copy=False)
         return scales.tobytes() + code.contiguous().numpy().tobytes()
 
     def _unpack_int8(self, data: bytes, shape: tuple[int, int, int]) -> Tensor:
         cut = math.prod(shape[:2]) * SCALE_BYTES
-        scale = _bfloat16(data[:cut]).reshape(*shape[:2], 1)
+        scale = self.scales(data, *shape[:2])
         if not bool(torch.isfinite(scale).all()) or bool(torch.signbit(scale).any()):
             raise Invalid("a message holds a scale that is negative or not finite")
         code = np.frombuffer(data, np.int8, offset=cut)
@@ -96,6 +94,24 @@ class Wire:
         if not bool(torch.isfinite(x_BTW).all()):
             raise Invalid("a message holds codes that overflow with their scale")
         return x_BTW
+
+
+def step_sizes(x_BTW: Float[Tensor, "B T W"]) -> Float[Tensor, "B T 1"]:
+    """The scale that `Wire.pack` gives each token: a bfloat16 number with which no code exceeds 127."""
+    scale = _round_up_to_bfloat16(x_BTW.abs().amax(-1, keepdim=True) / _LEVELS)
+    return torch.where(scale < _TINY, 0.0, scale)
+
+
+def quantise(
+    x_BTW: Float[Tensor, "B T W"], scale_BT1: Float[Tensor, "B T 1"], noise: tuple[object, ...] | None
+) -> Float[Tensor, "B T W"]:
+    """x in whole steps of `scale`, in [-127, 127]; 0 where the scale is. `noise` is as in `Wire.pack`."""
+    code = torch.where(scale_BT1 > 0, x_BTW / scale_BT1, 0.0)
+    if noise is None:
+        code = code.round_()
+    else:
+        code = code.add_(torch.from_numpy(uniform(tuple(x_BTW.shape), *noise))).floor_()
+    return code.clamp_(-_LEVELS, _LEVELS)  # 127 + 0.9999999 rounds to 128 in float32
 
 
 def _bfloat16(data: bytes) -> Tensor:
