@@ -58,7 +58,7 @@ class Tolerance:
 
 TOLERANCES = {
     "float32": Tolerance(mean=0.004, worst=1.0, relative=1e-4),
-    "bfloat16": Tolerance(mean=0.15, worst=2.0, relative=2e-2),
+    "bfloat16": Tolerance(mean=0.1, worst=2.0, relative=2e-2),
 }
 
 

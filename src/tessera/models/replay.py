@@ -28,7 +28,19 @@ from tessera.models.stage import Stage
 from tessera.models.trainer import check_ids, receive
 from tessera.models.wire import Wire
 
-__all__ = ["Replay", "Replayer", "pack_loss", "pack_params", "params_digest", "unpack_loss"]
+__all__ = [
+    "LOSS_BYTES",
+    "Replay",
+    "Replayer",
+    "Snapshot",
+    "pack_gradients",
+    "pack_loss",
+    "params_digest",
+    "unpack_loss",
+]
+
+
+LOSS_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +53,27 @@ class Replay:
     loss: float | None  # nats, summed over the microbatch
 
 
+class Snapshot:
+    """A stage's parameters at one moment, copied to memory: what a step began with.
+
+    Cost: one copy and one hash of them; packing waits until somebody asks.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._facts = _facts(stage.spec, stage.index)
+        self.params = {name: p.detach().to("cpu", copy=True) for name, p in stage.named_parameters()}
+        self.version = params_digest(self.params)
+
+    def pack(self) -> bytes:
+        """A safetensors file that `Replayer` takes."""
+        return write_checkpoint({f"params.{name}": tensor for name, tensor in self.params.items()}, self._facts)
+
+
 class Replayer:
     """Replays microbatches of `stage`. Not safe for use from two threads at once.
 
     Args:
-        params: what `pack_params` wrote.
+        params: what `Snapshot.pack` wrote.
         device: a torch device; the worker's may be another.
 
     Raises: Invalid: no such stage, or bytes that are not its parameters.
@@ -54,13 +82,20 @@ class Replayer:
     def __init__(self, spec: ModelSpec, stage: int, params: bytes, *, device: str = "cpu") -> None:
         self.spec, self.wire = spec, Wire(spec)
         self.stage = Stage(spec, stage)
-        own = dict(self.stage.named_parameters())
-        tensors, _ = read_checkpoint(params, {f"params.{name}": p for name, p in own.items()}, _facts(spec, stage))
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[f"params.{name}"])
-        self.version = params_digest(self.stage)
+        expected = {f"params.{name}": p.detach() for name, p in self.stage.named_parameters()}
+        tensors, _ = read_checkpoint(params, expected, _facts(spec, stage))
         self.stage.requires_grad_(False).to(device)
+        self._take({name.removeprefix("params."): tensor for name, tensor in tensors.items()})
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Replay with these from now on; they are ours, and so of the right shapes."""
+        self._take(snapshot.params)
+
+    @torch.no_grad()
+    def _take(self, params: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.stage.named_parameters():
+            parameter.copy_(params[name])
+        self.version = params_digest(params)
 
     def replay(self, step: int, index: int, ids: Any, code_in: bytes | None, gradient_in: bytes | None) -> Replay:
         """Microbatch `index` of `step`, forward and backward.
@@ -85,14 +120,23 @@ class Replayer:
         self.stage.requires_grad_(True)
         self.stage.zero_grad(set_to_none=True)
         try:
-            replays = {
-                index: self._run(step, index, *inputs, backward=True) for index, inputs in sorted(work.items())
-            }
+            replays = {index: self._run(step, index, *inputs, backward=True) for index, inputs in sorted(work.items())}
             total = {name: _gradient(parameter) for name, parameter in self.stage.named_parameters()}
         finally:
             self.stage.zero_grad(set_to_none=True)
             self.stage.requires_grad_(False)
         return replays, total
+
+    def params(self) -> dict[str, Tensor]:
+        """What it replays with, by name. Live."""
+        return {name: parameter.detach() for name, parameter in self.stage.named_parameters()}
+
+    def read_gradients(self, data: bytes) -> dict[str, Tensor]:
+        """A sum of gradients that `pack_gradients` wrote, by parameter. Raises: Invalid: it is none of this stage."""
+        expected: dict[str, Tensor] = {f"gradient.{name}": p for name, p in self.stage.named_parameters()}
+        facts = {**_facts(self.spec, self.stage.index), "holds": "gradient"}
+        tensors, _ = read_checkpoint(data, expected, facts)
+        return {name.removeprefix("gradient."): tensor for name, tensor in tensors.items()}
 
     def _run(
         self, step: int, index: int, ids: Any, code_in: bytes | None, gradient_in: bytes | None, *, backward: bool
@@ -117,25 +161,24 @@ class Replayer:
         return Replay(code, None if entered is None else entered.grad, noise, loss)
 
 
-def params_digest(params: Stage | Mapping[str, Tensor]) -> bytes:
+def params_digest(params: Mapping[str, Tensor]) -> bytes:
     """BLAKE3 over every parameter's name, type, shape and bytes, in order of names: what a worker commits to.
 
     Values decide, not where they lie. Cost: about 1 GB/s on one core, see the docs; SHA-256 needs three times as long.
     """
-    named = dict(params.named_parameters()) if isinstance(params, Stage) else params
     hasher = blake3(b"tessera/params/1")
-    for name, tensor in sorted(named.items()):
+    for name, tensor in sorted(params.items()):
         flat = tensor.detach().to("cpu").contiguous().view(-1)
         head = encode([name, str(flat.dtype).removeprefix("torch."), list(tensor.shape)])
         hasher.update(len(head).to_bytes(4, "big") + head)
-        hasher.update(memoryview(flat.view(torch.uint8).numpy()))
+        hasher.update(flat.view(torch.uint8).numpy().data)
     return hasher.digest()
 
 
-def pack_params(stage: Stage) -> bytes:
-    """A stage's parameters, without the optimiser, as a safetensors file that `Replayer` takes."""
-    tensors = {f"params.{name}": parameter for name, parameter in stage.named_parameters()}
-    return write_checkpoint(tensors, _facts(stage.spec, stage.index))
+def pack_gradients(stage: Stage) -> bytes:
+    """The sum of gradients that lies at a stage's parameters before the optimiser's step; zeros where none is."""
+    tensors = {f"gradient.{name}": _gradient(parameter) for name, parameter in stage.named_parameters()}
+    return write_checkpoint(tensors, {**_facts(stage.spec, stage.index), "holds": "gradient"})
 
 
 def pack_loss(loss: float) -> bytes:
@@ -145,8 +188,8 @@ def pack_loss(loss: float) -> bytes:
 
 def unpack_loss(data: bytes) -> float:
     """Raises: Invalid for anything but what `pack_loss` writes."""
-    if len(data) != 8:
-        raise Invalid(f"a loss has 8 bytes, not {len(data)}")
+    if len(data) != LOSS_BYTES:
+        raise Invalid(f"a loss has {LOSS_BYTES} bytes, not {len(data)}")
     return float(struct.unpack(">d", data)[0])
 
 

@@ -106,11 +106,8 @@ def quantise(
     x_BTW: Float[Tensor, "B T W"], scale_BT1: Float[Tensor, "B T 1"], noise: tuple[object, ...] | None
 ) -> Float[Tensor, "B T W"]:
     """x in whole steps of `scale`, in [-127, 127]; 0 where the scale is. `noise` is as in `Wire.pack`."""
-    code = torch.where(scale_BT1 > 0, x_BTW / scale_BT1, 0.0)
-    if noise is None:
-        code = code.round_()
-    else:
-        code = code.add_(torch.from_numpy(uniform(tuple(x_BTW.shape), *noise))).floor_()
+    x = torch.where(scale_BT1 > 0, x_BTW / scale_BT1, 0.0)
+    code = x.round_() if noise is None else x.add_(torch.from_numpy(uniform(tuple(x.shape), *noise))).floor_()
     return code.clamp_(-_LEVELS, _LEVELS)  # 127 + 0.9999999 rounds to 128 in float32
 
 
