@@ -87,10 +87,12 @@ class FlowReceipt:
         )  # fmt: skip
 
 
-def small_spec(compute: Literal["float32", "bfloat16"] = "float32", stages: int = 3, width: int = 32) -> ModelSpec:
-    """Two layers a stage, so that skipping one is a temptation."""
+def small_spec(
+    compute: Literal["float32", "bfloat16"] = "float32", *, stages: int = 3, width: int = 32, depth: int = 2
+) -> ModelSpec:
+    """`depth` layers a stage: two, so that skipping one is a temptation."""
     model = ModelConfig(
-        vocab_size=300, width=width, layers=2 * stages, heads=2, kv_heads=1, ffn=2 * width, context=LENGTH,
+        vocab_size=300, width=width, layers=depth * stages, heads=2, kv_heads=1, ffn=2 * width, context=LENGTH,
         compute=compute,
     )  # fmt: skip
     return ModelSpec(model=model, codec=CodecConfig(kind="codec", k=8), stages=stages, seed=5)
@@ -104,13 +106,43 @@ def auditor_key(stage: int, number: int = 0) -> PeerKey:
     return PeerKey(bytes([2, stage, number]) + bytes(29))
 
 
+def stage_of(peer: PeerId, stages: int) -> int | None:
+    """The roster: a worker and some auditors for each stage."""
+    stage = _SEATS.get(peer)
+    return stage if stage is not None and stage < stages else None
+
+
+_SEATS = {
+    key.id: stage for stage in range(4) for key in (worker_key(stage), *(auditor_key(stage, n) for n in range(4)))
+}
+
+
+class Text:
+    """A Markov chain's words, by name: what can be learned is which word follows which."""
+
+    def __init__(self, words: int) -> None:
+        self._known: dict[tuple[int, int], np.ndarray[Any, Any]] = {}  # drawing takes as long as a small step
+        self._next = np.random.default_rng(0).dirichlet(np.full(words, 0.02), words).cumsum(1)
+
+    def ids(self, step: int, index: int) -> np.ndarray[Any, Any]:
+        if (step, index) not in self._known:
+            self._known[step, index] = self._draw(np.random.default_rng((step, index)))
+        return self._known[step, index]
+
+    def _draw(self, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+        ids = np.zeros((SEQUENCES, LENGTH + 1), np.int64)
+        ids[:, 0] = rng.integers(0, len(self._next), SEQUENCES)
+        for t in range(1, LENGTH + 1):
+            ids[:, t] = (self._next[ids[:, t - 1]] < rng.random((SEQUENCES, 1))).sum(1).clip(0, len(self._next) - 1)
+        return ids
+
+
 class Run:
     """A model trained for `steps` steps of a text with structure; `states[t]` is what step t began with."""
 
     def __init__(self, spec: ModelSpec, steps: int, keep: int = 8) -> None:
         self.spec, self.total = spec, 4 * steps
-        rng = np.random.default_rng(0)
-        self._chain = rng.dirichlet(np.full(spec.model.vocab_size, 0.02), spec.model.vocab_size).cumsum(1)
+        self.text = Text(spec.model.vocab_size)
         trainers = self.trainers()
         self.states: dict[int, list[bytes]] = {}
         self.first_loss = self.loss = 0.0
@@ -131,20 +163,10 @@ class Run:
         return [StageTrainer(self.spec, stage, steps=self.total) for stage in range(self.spec.stages)]
 
     def ids(self, step: int, index: int) -> np.ndarray[Any, Any]:
-        """A Markov chain's words, by name."""
-        rng = np.random.default_rng((step, index))
-        ids = np.zeros((SEQUENCES, LENGTH + 1), np.int64)
-        ids[:, 0] = rng.integers(0, len(self._chain), SEQUENCES)
-        for t in range(1, LENGTH + 1):
-            ids[:, t] = (self._chain[ids[:, t - 1]] < rng.random((SEQUENCES, 1))).sum(1).clip(0, len(self._chain) - 1)
-        return ids
+        return self.text.ids(step, index)
 
     def stage_of(self, peer: PeerId) -> int | None:
-        """The roster: a worker and nine auditors for each stage."""
-        for stage in range(self.spec.stages):
-            if peer in (worker_key(stage).id, *(auditor_key(stage, n).id for n in range(9))):
-                return stage
-        return None
+        return stage_of(peer, self.spec.stages)
 
 
 @dataclass

@@ -138,6 +138,11 @@ class Replayer:
         tensors, _ = read_checkpoint(data, expected, facts)
         return {name.removeprefix("gradient."): tensor for name, tensor in tensors.items()}
 
+    def write_gradients(self, gradients: Mapping[str, Tensor]) -> bytes:
+        """The other way round."""
+        facts = {**_facts(self.spec, self.stage.index), "holds": "gradient"}
+        return write_checkpoint({f"gradient.{name}": tensor for name, tensor in gradients.items()}, facts)
+
     def _run(
         self, step: int, index: int, ids: Any, code_in: bytes | None, gradient_in: bytes | None, *, backward: bool
     ) -> Replay:

@@ -10,7 +10,8 @@ replicas average rarely, that the optimiser's step was the right one (where they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,8 @@ class Finding:
     """What a replay shows."""
 
     outcome: Outcome  # passed or failed
-    reason: str  # "passed", or what failed first: version, code, gradient, loss, update, message
+    reason: str  # "passed", or what is furthest off: version, code, gradient, loss, update, message
+    used: float = math.inf  # how much of the tolerance that needs; above 1 it fails
 
 
 def judge(
@@ -83,49 +85,44 @@ def _replayed(evidence: Evidence, replayer: Replayer, ids: Callable[[int, int], 
             replays = {i: replayer.replay(step, i, *inputs) for i, inputs in work.items()}
     except Invalid as error:  # he signed that he worked with this
         return _failed("message", f"what he says he worked with cannot be: {error.message}")
-    for index, replay in replays.items():
-        finding = _compared(evidence, replayer, index, replay, limits)
-        if finding is not None:
-            return finding
-    if total is not None:
-        return _update(evidence, replayer, total, limits)
-    return Finding("passed", "passed")
+    try:
+        findings = [f for i, replay in replays.items() for f in _compared(evidence, replayer, i, replay, limits)]
+        if total is not None:
+            findings.append(_update(evidence, replayer, total, limits))
+    except Invalid as error:  # he signed that he sent this
+        return _failed("message", error.message)
+    return max(findings, key=lambda finding: finding.used)
 
 
-def _compared(evidence: Evidence, replayer: Replayer, index: int, replay: Replay, limits: Tolerance) -> Finding | None:
-    """What is wrong with one microbatch's outputs; None when nothing is."""
+def _compared(
+    evidence: Evidence, replayer: Replayer, index: int, replay: Replay, limits: Tolerance
+) -> Iterator[Finding]:
+    """What each output of one microbatch shows. Raises: Invalid: bytes that are no message."""
     sent = (
         ("code", evidence.messages("code_out").get(index), replay.code_BTW, None),
         ("gradient", evidence.messages("gradient_out").get(index), replay.gradient_BTW, replay.gradient_noise),
     )
-    try:
-        for what, claimed, own, noise in sent:
-            if claimed is None or own is None:
-                continue
+    for what, claimed, own, noise in sent:
+        if claimed is not None and own is not None:
             distance = compare(replayer.wire, claimed, own, noise)
-            if not limits.accepts(distance):
-                return _failed(what, f"{distance.mean:.4g} steps from the replay, {distance.worst:.4g} at worst")
-        if replay.loss is not None:
-            said = unpack_loss(evidence.losses[evidence.commitment.microbatches.index(index)])
-            if not abs(said - replay.loss) <= limits.relative * abs(replay.loss):
-                return _failed("loss", f"he says {said:.6g} nats, the replay has {replay.loss:.6g}")
-    except Invalid as error:
-        return _failed("message", error.message)
-    return None
+            why = f"{distance.mean:.4g} steps from the replay, {distance.worst:.4g} at worst"
+            yield _found(what, limits.used(distance), why)
+    if replay.loss is not None:
+        said = unpack_loss(evidence.losses[evidence.commitment.microbatches.index(index)])
+        off = abs(said - replay.loss) / abs(replay.loss) if math.isfinite(said) and replay.loss else math.inf
+        yield _found("loss", off / limits.relative, f"he says {said:.6g} nats, the replay has {replay.loss:.6g}")
 
 
 def _update(evidence: Evidence, replayer: Replayer, total: Mapping[str, Tensor], limits: Tolerance) -> Finding:
-    """The sum of gradients against the replay's, parameter by parameter."""
-    try:
-        claimed = replayer.read_gradients(evidence.gradient or b"")
-    except Invalid as error:
-        return _failed("update", error.message)
-    for name, own in total.items():
-        off = relative_error(claimed[name], own)
-        if off > limits.relative:
-            return _failed("update", f"the gradient of {name} is off by {off:.3g} of its size")
-    return Finding("passed", "passed")
+    """The sum of gradients against the replay's: the parameter that is furthest off. Raises: Invalid: none."""
+    claimed = replayer.read_gradients(evidence.gradient or b"")
+    off, name = max((relative_error(claimed[name], own), name) for name, own in total.items())
+    return _found("update", off / limits.relative, f"the gradient of {name} is off by {off:.3g} of its size")
 
 
-def _failed(what: str, why: str) -> Finding:
-    return Finding("failed", f"{what}: {why}"[:REASON_CHARS])
+def _found(what: str, used: float, why: str) -> Finding:
+    return Finding("passed", "passed", used) if used <= 1 else _failed(what, why, used)
+
+
+def _failed(what: str, why: str, used: float = math.inf) -> Finding:
+    return Finding("failed", f"{what}: {why}"[:REASON_CHARS], used)

@@ -99,7 +99,7 @@ class Examiner:
             if own:
                 # Both sides are rounded, with the same noise: our dequantised message rounds to itself.
                 distance = compare(wire, said, wire.unpack(own, batch, columns - 1))
-                if not limits.accepts(distance):
+                if limits.used(distance) > 1:
                     return f"{what} {distance.mean:.3g} steps from ours"
         if own_loss:
             said_loss, loss = unpack_loss(body[-LOSS_BYTES:]), unpack_loss(own_loss)
