@@ -64,13 +64,13 @@ __all__ = [
     "worker_key",
 ]  # fmt: skip
 
-STEP = 5  # the last that the small runs keep
+STEP = 3  # the last that the small runs keep
 
 
 @cache
 def crew(compute: Literal["float32", "bfloat16"] = "float32") -> Crew:
     """Workers of a run that has learned for a few steps, so that its codes are not trivial."""
-    return Crew(Run(small_spec(compute), STEP + 1, keep=3))
+    return Crew(Run(small_spec(compute), STEP + 1, keep=2))
 
 
 @cache

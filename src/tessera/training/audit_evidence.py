@@ -139,10 +139,11 @@ class Commitment:
         )  # fmt: skip
 
     def names(self, receipt: SignedReceipt) -> bool:
-        """Whether the worker sent what the receipt says that the neighbour got."""
+        """Whether the worker says that he sent what the receipt says that the neighbour got."""
         place = (receipt.run_id, receipt.step, receipt.worker)
         got = Sent(receipt.direction, receipt.signer, receipt.digest)
-        return place == (self.run_id, self.step, self.worker) and got in self.sent
+        done = set(receipt.microbatches) <= set(self.microbatches)
+        return place == (self.run_id, self.step, self.worker) and done and got in self.sent
 
     def _facts(self) -> list[Any]:
         sent = [[s.direction, s.peer, s.digest.hex()] for s in self.sent]

@@ -110,8 +110,8 @@ class Auditor:
             receipts: of the step, signatures checked; those that the worker signed may not lack.
             commitment: what he sent before the draw.
 
-        Raises: Missing: a receipt or our own parameters are not here; wait for the receipts, and when the window
-            closes without them, give `withheld`.
+        Raises: Invalid: a lot about nothing that he earned.  Missing: a receipt or our own parameters are not here:
+            wait for the receipts, and when the window closes without them, give `withheld`.
         """
         own = await self._own_replayer(lot.step)
         about = self._about(lot, receipts, commitment)
@@ -198,17 +198,17 @@ class Auditor:
             if (r.step == lot.step and r.signer == lot.worker) or commitment.names(r)
         ]  # fmt: skip
         wanted = set(_wanted(lot, commitment))
+        if not wanted <= set(commitment.microbatches):
+            raise Invalid(f"microbatch {lot.index} earned nothing: the commitment does not name it")
         for role in required_roles(self._stage, self._spec.stages):
             covered = {i for r in about if flow_role(r, lot.worker) == role for i in r.microbatches}
-            if not wanted & set(commitment.microbatches) <= covered:
+            if not wanted <= covered:
                 raise Missing(f"the receipts for {role} of step {lot.step} are not all here")
         return about
 
     async def _gather(self, lot: Draw, about: Sequence[SignedReceipt], commitment: Commitment) -> Evidence:
         """The evidence, checked. Raises: TesseraError: the worker lacks an answer, or has the wrong bytes."""
         wanted = set(_wanted(lot, commitment))
-        if not wanted <= set(commitment.microbatches):
-            raise Invalid("he took credit for a microbatch that his commitment omits")
         flows = [await self._flow(lot, receipt, wanted) for receipt in about]
         losses: tuple[bytes, ...] = ()
         if self._stage == self._spec.stages - 1:
