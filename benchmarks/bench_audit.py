@@ -81,19 +81,28 @@ def main() -> None:
     keep, rounds, places = (2, 1, 1) if arguments.quick else (22, 4, 5)
     counts: dict[str, Any] = {"classes": {}, "honest": {}}
     for compute in COMPUTES:
+        progress(f"{compute}: training")
         run = Run(small_spec(compute), 10 if arguments.quick else 40, keep)
+        progress(f"{compute}: honest workers")
         honest(run, compute, counts["honest"])
+        progress(f"{compute}: cheats")
         tampered(run, compute, rounds, places, counts["classes"])
+        progress(f"{compute}: other kernels")
         other_kernels(run, 1 if arguments.quick else 8, f"{compute}, no AVX", counts["honest"])
         if not arguments.quick:
             deep = Run(small_spec(compute, stages=2, depth=12), 20, 4)
             other_kernels(deep, 4, f"{compute}, no AVX, 12 layers a stage", counts["honest"])
+    progress("cost")
     result = summary(counts, cost(steps=2 if arguments.quick else 8))
     if not arguments.quick:
         write_results(result, counts)
     print(table(result, counts))
     if arguments.json:
         print(json.dumps({key: result[key] for key in FIGURES}))
+
+
+def progress(what: str) -> None:
+    print(f"{datetime.now(UTC):%H:%M:%S} {what}", file=sys.stderr, flush=True)
 
 
 # --- audits ---------------------------------------------------------------------------------------------------------
