@@ -8,7 +8,7 @@ from dataclasses import replace
 from audit_world import MICROBATCHES, RUN, STEP, FlowReceipt, Step, auditor_key, crew, worker_key
 from tessera.core.signing import AccountKey
 from tessera.training.audit import AuditConfig, settle_credit
-from tessera.training.audit_evidence import accepted
+from tessera.training.audit_commitment import accepted
 from tessera.training.epochs import compute_epoch
 from training_world import small_manifest
 

@@ -29,7 +29,8 @@ from tessera.core.errors import Invalid, Misbehaviour, Missing, Refused
 from tessera.models.replay import Replayer, Snapshot
 from tessera.p2p.memory import MemoryNetwork, run_virtual
 from tessera.training.audit import AuditConfig, Verdict, draw, settle_credit
-from tessera.training.audit_evidence import Commitment, Evidence
+from tessera.training.audit_commitment import Commitment
+from tessera.training.audit_evidence import Evidence
 from tessera.training.audit_log import AuditLog
 from tessera.training.audit_probe import Examiner, serve_probe
 

@@ -24,15 +24,8 @@ from tessera.models.replay import Snapshot
 from tessera.p2p.calls import serve_calls
 from tessera.p2p.transport import Transport
 from tessera.training.audit import check_place
-from tessera.training.audit_evidence import (
-    ROLES,
-    Commitment,
-    Direction,
-    Role,
-    Sent,
-    check_microbatches,
-    payloads_digest,
-)
+from tessera.training.audit_commitment import Commitment, Direction, Sent, check_microbatches, payloads_digest
+from tessera.training.audit_evidence import ROLES, Role
 
 __all__ = ["AUDIT", "CHUNK_BYTES", "AuditLog", "serve_audits"]
 

@@ -26,14 +26,8 @@ from tessera.models.replay import LOSS_BYTES, Replayer
 from tessera.p2p.calls import call
 from tessera.p2p.transport import PeerRecord, Transport
 from tessera.training.audit import AuditConfig, Draw, Outcome, Verdict, draw
-from tessera.training.audit_evidence import (
-    Commitment,
-    Evidence,
-    Flow,
-    SignedReceipt,
-    flow_role,
-    required_roles,
-)
+from tessera.training.audit_commitment import Commitment, SignedReceipt
+from tessera.training.audit_evidence import Evidence, Flow, flow_role, required_roles
 from tessera.training.audit_judge import Finding, drift, judge
 from tessera.training.audit_log import AUDIT, CHUNK_BYTES, AuditLog
 
@@ -86,7 +80,7 @@ class Auditor:
         self._config, self._message_bytes, self._transport, self._own = config, message_bytes, transport, own
         self._record_of, self._stage_of, self._ids, self._device = record_of, stage_of, ids, device
         self._replayer: Replayer | None = None  # the last one: its version names it
-        self._busy = anyio.Lock()  # a replayer and its memory serve one audit at a time
+        self._busy = anyio.Lock()  # our replayer serves one audit at a time
 
     def lots(self, commitment: Commitment, receipts: Iterable[SignedReceipt], auditors: int) -> list[Draw]:
         """Our draws about a worker's step that hit, the update's last.
@@ -113,7 +107,7 @@ class Auditor:
         Raises: Invalid: a lot about nothing that he earned.  Missing: a receipt or our own parameters are not here:
             wait for the receipts, and when the window closes without them, give `withheld`.
         """
-        own = await self._own_replayer(lot.step)
+        self._own.params(lot.step)  # or we could not tell his from others
         about = self._about(lot, receipts, commitment)
         reason = ""
         for attempt in range(self._config.attempts):
@@ -121,14 +115,14 @@ class Auditor:
                 await anyio.sleep(PAUSE_S)
             try:
                 evidence = await self._gather(lot, about, commitment)
-                theirs = await self._their_replayer(evidence, own)
+                theirs = await self._their_replayer(evidence)
                 break
             except TesseraError as error:  # his answer, or his silence: nobody else was asked, nothing of ours was used
                 reason = error.message
                 log.info("audit_unanswered", worker=lot.worker, step=lot.step, attempt=attempt, reason=reason)
         else:
             return self.withheld(lot, reason)
-        return await self._judged(evidence, own, theirs)
+        return await self._judged(evidence, theirs)
 
     def withheld(self, lot: Draw, why: str) -> Audited:
         """Our verdict on a worker who did not let himself be audited."""
@@ -143,8 +137,7 @@ class Auditor:
         lot = draw(self._key, self._run_id, evidence.draw.step, evidence.worker, evidence.draw.index)
         mine = replace(evidence, draw=lot)
         mine.check(self._stage, self._spec.stages, self._stage_of)
-        own = await self._own_replayer(lot.step)
-        return await self._judged(mine, own, await self._their_replayer(mine, own))
+        return await self._judged(mine, await self._their_replayer(mine))
 
     def _signed(self, lot: Draw, outcome: Outcome, reason: str, evidence: Evidence | None) -> Audited:
         shown = bytes(32) if evidence is None else evidence.digest()
@@ -152,21 +145,24 @@ class Auditor:
 
     # --- judging ----------------------------------------------------------------------------------------------------
 
-    async def _judged(self, evidence: Evidence, own: Replayer, theirs: Replayer) -> Audited:
-        finding = None
-        if theirs is not own:
-            off = await to_thread.run_sync(drift, theirs.params(), own.params())
-            if off * 1e6 > self._config.drift_ppm:
-                why = f"his parameters are off by {off:.3g}, at most {self._config.drift_ppm} millionths are expected"
-                finding = Finding("failed", f"version: {why}")
-        if finding is None:
-            async with self._busy:
-                replay = partial(judge, evidence, theirs, stage_of=self._stage_of, ids=self._ids)
+    async def _judged(self, evidence: Evidence, theirs: Replayer | None) -> Audited:
+        async with self._busy:
+            own = await self._own_replayer(evidence.draw.step)
+            finding = None if theirs is None else await to_thread.run_sync(self._drifted, theirs, own)
+            if finding is None:
+                replay = partial(judge, evidence, theirs or own, stage_of=self._stage_of, ids=self._ids)
                 finding = await to_thread.run_sync(replay)
         return self._signed(evidence.draw, finding.outcome, finding.reason, evidence)
 
+    def _drifted(self, theirs: Replayer, own: Replayer) -> Finding | None:
+        """What is wrong with parameters that are not ours; None when they are near enough."""
+        off, most = drift(theirs.params(), own.params()), self._config.drift_ppm
+        if off * 1e6 <= most:
+            return None
+        return Finding("failed", f"version: his parameters are off by {off:.3g}, at most {most} millionths expected")
+
     async def _own_replayer(self, step: int) -> Replayer:
-        """With our parameters of `step`. Raises: Missing: we do not keep that step, so we cannot audit it."""
+        """With our parameters of `step`; whoever holds the lock may use it. Raises: Missing: we keep no such step."""
         snapshot = self._own.params(step)
         if self._replayer is None:
             self._replayer = await self._load(snapshot.pack())
@@ -174,14 +170,12 @@ class Auditor:
             await to_thread.run_sync(self._replayer.load, snapshot)
         return self._replayer
 
-    async def _their_replayer(self, evidence: Evidence, own: Replayer) -> Replayer:
-        """With the parameters that the worker committed to: ours when they are the same, else fetched from him."""
-        version = evidence.commitment.version
-        if own.version == version:
-            return own
-        theirs = await self._load(
-            await self._chunks(evidence.worker, "params", evidence.draw.step, self._state_limit())
-        )
+    async def _their_replayer(self, evidence: Evidence) -> Replayer | None:
+        """With the parameters that the worker committed to, fetched from him; None when ours are the same."""
+        version, step = evidence.commitment.version, evidence.draw.step
+        if self._own.params(step).version == version:
+            return None
+        theirs = await self._load(await self._chunks(evidence.worker, "params", step, self._state_limit()))
         if theirs.version != version:
             raise Misbehaviour("the parameters that he shows are not those that he committed to")
         return theirs
