@@ -90,8 +90,9 @@ def main() -> None:
         progress(f"{compute}: other kernels")
         other_kernels(run, 1 if arguments.quick else 8, f"{compute}, no AVX", counts["honest"])
         if not arguments.quick:
-            deep = Run(small_spec(compute, stages=2, depth=12), 20, 4)
-            other_kernels(deep, 4, f"{compute}, no AVX, 12 layers a stage", counts["honest"])
+            deep, name = Run(small_spec(compute, stages=2, depth=12), 20, 4), f"{compute}, 12 layers a stage"
+            other_kernels(deep, 4, f"{name}, no AVX", counts["honest"])
+            tampered(deep, name, 2, 2, counts["classes"], ("lower_precision",))
     progress("cost")
     result = summary(counts, cost(steps=2 if arguments.quick else 8))
     if not arguments.quick:
@@ -137,25 +138,27 @@ def honest(run: Run, compute: str, tallies: dict[str, Tally]) -> None:
                     updates.add(judged(done, stage, None, replayer))
 
 
-def tampered(run: Run, compute: str, rounds: int, places: int, tallies: dict[str, Tally]) -> None:
+def tampered(
+    run: Run, name: str, rounds: int, places: int, tallies: dict[str, Tally], kinds: tuple[str, ...] = KINDS
+) -> None:
     """Every kind of cheat in the first `places` places where it can be: `rounds` steps each."""
     crew = Crew(run)
     steps = cycle(list(run.states)[1:])  # a stale worker needs the step before
-    for kind in KINDS:
-        for cheat in cheats(kind, compute, places):
+    for kind in kinds:
+        for cheat in cheats(kind, run.spec.model.compute, places):
             for _ in range(rounds):
                 done = crew.step(next(steps), cheat)
                 replayer = replayers(done)[cheat.stage]
                 for index in range(MICROBATCHES):
                     finding = judged(done, cheat.stage, index, replayer)
-                    tallies.setdefault(f"{kind}, {compute}", Tally()).add(finding)
+                    tallies.setdefault(f"{kind}, {name}", Tally()).add(finding)
     for stage in range(run.spec.stages if places > 1 else 1):  # the backward pass of stage 0 shows in no message
         for _ in range(rounds):
             step = next(steps)
             half = partial_update(crew, step, stage)
             done = crew.step(step, updates={stage: half})
             finding = judged(done, stage, None, replayers(done)[stage])
-            tallies.setdefault(f"update of half the microbatches, {compute}", Tally()).add(finding)
+            tallies.setdefault(f"update of half the microbatches, {name}", Tally()).add(finding)
 
 
 def cheats(kind: str, compute: str, places: int) -> Iterator[Cheat]:

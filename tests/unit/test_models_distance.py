@@ -9,7 +9,7 @@ import torch
 
 from tessera.core.errors import Invalid
 from tessera.models.config import CodecConfig, ModelSpec
-from tessera.models.distance import TOLERANCES, Distance, compare, relative_error
+from tessera.models.distance import Distance, compare, relative_error, tolerance
 from tessera.models.presets import tiny_spec
 from tessera.models.wire import Wire
 
@@ -73,9 +73,15 @@ def test_bytes_that_are_no_message_and_replays_that_diverged_are_invalid() -> No
 
 
 def test_the_tolerance_of_a_short_message_allows_for_counting() -> None:
-    limits = TOLERANCES["float32"]
+    limits = tolerance("float32", 2)
     assert limits.used(Distance(1 / 64, 1 / 8, 64)) < 1 < limits.used(Distance(1 / 64, 1 / 8, 6400))
     assert limits.used(Distance(0.0, 3.0, 6400)) > 1
+
+
+def test_a_deeper_stage_may_differ_by_the_root_of_its_depth() -> None:
+    shallow, deep = tolerance("bfloat16", 2), tolerance("bfloat16", 8)
+    assert deep.mean == pytest.approx(2 * shallow.mean)
+    assert tolerance("bfloat16", 1) == shallow
 
 
 def test_relative_error_of_nothing_and_of_nonsense() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tessera.core.errors import Invalid
 from tessera.core.ids import PeerId
-from tessera.models.distance import TOLERANCES, Tolerance, compare, relative_error
+from tessera.models.distance import Tolerance, compare, relative_error, tolerance
 from tessera.models.replay import Replay, Replayer, unpack_loss
 from tessera.training.audit import REASON_CHARS, Outcome
 from tessera.training.audit_evidence import Evidence
@@ -42,7 +42,6 @@ def judge(
     *,
     stage_of: Callable[[PeerId], int | None],
     ids: Callable[[int, int], Any],
-    tolerance: Tolerance | None = None,
 ) -> Finding:
     """Replay `evidence`. Whether the draw really hit is `Draw.hits`, which needs the manifest's rate.
 
@@ -50,7 +49,6 @@ def judge(
         replayer: with the parameters that the commitment names.
         stage_of: the roster, those who left included.
         ids: token ids [B, T+1] of (step, microbatch).
-        tolerance: by default that of the manifest's `compute`.
 
     Raises: Invalid, Misbehaviour: the evidence does not hold together, or the parameters are others.
 
@@ -63,7 +61,7 @@ def judge(
         return _failed("version", "he signed two versions of his parameters in one step")
     if replayer.version != version:
         raise Invalid(f"parameters {replayer.version.hex()[:16]}… replay nothing that names {version.hex()[:16]}…")
-    limits = tolerance or TOLERANCES[spec.model.compute]
+    limits = tolerance(spec.model.compute, len(replayer.stage.layers))
     return _replayed(evidence, replayer, ids, limits)
 
 

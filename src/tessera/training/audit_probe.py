@@ -20,7 +20,7 @@ from anyio import to_thread
 
 from tessera.core.errors import Invalid, Misbehaviour, Missing, Refused
 from tessera.core.ids import PeerId
-from tessera.models.distance import TOLERANCES, compare
+from tessera.models.distance import compare, tolerance
 from tessera.models.replay import LOSS_BYTES, Replayer, pack_loss, unpack_loss
 from tessera.models.trainer import check_ids
 from tessera.p2p.calls import call, serve_calls
@@ -92,7 +92,7 @@ class Examiner:
         if sizes != [len(own_code), len(own_gradient), len(own_loss)] or len(body) != sum(sizes):
             return f"messages of {sizes} bytes, not {[len(own_code), len(own_gradient), len(own_loss)]}"
         code, gradient = body[: len(own_code)], body[len(own_code) : len(own_code) + len(own_gradient)]
-        limits = TOLERANCES[self.replayer.spec.model.compute]
+        limits = tolerance(self.replayer.spec.model.compute, len(self.replayer.stage.layers))
         batch, columns = check_ids(self.ids(step, index), self.replayer.spec).shape
         wire = self.replayer.wire
         for what, said, own in (("code", code, own_code), ("gradient", gradient, own_gradient)):
