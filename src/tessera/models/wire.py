@@ -29,7 +29,7 @@ from tessera.models.numbers import (
     unpack_numbers,
 )
 
-__all__ = ["Wire"]
+__all__ = ["Wire", "quantise", "step_sizes"]
 
 
 class Wire:
@@ -70,20 +70,18 @@ class Wire:
             return self._unpack_int8(data, shape)
         return unpack_numbers(data, math.prod(shape), self.number).reshape(shape)
 
+    def scales(self, data: bytes, batch: int, length: int) -> Float[Tensor, "B T 1"]:
+        """One step of each token's codes, in an int8 message whose size is right. Not checked further."""
+        return from_bfloat16(data[: batch * length * SCALE_BYTES]).reshape(batch, length, 1)
+
     def _pack_int8(self, x_BTW: Tensor, noise: tuple[object, ...] | None) -> bytes:
-        scale = round_up_to_bfloat16(x_BTW.abs().amax(-1, keepdim=True) / LEVELS)
-        scale = torch.where(scale < TINY, 0.0, scale)
-        code = torch.where(scale > 0, x_BTW / scale, 0.0)
-        if noise is None:
-            code = code.round_()
-        else:
-            code = code.add_(torch.from_numpy(uniform(tuple(x_BTW.shape), *noise))).floor_()
-        code = code.clamp_(-LEVELS, LEVELS).to(torch.int8)  # 127 + 0.9999999 rounds to 128 in float32
+        scale = step_sizes(x_BTW)
+        code = quantise(x_BTW, scale, noise).to(torch.int8)
         return to_bfloat16(scale) + code.contiguous().numpy().tobytes()
 
     def _unpack_int8(self, data: bytes, shape: tuple[int, int, int]) -> Tensor:
         cut = math.prod(shape[:2]) * SCALE_BYTES
-        scale = from_bfloat16(data[:cut]).reshape(*shape[:2], 1)
+        scale = self.scales(data, *shape[:2])
         if not bool(torch.isfinite(scale).all()) or bool(torch.signbit(scale).any()):
             raise Invalid("a message holds a scale that is negative or not finite")
         code = np.frombuffer(data, np.int8, offset=cut)
@@ -93,3 +91,18 @@ class Wire:
         if not bool(torch.isfinite(x_BTW).all()):
             raise Invalid("a message holds codes that overflow with their scale")
         return x_BTW
+
+
+def step_sizes(x_BTW: Float[Tensor, "B T W"]) -> Float[Tensor, "B T 1"]:
+    """The scale that `Wire.pack` gives each token: a bfloat16 number with which no code exceeds 127."""
+    scale = round_up_to_bfloat16(x_BTW.abs().amax(-1, keepdim=True) / LEVELS)
+    return torch.where(scale < TINY, 0.0, scale)
+
+
+def quantise(
+    x_BTW: Float[Tensor, "B T W"], scale_BT1: Float[Tensor, "B T 1"], noise: tuple[object, ...] | None
+) -> Float[Tensor, "B T W"]:
+    """x in whole steps of `scale`, in [-127, 127]; 0 where the scale is. `noise` is as in `Wire.pack`."""
+    x = torch.where(scale_BT1 > 0, x_BTW / scale_BT1, 0.0)
+    code = x.round_() if noise is None else x.add_(torch.from_numpy(uniform(tuple(x.shape), *noise))).floor_()
+    return code.clamp_(-LEVELS, LEVELS)  # 127 + 0.9999999 rounds to 128 in float32
