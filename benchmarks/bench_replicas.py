@@ -8,6 +8,9 @@ that average gradients are equal to the bit (`tests/exact/test_models_replicas.p
 
     sparse    two replicas step alone and average a part of their parameters now and then, against two that average
               their gradients in each step: bytes that a replica sends the other, and losses, for two seeds
+    churn     one of the two workers of a stage is killed every 50 steps, and comes back: steps that are lost or made twice,
+              and the loss on validation against an undisturbed run's; the real lead, links and receipts in virtual time
+    joining   a worker joins in the middle over home links: how much longer the others' steps take until he works
     one_liar  of four replicas that average their gradients robustly, one turns its part around, or makes it ten times
               as large, in every stage and step: the worst loss over that of four honest ones that average plainly
 """
@@ -19,6 +22,8 @@ import json
 import os
 import platform
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -29,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # their worlds of workers in virtual time
 VOCABULARY, LENGTH, SEQUENCES = 64, 64, 32  # sequences of a step, over all replicas
 STEPS, QUICK_STEPS = 400, 6
 EVERY, PARTITIONS = 2, 13  # a round starts every 2 steps and averages 1/13 of the parameters: each comes every 26 steps
@@ -167,6 +173,142 @@ def scaled(by: float) -> Part:
     return lie
 
 
+# --- workers that come and go ----------------------------------------------------------------------------------------
+
+
+def churn(quick: bool) -> Figures:
+    """Kill one of two workers of a random stage every 50 steps."""
+    steps, every = (12, 5) if quick else (STEPS, 50)
+    quiet, _ = crew_run(steps, 0)
+    disturbed, losses = crew_run(steps, every)
+    made = [step for step, _ in losses]
+    return {
+        "lost_steps": float(len(made) - len(set(made)) + len(set(range(1, steps + 1)) - set(made))),
+        "loss_delta": abs(disturbed - quiet),
+        "kills": float((steps - 1) // every),
+    }
+
+
+def crew_run(steps: int, kill_every: int) -> tuple[float, list[tuple[int, float | None]]]:
+    """(last loss on validation, (step, loss) of every step as whoever led has told them)."""
+    import random
+
+    import anyio
+    import structlog
+    from crew_world import CrewWorld, Node
+    from training_world import small_manifest
+
+    from tessera.models.trainer import StageTrainer
+    from tessera.p2p.memory import run_virtual
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+
+    class Batches:
+        validation_count = 8
+
+        async def ready(self, step: int) -> None:
+            return
+
+        def train(self, step: int, index: int) -> Any:
+            return microbatches(0, step, 4)[index]
+
+        def validation(self, index: int) -> Any:
+            return validation()[index * 8 : index * 8 + 8]
+
+    class World(CrewWorld):
+        def make_trainer(self, node: Node) -> Any:
+            return StageTrainer(spec(0), node.stage, steps=steps)
+
+        def make_batches(self) -> Any:
+            return Batches()
+
+    small = small_manifest(stages=2)
+    facts = {"steps": steps, "microbatches": 4, "sequences": SEQUENCES // 4, "length": LENGTH, "evaluate_every": steps}
+    schedule = small.schedule.model_copy(update=facts)
+    manifest = small.model_copy(update={"model": spec(0), "schedule": schedule})
+
+    async def train() -> tuple[float, list[tuple[int, float | None]]]:
+        rng = random.Random(1)
+        with tempfile.TemporaryDirectory() as folder:
+            world = World(manifest, Path(folder), 2, compute_s={"forward": 0.1, "backward": 0.2})
+            async with world.alive() as tasks:
+                for step in range(kill_every, steps, kill_every) if kill_every else ():
+                    await world.at_step(step, within_s=1e6)
+                    node = rng.choice(world.nodes)
+                    node.kill()
+                    await anyio.sleep(5)
+                    await world.start(tasks, node)
+                await world.trained(within_s=1e6)
+                told = [row for node in world.nodes for row in node.told.losses if row[1] is not None]
+                last = [loss for node in world.nodes for at, loss in node.told.validations if at == steps]
+            return last[-1], sorted(told, key=lambda row: row[0])
+
+    return run_virtual(train)
+
+
+def joining(quick: bool) -> Figures:
+    """The others' seconds for a step while somebody joins, ÷ before."""
+    import anyio
+    import structlog
+    from crew_world import CrewWorld, Node
+    from training_world import FakeTrainer, small_manifest
+
+    from tessera.p2p.memory import run_virtual
+    from tessera.p2p.pacer import Pacer
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    state_bytes, uplink = (4_000_000 if quick else 200_000_000), 10_000_000.0  # of one stage; 80 Mb/s
+
+    class Heavy(FakeTrainer):
+        def save(self) -> bytes:
+            return super().save() + bytes(state_bytes)
+
+        def load(self, data: bytes) -> None:
+            super().load(data[:-state_bytes])
+
+    class World(CrewWorld):
+        def make_trainer(self, node: Node) -> Any:
+            return Heavy(self.manifest, node.stage)
+
+        def make_pacer(self) -> Any:
+            return Pacer(uplink)
+
+        def cost_s(self, node: Node, name: str, arguments: tuple[Any, ...]) -> float:
+            costs = {"forward": 0.1, "backward": 0.2, "save": state_bytes / 1e9, "load": state_bytes / 1e9}
+            return costs.get(name, 0.0)
+
+    small = small_manifest(steps=60)
+    facts = {"microbatches": 16, "length": 512, "evaluate_every": 10**6, "snapshot_every": 0}
+    model = small.model.model_copy(update={"model": small.model.model.model_copy(update={"context": 512})})
+    averaging = small.averaging.model_copy(update={"every": 10})  # what home links can carry
+    schedule = small.schedule.model_copy(update=facts)
+    manifest = small.model_copy(update={"schedule": schedule, "model": model, "averaging": averaging})
+
+    async def train() -> Figures:
+        times: list[float] = []
+        with tempfile.TemporaryDirectory() as folder:
+            world = World(manifest, Path(folder), delay_s=0.05)
+            for node in world.nodes:
+                world.network.uplink(node.key.id, uplink)
+            async with world.alive() as tasks:
+                world.nodes[0].told.on_step = lambda step: times.append(anyio.current_time())
+                await world.at_step(11, within_s=1e6)
+                before = (times[-1] - times[0]) / (len(times) - 1)
+                began, at = anyio.current_time(), len(times)
+                late = world.add(2)
+                await world.start(tasks, late)
+                while not late.told.losses:
+                    await anyio.sleep(0.1)
+                during = (times[-1] - times[at - 1]) / (len(times) - at)
+                return {
+                    "join_slowdown": during / before - 1,
+                    "join_seconds": anyio.current_time() - began,
+                    "join_state_mb": state_bytes / 1e6,
+                }
+
+    return run_virtual(train)
+
+
 # --- what is learned ------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +356,7 @@ def language(length: int, seed: int) -> NDArray[np.uint16]:
 
 # --- results --------------------------------------------------------------------------------------------------------
 
-MEASUREMENTS: tuple[Callable[[bool], Figures], ...] = (sparse, one_liar)
+MEASUREMENTS: tuple[Callable[[bool], Figures], ...] = (sparse, churn, joining, one_liar)
 
 
 def table(figures: Figures) -> str:

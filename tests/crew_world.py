@@ -16,6 +16,7 @@ from tessera.core.errors import Late
 from tessera.core.ids import PeerId
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock
+from tessera.p2p.pacer import Pacer
 from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.copies import NoCopies, StageCopies
@@ -109,7 +110,7 @@ class Node:
         self.scope = anyio.CancelScope()
         try:
             with self.scope:
-                async with world.network.start(self.key) as self.transport:
+                async with world.network.start(self.key, pacer=world.make_pacer()) as self.transport:
                     world.sit_down(self)
                     self.pipeline = Pipeline(
                         world.manifest,
@@ -186,6 +187,9 @@ class CrewWorld:
 
     def make_copies(self, node: Node) -> StageCopies:
         return NoCopies()
+
+    def make_pacer(self) -> Pacer | None:
+        return None
 
     def make_batches(self) -> Batches:
         return FakeBatches()

@@ -143,6 +143,14 @@ class FakeTrainer:
             self.reset_step()
             return 5.0 - 0.1 * step if self._last else None
 
+    def partition(self, round_: int) -> bytes:
+        return self.params
+
+    def merge(self, round_: int, own: bytes, others: Sequence[bytes]) -> None:
+        if self._open or self._sums:
+            raise Conflict(f"step {self.step} is under way")
+        self.params = min(self.params, *others)
+
     def skip_step(self, step: int) -> None:
         self.step += 1
         self.reset_step()

@@ -345,3 +345,24 @@ def test_a_worker_who_hangs_is_left_out_and_his_work_done_by_the_other(
             assert world.nodes[2].trainer.params == undisturbed[2]
 
     run_virtual(main)
+
+
+def test_with_rounds_workers_step_alone_and_come_together_now_and_then(tmp_path: Path) -> None:
+    averaging = MANIFEST.averaging.model_copy(update={"every": 5})
+    manifest = MANIFEST.model_copy(update={"averaging": averaging})
+
+    async def main() -> None:
+        world = CrewWorld(manifest, tmp_path, 2)
+        async with world.alive() as tasks:
+            await world.at_step(7)
+            late_worker = world.add(2)
+            await world.start(tasks, late_worker)
+            await world.trained()
+            await anyio.sleep(2)
+            assert world.nodes[0].pipeline.sessions == 1
+            assert {kind for kind, _ in world.board.parts} == {(n,) for n in range(1, 6)}  # states, and no gradients
+            assert late_worker.told.losses
+        for stage in range(4):
+            assert world.credit_of(stage, range(STEPS)) == STEPS * 3
+
+    run_virtual(main)
