@@ -42,7 +42,7 @@ log = structlog.get_logger()
 REPORT_S = 0.5
 STATUS_S = 2.0
 REPORT_POINTS = 200  # losses in one report
-GOODBYE_TRIES = 10
+TELL_TRIES = 10
 STAND_BY_S = 2.0  # between two looks at the checkpoints of whom we would follow
 FIRST_LOOK_S = 1.0  # the gate is shut until somebody has looked: that is no reason to say that we pause
 
@@ -179,6 +179,7 @@ class Worker:
             roster=lambda: seated.roster,
             attendance=attendance,
             host=self._host.invitation.host.id,
+            changed=self._tell_of_change,
             leaving=lambda: read_wish(seated.folder) == "leave",
         )
         states = StateServer(
@@ -272,15 +273,19 @@ class Worker:
         """Once we are off the list."""
         await parts.membership.left.wait()
         make_wish(parts.seated.folder, "work")  # done: joining again is a new beginning
-        for _ in range(GOODBYE_TRIES):  # the host reads the chain
-            try:
-                await self._host.call(RUN, {"op": "changed"})
-                break
-            except TesseraError as error:
-                log.debug("goodbye_unheard", code=error.code, reason=error.message)
-                await anyio.sleep(REPORT_S)
+        await self._tell_of_change()
         log.info("left", stage=parts.seated.stage)
         self._closed.set()
+
+    async def _tell_of_change(self) -> None:
+        """The host reads the chain when somebody says that there is something new."""
+        for _ in range(TELL_TRIES):
+            try:
+                await self._host.call(RUN, {"op": "changed"})
+                return
+            except TesseraError as error:
+                log.debug("host_away", code=error.code, reason=error.message)
+                await anyio.sleep(REPORT_S)
 
     async def _stand_by(self, parts: _Parts) -> None:
         """While another worker trains our stage, keep what he has, so that we can go on from there."""
