@@ -116,58 +116,62 @@ def stage_process(pipe: Connection, stage: int, seeds: list[bytes], warm: int, s
 
 
 async def run_stage(pipe: Connection, stage: int, seeds: list[bytes], warm: int, steps: int) -> None:
-    """One stage: dial the next, wait for the one before, run a session, send the profile."""
+    """One worker: say where he is, learn where the others are, train, send the profile."""
     import anyio
 
-    from tessera.core.signing import PeerKey
+    from tessera.core.clock import SystemClock
+    from tessera.core.signing import AccountKey, PeerKey
     from tessera.models.trainer import StageTrainer
     from tessera.p2p.iroh_transport import IrohTransport
     from tessera.p2p.transport import PeerRecord
     from tessera.training.book import ReceiptBook
-    from tessera.training.protocols import PIPELINE
-    from tessera.training.session import Session
+    from tessera.training.checkpoints import Checkpoints
+    from tessera.training.copies import NoCopies
+    from tessera.training.exchange import Exchange
+    from tessera.training.gate import AlwaysOpen
+    from tessera.training.pipeline import Pipeline
+    from tessera.training.receipts import NO_VERSION
+    from tessera.training.roster import Roster, Seat
+    from tessera.training.sums import Sums
 
     described = manifest(warm + steps)
-    key = PeerKey(seeds[stage])
-    peers = [PeerKey(seed).id for seed in seeds]
+    key, account = PeerKey(seeds[stage]), AccountKey(b"\1" * 32).account
     trainer = TimedTrainer(StageTrainer(described.model, stage, steps=warm + steps))
     watch = Stopwatch(warm, trainer)
-    arrived, over = anyio.Event(), anyio.Event()
-    up: list[Any] = []
-
-    async def accept(stream: Any) -> None:
-        up.append(stream)
-        arrived.set()
-        await over.wait()
-
     async with IrohTransport.start(key, bind="127.0.0.1:0") as transport:
-        transport.serve(PIPELINE, accept)
         pipe.send(transport.record().to_text())
         records = [PeerRecord.from_text(text) for text in pipe.recv()]
-        last = stage == STAGES - 1
-        down = None if last else await transport.open(records[stage + 1], PIPELINE, timeout_s=10)
-        if down is not None:
-            await down.send(b"hello")
-        if stage > 0:
-            await arrived.wait()
-            await up[0].recv(64)
+        seats = tuple(Seat(number, record, account, bytes(65)) for number, record in enumerate(records))
+        roster = Roster(described.run_id, STAGES, seats, account, account)
+        exchange = Exchange(transport, key, described.run_id, dict, limit_bytes=trainer.gradient_bytes)
         with tempfile.TemporaryDirectory() as folder:
-            session = Session(
-                manifest=described,
+            book = ReceiptBook(Path(folder) / "book.sqlite")
+            watch.pipeline = pipeline = Pipeline(
+                described,
                 stage=stage,
                 key=key,
+                transport=transport,
                 trainer=trainer,
                 batches=RandomBatches(described),
-                book=ReceiptBook(Path(folder) / "book.sqlite"),
-                events=watch,
-                up=(peers[stage - 1], up[0]) if stage > 0 else None,
-                down=(peers[stage + 1], down) if down is not None else None,
-                first_step=0,
+                book=book,
+                checkpoints=Checkpoints(Path(folder) / "checkpoints"),
+                sums=Sums(exchange, trainer, described.tokens_per_step),
+                roster=lambda: roster,
+                refresh=anyio.lowlevel.checkpoint,
+                watcher=watch,
+                gate=AlwaysOpen(),
+                clock=SystemClock(),
+                version=lambda: NO_VERSION,
+                copies=NoCopies(),
             )
-            await session.run()
-        over.set()
-        pipe.send(watch.profile())
-        await anyio.sleep(0.5)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(pipeline.run)
+                while not pipeline.trained.is_set():
+                    await anyio.sleep(0.05)
+                pipe.send(watch.profile())
+                await anyio.sleep(0.5)  # the others hear the end, too
+                tasks.cancel_scope.cancel()
+            book.close()
 
 
 class TimedTrainer:
@@ -194,19 +198,21 @@ class TimedTrainer:
 
 
 class Stopwatch:
-    """A session's events: starts counting after the warm-up steps."""
+    """A pipeline's watcher: starts counting after the warm-up steps."""
+
+    pipeline: Any
 
     def __init__(self, warm: int, trainer: TimedTrainer) -> None:
         self._warm, self._trainer = warm, trainer
         self._start: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
         self._end = self._start
-        self._wire: dict[str, int] = {}
+        self._wire = (0, 0)
 
-    async def step_done(self, step: int, loss: float | None, wire: dict[str, int]) -> None:
+    def step_done(self, step: int, loss: float | None) -> None:
         now = (time.perf_counter(), _cpu_s(), self._trainer.wall_s, self._trainer.cpu_s)
-        if step + 1 == self._warm:
+        if step == self._warm:
             self._start = now
-        self._end, self._wire = now, wire
+        self._end, self._wire = now, self.pipeline.wire
 
     def validated(self, steps: int, loss: float) -> None:
         pass
@@ -219,8 +225,8 @@ class Stopwatch:
             "waiting_for_a_core_s": compute_wall - compute_cpu,
             "link_cpu_s": cpu - compute_cpu,
             "idle_s": wall - compute_wall,
-            "wire_bytes": float(self._wire.get("bytes", 0)),
-            "wire_tokens": float(self._wire.get("tokens", 0)),
+            "wire_bytes": float(self._wire[0]),
+            "wire_tokens": float(self._wire[1]),
         }
 
 

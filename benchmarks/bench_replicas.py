@@ -195,11 +195,11 @@ def crew_run(steps: int, kill_every: int) -> tuple[float, list[tuple[int, float 
 
     import anyio
     import structlog
-    from crew_world import CrewWorld, Node
-    from training_world import small_manifest
 
+    from crew_world import CrewWorld, Node
     from tessera.models.trainer import StageTrainer
     from tessera.p2p.memory import run_virtual
+    from training_world import small_manifest
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
 
@@ -250,11 +250,11 @@ def joining(quick: bool) -> Figures:
     """The others' seconds for a step while somebody joins, ÷ before."""
     import anyio
     import structlog
-    from crew_world import CrewWorld, Node
-    from training_world import FakeTrainer, small_manifest
 
+    from crew_world import CrewWorld, Node
     from tessera.p2p.memory import run_virtual
     from tessera.p2p.pacer import Pacer
+    from training_world import FakeTrainer, small_manifest
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     state_bytes, uplink = (4_000_000 if quick else 200_000_000), 10_000_000.0  # of one stage; 80 Mb/s

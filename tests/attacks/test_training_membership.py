@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from tessera.core import encoding
@@ -110,6 +111,7 @@ async def club(folder: Path) -> AsyncIterator[tuple[Club, MemoryTransport, Memor
                     roster=lambda: found.roster,
                     attendance=found.seen[-1],
                     host=HOST_KEY.id,
+                    changed=anyio.lowlevel.checkpoint,
                     leaving=lambda number=number: number in found.leaving,
                 )
             )

@@ -17,7 +17,7 @@ from tessera.core.ids import RunId
 from tessera.p2p.memory import run_virtual
 from tessera.training.epochs import compute_epoch
 from training_whole import STAGES, STEPS, Outcome, WholeRun, outcome, pay, write_data
-from training_world import account_keys
+from training_world import account_keys, work_of
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 def test_an_undisturbed_run_pays_for_every_token(undisturbed: Outcome, tmp_path: Path) -> None:
     manifest = write_data(tmp_path)
     accounts = [key.account for key in account_keys(STAGES)]
-    leaves = [compute_epoch(manifest, e, accounts, [5 * manifest.tokens_per_step] * STAGES) for e in range(3)]
+    work = work_of(accounts, [5 * manifest.schedule.microbatches] * STAGES)
+    leaves = [compute_epoch(manifest, e, work) for e in range(3)]
     assert undisturbed.shares == [sum(e.shares_of(account) for e in leaves if e) for account in accounts]
     assert undisturbed.total == sum(e.total for e in leaves if e)
     assert len(undisturbed.receipts) == STEPS * 2 * (STAGES - 1)

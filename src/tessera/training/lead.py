@@ -325,7 +325,7 @@ class Lead:
 
     def _evaluation_due(self) -> bool:
         schedule = self._manifest.schedule
-        return self.step % schedule.evaluate_every == 0 or self.step == schedule.steps
+        return self._windows > 0 and (self.step % schedule.evaluate_every == 0 or self.step == schedule.steps)
 
     async def _evaluate(self) -> None:
         """Send every validation window through; what gets lost on the way is sent again."""

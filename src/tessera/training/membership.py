@@ -9,7 +9,7 @@ another has come and is in step with him; what is not credited to him by then is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import anyio
@@ -65,6 +65,7 @@ class Training(Protocol):
 class Membership:
     """Args:
     host: whose word for a joiner counts.
+    changed: tells the host, if it can be reached, that the contract has something new.
     leaving: whether our owner wants to leave.
     """
 
@@ -80,11 +81,12 @@ class Membership:
         roster: Callable[[], Roster],
         attendance: Attendance,
         host: PeerId,
+        changed: Callable[[], Awaitable[None]],
         leaving: Callable[[], bool],
     ) -> None:
         self._manifest, self._transport, self._chain, self._key = manifest, transport, chain, account_key
         self._book, self._training, self._roster, self._attendance = book, training, roster, attendance
-        self._host, self._leaving = host, leaving
+        self._host, self._changed, self._leaving = host, changed, leaving
         self._share = ModelShare(chain, roster().share)
         self.left = anyio.Event()  # we are no worker any more
 
@@ -101,6 +103,8 @@ class Membership:
                     await self._dismiss_absent()
             except TesseraError as error:  # too few are here, somebody was first, or the chain is away
                 log.info("change_waits", code=error.code, reason=error.message)
+                if isinstance(error, Conflict):  # who posted the last change may not have lived to tell
+                    await self._changed()
             await anyio.sleep(LOOK_S)
 
     # --- going ------------------------------------------------------------------------------------------------------
@@ -125,6 +129,7 @@ class Membership:
             if not alone and seat.peer != self._transport.id and self._attendance.absent_s(seat.peer) > patience_s:
                 log.info("dismissing", peer_id=seat.peer, stage=seat.stage)
                 await self._propose(Proposal(leaver=seat.account))
+                await self._changed()
                 return
 
     async def _propose(self, proposal: Proposal) -> None:

@@ -48,7 +48,7 @@ log = structlog.get_logger()
 REPORT_S = 0.5
 STATUS_S = 2.0
 REPORT_POINTS = 200  # losses in one report
-GOODBYE_TRIES = 10
+TELL_TRIES = 10
 STATE_ROOM = 2  # times our own state: what one of the same stage can be, its format allowed for
 FIRST_LOOK_S = 1.0  # the gate is shut until somebody has looked: that is no reason to say that we pause
 
@@ -210,6 +210,7 @@ class Worker:
             roster=lambda: seated.roster,
             attendance=attendance,
             host=self._host.invitation.host.id,
+            changed=self._tell_of_change,
             leaving=lambda: read_wish(seated.folder) == "leave",
         )
         news = News(
@@ -322,15 +323,19 @@ class Worker:
         """Once we are off the list."""
         await parts.membership.left.wait()
         make_wish(parts.seated.folder, "work")  # done: joining again is a new beginning
-        for _ in range(GOODBYE_TRIES):  # the host reads the chain
-            try:
-                await self._host.call(RUN, {"op": "changed"})
-                break
-            except TesseraError as error:
-                log.debug("goodbye_unheard", code=error.code, reason=error.message)
-                await anyio.sleep(REPORT_S)
+        await self._tell_of_change()
         log.info("left", stage=parts.seated.stage)
         self._closed.set()
+
+    async def _tell_of_change(self) -> None:
+        """The host reads the chain when somebody says that there is something new."""
+        for _ in range(TELL_TRIES):
+            try:
+                await self._host.call(RUN, {"op": "changed"})
+                return
+            except TesseraError as error:
+                log.debug("host_away", code=error.code, reason=error.message)
+                await anyio.sleep(REPORT_S)
 
     async def _refresh(self, seated: Seated) -> None:
         """Newer addresses, and who came and went, from the host; what it says of the latter must be on the chain."""
