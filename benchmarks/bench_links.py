@@ -2,11 +2,11 @@
 
     python benchmarks/bench_links.py [--quick] [--json]
 
-The real lead, workers, links and receipts run in virtual time (the tests' own world, tests/crew_world.py), over wires with
-the given one-way delay, where everything that a worker sends, up and down, shares one uplink of the given rate. Computing
-is modelled: each call takes the stage's floating-point operations at `TFLOPS` effective, forward a third, backward two
-thirds, and once more the forward for a microbatch whose graph did not fit because more than `GRAPHS` were under way. The
-model is compute-bound on these links: 8 billion parameters in 4 stages, codes of an eighth of the width.
+The real lead, workers, links and receipts run in virtual time (the tests' own world, tests/crew_world.py), over wires
+with the given one-way delay, where everything that a worker sends, up and down, shares one uplink of the given rate.
+Computing is modelled: each call takes the stage's floating-point operations at `TFLOPS` effective, forward a third,
+backward two thirds, and once more the forward for a microbatch whose graph did not fit because more than `GRAPHS` were
+under way. The model is compute-bound on these links: 8 billion parameters in 4 stages, codes of an eighth of the width.
 """
 
 from __future__ import annotations
@@ -139,11 +139,12 @@ def measure(steps: int, microbatches: int, mbit_s: float, delay_ms: float) -> di
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = "| Mb/s, shared by both directions | one way, ms | tokens/s | unlimited | ratio | of the slowest stage's own pace |"
+    head = "| Mb/s, both directions | one way, ms | tokens/s | unlimited | ratio | of the slowest stage's own pace |"
     lines = [head, "|---|---|---|---|---|---|"]
     for row in rows:
         lines.append(
-            f"| {row['mbit_s']} | {row['delay_ms']} | {row['tokens_per_s']:,.0f} | {row['unlimited_tokens_per_s']:,.0f} "
+            f"| {row['mbit_s']} | {row['delay_ms']} | {row['tokens_per_s']:,.0f} "
+            f"| {row['unlimited_tokens_per_s']:,.0f} "
             f"| **{row['tokens_ratio']:.3f}** | {row['ideal_ratio']:.3f} |"
         )
     return "\n".join(lines)
@@ -156,19 +157,20 @@ def write_results(rows: list[dict[str, Any]]) -> None:
     }
     (RESULTS / "links.json").write_text(json.dumps(found, indent=2) + "\n")
     day = datetime.now(UTC).date()
+    first = rows[0]
     report = f"""# Home links against unlimited ones · {day}
 
-`python benchmarks/bench_links.py`, in virtual time: the lead, workers, links and receipts are the real ones, computing is
-modelled at {TFLOPS:.0f} TFLOP/s effective for each worker. {STAGES} stages of an 8-billion-parameter model, codes of 512 of
-4,096 numbers in int8, {rows[0]["microbatches"]} microbatches of 2,048 tokens in a step, {GRAPHS} graphs kept; the forward is
-computed once more for {100 * rows[0]["recomputed_share"]:.0f} % of the microbatches in the first row.
-{rows[0]["bytes_per_token"]:.2f} bytes per token and direction crossed the first boundary, headers and receipts included.
+`python benchmarks/bench_links.py`, in virtual time: the lead, workers, links and receipts are the real ones, computing
+is modelled at {TFLOPS:.0f} TFLOP/s effective for each worker. {STAGES} stages of an 8-billion-parameter model, codes of
+512 of 4,096 numbers in int8, {first["microbatches"]} microbatches of 2,048 tokens in a step, {GRAPHS} graphs kept; the
+forward is computed once more for {100 * first["recomputed_share"]:.0f} % of the microbatches in the first row.
+{first["bytes_per_token"]:.2f} bytes per token and direction crossed the first boundary, headers and receipts included.
 
 {table(rows)}
 
 The last column compares with the slowest stage computing without a pause: the pipeline's fill and drain at every step's
-end, which a flush costs, are in it. Slower links than about 20 Mb/s could not carry what these codes need (two directions of
-{rows[0]["bytes_per_token"]:.0f} bytes for each token).
+end, which a flush costs, are in it. Slower links than about 20 Mb/s could not carry what these codes need: two
+directions of {first["bytes_per_token"]:.0f} bytes for each token.
 """
     (RESULTS / "links_2core_202611.md").write_text(report)
 

@@ -8,7 +8,8 @@ that average gradients are equal to the bit (`tests/exact/test_models_replicas.p
 
     sparse    two replicas step alone and average a part of their parameters now and then, against two that average
               their gradients in each step: bytes that a replica sends the other, and losses, for two seeds
-    churn     one of the two workers of a stage is killed every 50 steps, and comes back: steps that are lost or made twice,
+    churn     one of the two workers of a stage is killed every 50 steps, and comes back: steps that are lost or made
+    twice,
               and the loss on validation against an undisturbed run's; the real lead, links and receipts in virtual time
     joining   a worker joins in the middle over home links: how much longer the others' steps take until he works
     one_liar  of four replicas that average their gradients robustly, one turns its part around, or makes it ten times

@@ -86,8 +86,8 @@ def work_of(accounts: Sequence[Account], microbatches: Sequence[int]) -> list[tu
 class FakeTrainer:
     """A stage whose messages are hashes of their names, and whose parameters are a hash of all that went through.
 
-    Two trainers are equal that saw the same bytes in each step, in whatever order, and whoever of a stage did it. Refuses
-    calls that a real one refuses, and a microbatch that two of a stage have in their sums.
+    Two trainers are equal that saw the same bytes in each step, in whatever order, and whoever of a stage did it.
+    Refuses calls that a real one refuses, and a microbatch that two of a stage have in their sums.
     """
 
     def __init__(self, manifest: Manifest, stage: int) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import anyio
 import pytest
 
-from crew_world import CrewWorld
+from crew_world import CrewWorld, Node
 from tessera.core import encoding
 from tessera.core.errors import Unavailable
 from tessera.p2p.memory import run_virtual
+from tessera.p2p.transport import PeerRecord
 from tessera.training.protocols import CONTROL, PIPELINE
 from training_world import small_manifest
 
@@ -254,6 +255,13 @@ def test_a_trained_stage_that_restarts_needs_nobody(tmp_path: Path) -> None:
     run_virtual(main)
 
 
+async def dial(node: Node, record: PeerRecord, protocol: str, hello: bytes) -> bytes:
+    """What is answered to a hello."""
+    stream = await node.transport.open(record, protocol, timeout_s=5)
+    await stream.send(hello)
+    return await stream.recv(1000)
+
+
 def test_only_workers_of_stage_0_lead_and_only_one_at_a_time(tmp_path: Path) -> None:
     async def main() -> None:
         world = CrewWorld(MANIFEST, tmp_path, 2)
@@ -262,12 +270,9 @@ def test_only_workers_of_stage_0_lead_and_only_one_at_a_time(tmp_path: Path) -> 
             hello = encoding.encode({"run_id": MANIFEST.run_id})
             record = world.nodes[2].transport.record()
             with pytest.raises(Unavailable):  # a worker of stage 3
-                stream = await world.nodes[3].transport.open(record, CONTROL, timeout_s=5)
-                await stream.send(hello)
-                await stream.recv(1000)
-            stream = await world.nodes[4].transport.open(record, CONTROL, timeout_s=5)
-            await stream.send(hello)  # the second one of stage 0, while the first one leads
-            assert encoding.decode(await stream.recv(1000), 1000)["op"] == "refused"
+                await dial(world.nodes[3], record, CONTROL, hello)
+            # the second one of stage 0, while the first one leads
+            assert encoding.decode(await dial(world.nodes[4], record, CONTROL, hello), 1000)["op"] == "refused"
             await world.trained(within_s=60)
             assert [node.pipeline.sessions for node in world.nodes] == [1] * 8  # nothing of it disturbed anybody
 
@@ -280,11 +285,8 @@ def test_a_link_from_anybody_but_the_stage_above_is_cut(tmp_path: Path) -> None:
         async with world.alive():
             await world.at_step(2)
             for opener, receiver, hello in ((3, 1, b"{}"), (1, 0, b"{}"), (0, 1, b"{}"), (0, 1, b"not canonical")):
-                transport, record = world.nodes[opener].transport, world.nodes[receiver].transport.record()
                 with pytest.raises(Unavailable):
-                    stream = await transport.open(record, PIPELINE, timeout_s=5)
-                    await stream.send(hello)
-                    await stream.recv(100)
+                    await dial(world.nodes[opener], world.nodes[receiver].transport.record(), PIPELINE, hello)
             await world.trained(within_s=60)
             assert [node.pipeline.sessions for node in world.nodes] == [1] * 4
 
@@ -322,7 +324,8 @@ def test_the_slower_of_two_gets_less_and_does_not_hold_the_others_up(tmp_path: P
             await world.trained()
             await anyio.sleep(2)
         mine = [len(r.microbatches) for r in world.receipts(range(6, 12)) if r.worker == slow.key.id]
-        assert mine and sum(mine) / 12 < 4  # twice in each step, by those above and by those below; a quarter is his
+        assert mine
+        assert sum(mine) / 12 < 4  # twice in each step, by those above and by those below; a quarter is his
 
     run_virtual(main)
 

@@ -1,4 +1,4 @@
-"""What one worker does with what its neighbours send: each microbatch once, answers again when asked, names who is wrong."""
+"""What a worker does with what its neighbours send: each microbatch once, again when asked, naming who is wrong."""
 
 from __future__ import annotations
 

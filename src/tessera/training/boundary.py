@@ -1,8 +1,8 @@
 """A worker's links over its two boundaries: to whoever of the stage below takes its codes, from whoever sends it codes.
 
-The upper worker opens a link when he first has something for the lower one, and keeps it; both directions use it. Frames
-wait for their link in a queue with a bound, so that computing never waits for a slow neighbour. A link that breaks is
-told once, and whatever waited in it is gone: the lead has it sent again.
+The upper worker opens a link when he first has something for the lower one, and keeps it; both directions use it.
+Frames wait for their link in a queue with a bound, so that computing never waits for a slow neighbour. A link that
+breaks is told once, and whatever waited in it is gone: the lead has it sent again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who is here: the lead's view of every worker with a seat, over one line each.
 
-A worker is away until its line stands, behind until it is in step with its stage, and then ready. One that is ready gets
-work unless its owner wants the machine, or it was left out for a while because it held the others up.
+A worker is away until its line stands, behind until it is in step with its stage, and then ready. One that is ready
+gets work unless its owner wants the machine, or it was left out for a while because it held the others up.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A worker's side of the lead's line: orders become work, and whoever is behind catches up.
 
-Who is behind collects the sums of each step while he fetches the state of a step before; then he makes the same optimiser
-steps from the same sums, and has the same parameters to the bit. Nobody waits for him.
+Who is behind collects the sums of each step while he fetches the state of a step before; then he makes the same
+optimiser steps from the same sums, and has the same parameters to the bit. Nobody waits for him.
 
 Invariants: one lead at a time, and a newer one only when the older one's line is gone; an order is executed between two
 computations, in the order in which it came.

@@ -2,14 +2,14 @@
 
     assemble ─▶ begin (a term) ─▶ step: take … done ─▶ [prepare … prepared] ─▶ commit ─▶ step …
 
-He has no power over pay: receipts come from neighbours, shares from everybody's votes. When he is gone, the next worker of
-stage 0 leads: a new term begins with the open step, and what was computed of it is computed again.
+He has no power over pay: receipts come from neighbours, shares from everybody's votes. When he is gone, the next worker
+of stage 0 leads: a new term begins with the open step, and what was computed of it is computed again.
 
-How nothing is lost: a step is committed only when every microbatch is in the sums of each worker on its path and, where a
-stage has several workers, when each of them holds the sums of all. So from the first commit of a step on, everybody can
-commit it, whoever dies; and before, nobody has moved. A worker who dies costs his microbatches of the open step, which
-others of his stage compute again from their neighbours' codes. When a stage has nobody else, the lead waits for one, and
-all go back to the newest checkpoint that every stage has.
+How nothing is lost: a step is committed only when every microbatch is in the sums of each worker on its path and, where
+a stage has several workers, when each of them holds the sums of all. So from the first commit of a step on, everybody
+can commit it, whoever dies; and before, nobody has moved. A worker who dies costs his microbatches of the open step,
+which others of his stage compute again from their neighbours' codes. When a stage has nobody else, the lead waits for
+one, and all go back to the newest checkpoint that every stage has.
 """
 
 from __future__ import annotations

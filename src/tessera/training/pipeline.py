@@ -1,14 +1,14 @@
 """A worker's training life: he follows a lead, leads himself when it is his turn, and keeps checkpoints.
 
-The first worker of stage 0 who is here leads. When he is gone, the next one notices that nobody does, and takes over. So
-a dead worker of any stage costs no step while another one of his stage is here; else training waits for him, and goes on
-from the newest checkpoint that every stage has.
+The first worker of stage 0 who is here leads. When he is gone, the next one notices that nobody does, and takes over.
+So a dead worker of any stage costs no step while another one of his stage is here; else training waits for him, and
+goes on from the newest checkpoint that every stage has.
 
-Invariants: one loop touches the trainer; a worker follows one lead at a time; only workers of stage 0 lead, and only with
-so many others that nobody else can.
+Invariants: one loop touches the trainer; a worker follows one lead at a time; only workers of stage 0 lead, and only
+with so many others that nobody else can.
 
-Each worker has a gate: while it is shut (its owner wants the machine, the run is paused, the disk is full) he gets no more
-work; a stage whose workers all rest makes the run wait.
+Each worker has a gate: while it is shut (its owner wants the machine, the run is paused, the disk is full) he gets no
+more work; a stage whose workers all rest makes the run wait.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A step as its lead sees it: which worker has which microbatch at each stage, and what is done.
 
 A path names one worker for each stage. When a worker is lost, each of his microbatches goes to another worker of his
-stage and keeps the rest of its path: the neighbours on it send their codes and gradients again, and nobody else computes
-anything twice. A step is complete when, for every microbatch, each worker on its path has it in his sums.
+stage and keeps the rest of its path: the neighbours on it send their codes and gradients again, and nobody else
+computes anything twice. A step is complete when, for every microbatch, each worker on its path has it in his sums.
 
 Pure: no input, no output, no clock but the caller's.
 """

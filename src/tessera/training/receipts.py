@@ -23,7 +23,8 @@ from tessera.core.ids import PeerId, RunId, parse_peer_id
 from tessera.core.signing import PeerKey, verify_peer
 
 __all__ = [
-    "MAX_MICROBATCHES", "NO_VERSION", "RECEIPT_PAYLOAD_BYTES", "Credit", "Direction", "Receipt", "credited", "payloads_digest", "why_not",
+    "MAX_MICROBATCHES", "NO_VERSION", "RECEIPT_PAYLOAD_BYTES", "Credit", "Direction", "Receipt", "credited",
+    "payloads_digest", "why_not",
 ]  # fmt: skip
 
 Direction = Literal["forward", "backward"]

@@ -1,7 +1,7 @@
 """Parameters and optimiser of a stage, from one of its workers to another who is behind.
 
-The donor takes a copy between two microbatches, so his own work is held up only for that, and sends it as bulk: everything
-else on his uplink goes first.
+The donor takes a copy between two microbatches, so his own work is held up only for that, and sends it as bulk:
+everything else on his uplink goes first.
 """
 
 from __future__ import annotations

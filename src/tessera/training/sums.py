@@ -1,4 +1,4 @@
-"""What the workers of one stage exchange, under the names that their lead gives: sums of gradients, parts of the state."""
+"""What the workers of one stage exchange, under the names that their lead gives: gradients, parts of the state."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """What a worker does in a step: codes in, codes out, gradients back, and receipts when the step is over.
 
 One loop computes, gradients before codes, since the lead lets many microbatches under way at once; what waits is codes
-only, which are small. The lead's orders come first. A microbatch is computed once in a step: asked again, a worker sends
-again what he sent, to whoever serves the microbatch now, so that nothing is lost when a neighbour dies, and nothing counted
-twice.
+only, which are small. The lead's orders come first. A microbatch is computed once in a step: asked again, a worker
+sends again what he sent, to whoever serves the microbatch now, so that nothing is lost when a neighbour dies, and
+nothing counted twice.
 
-Invariants: memory is bounded by the microbatches of two steps, whatever neighbours send; a frame of another term, step or
-size is never computed on; a receipt is in the signer's own book before it is sent.
+Invariants: memory is bounded by the microbatches of two steps, whatever neighbours send; a frame of another term, step
+or size is never computed on; a receipt is in the signer's own book before it is sent.
 """
 
 from __future__ import annotations
