@@ -494,6 +494,8 @@ class Lead:
         return any(m is not member and m.works(now) for m in self._crew.of_stage(member.stage))
 
     def _check_quiet(self) -> None:
+        if any(m.rests for m in self._crew.present()):
+            self._last_done |= {m.peer: self._now() for m in self._crew.present()}
         last = max(self._last_done.values(), default=self._now())
         if self._now() - last > QUIET_S:
             self._last_done = {}

@@ -156,7 +156,8 @@ class Pipeline:
     @property
     def _rests(self) -> str:
         """Why we get no work; empty when we do."""
-        return self._gate.reason or ("leaves" if self._leaves else "")
+        fetching = "its data is on the way" if self._work.fetching else ""
+        return self._gate.reason or ("leaves" if self._leaves else fetching)
 
     @property
     def past(self) -> int:

@@ -118,6 +118,7 @@ class StageWork:
         self.log = StepLog(-1)
         self._logs: dict[int, StepLog] = {}
         self._ready = -1  # the step whose data is here
+        self.fetching = False  # and it may take a while
         self._committed = b""  # the version that the open step is computed with
         self._jobs: deque[Job] = deque()
         self._gradients: deque[tuple[PeerId, Frame]] = deque()
@@ -314,7 +315,11 @@ class StageWork:
 
     async def _have_data(self) -> None:
         if self._ready != self.step:
-            await self._batches.ready(self.step)
+            self.fetching = True
+            try:
+                await self._batches.ready(self.step)
+            finally:
+                self.fetching = False
             self._ready = self.step
 
     # --- sending ----------------------------------------------------------------------------------------------------
