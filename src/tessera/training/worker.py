@@ -19,6 +19,7 @@ from tessera.core.errors import TesseraError
 from tessera.core.ids import Account
 from tessera.models.parallel_link import RankLink
 from tessera.training.attendance import Attendance
+from tessera.training.audit_records import AuditRecords
 from tessera.training.book import ReceiptBook
 from tessera.training.contract import check_changes
 from tessera.training.copies import NoCopies, StageCopies, StageSnapshots
@@ -32,7 +33,6 @@ from tessera.training.membership import Membership
 from tessera.training.news import News
 from tessera.training.pipeline import Pipeline
 from tessera.training.protocols import RUN
-from tessera.training.receipts import NO_VERSION
 from tessera.training.roster import ROSTER_LIMIT, Roster, remember_run
 from tessera.training.seating import Seated, Seating, WorkerConfig
 from tessera.training.snapshot_header import Moment
@@ -40,6 +40,7 @@ from tessera.training.snapshots import SnapshotConfig, Snapshots, choose_maker
 from tessera.training.status import WorkerStatus, save_status
 from tessera.training.sums import Sums
 from tessera.training.wishes import make_wish, read_wish
+from tessera.training.work import NoRecords
 
 __all__ = ["Worker"]
 
@@ -172,6 +173,7 @@ class Worker:
                 roster=lambda: seated.roster,
                 size_limit=STATE_ROOM * len(seated.trainer.save()),
             )
+        records = self._records(seated)
         pipeline = Pipeline(
             manifest,
             stage=seated.stage,
@@ -187,7 +189,7 @@ class Worker:
             watcher=self._progress,
             gate=self._gate,
             clock=self._clock,
-            version=lambda: NO_VERSION,
+            records=records or NoRecords(),
             copies=copies,
         )
         keeper = Keeper(
@@ -244,6 +246,18 @@ class Worker:
             maker_of=lambda stage, step: choose_maker(run_id, stage, seated.roster.seats, step, every),
             admitted=lambda peer, stage: seated.roster.stage_of(peer) == stage,
             reached=reached,
+        )
+
+    def _records(self, seated: Seated) -> AuditRecords | None:
+        """What others can audit of us; None when the manifest wants no audits."""
+        if seated.manifest.audit.rate_bps == 0:
+            return None
+        return AuditRecords(
+            seated.manifest,
+            stage=seated.stage,
+            key=self._home.peer_key,
+            trainer=seated.trainer,
+            alone=lambda: len(seated.roster.of_stage(seated.stage)) < 2,
         )
 
     # --- while the run is open --------------------------------------------------------------------------------------
