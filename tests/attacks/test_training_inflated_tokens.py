@@ -34,7 +34,7 @@ def leaves(microbatches: list[int]) -> EpochLeaves:
 
 async def propose(world: Settlement, proposer: int, voter: int, receipts: list[Receipt], root: bytes) -> None:
     world.settlers[voter].keeper.serve()
-    body = encoding.encode([receipt.to_row() for receipt in receipts])
+    body = encoding.encode({"receipts": [receipt.to_row() for receipt in receipts], "verdicts": []})
     await world.ask(proposer, voter, {"op": "vote", "epoch": 0, "root": root.hex()}, body)
 
 

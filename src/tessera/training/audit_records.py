@@ -1,7 +1,7 @@
 """What a worker records of each step so that the others of his stage can audit it: parameters, messages, a promise.
 
-Messages are taken from the step's log when the step ends, in one go: what counts is who serves a microbatch then, whoever
-did before. A worker who is alone at his stage records nothing, and pays nothing for it.
+Messages are taken from the step's log when the step ends, in one go: what counts is who serves a microbatch then,
+whoever did before. A worker who is alone at his stage records nothing, and pays nothing for it.
 
 Invariants: parameters are copied before anything of the step is computed; the promise is signed before the sums of the
 step are used, and so before anybody draws.

@@ -19,7 +19,9 @@ from tessera.core.errors import TesseraError
 from tessera.core.ids import Account
 from tessera.models.parallel_link import RankLink
 from tessera.training.attendance import Attendance
+from tessera.training.audit import Verdict
 from tessera.training.audit_records import AuditRecords
+from tessera.training.auditing import Auditing
 from tessera.training.book import ReceiptBook
 from tessera.training.contract import check_changes
 from tessera.training.copies import NoCopies, StageCopies, StageSnapshots
@@ -84,6 +86,7 @@ class _Parts:
     exchange: Exchange
     snapshots: Snapshots | None
     news: News
+    auditing: Auditing | None
     book: ReceiptBook
 
 
@@ -129,6 +132,8 @@ class Worker:
         parts.exchange.serve()
         if parts.snapshots is not None:
             parts.snapshots.serve()
+        if parts.auditing is not None:
+            parts.auditing.serve()
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._gate.watch)
@@ -145,6 +150,8 @@ class Worker:
                 tasks.start_soon(parts.membership.run)
                 if parts.snapshots is not None:
                     tasks.start_soon(parts.snapshots.run)
+                if parts.auditing is not None:
+                    tasks.start_soon(parts.auditing.run)
                 tasks.start_soon(self._settle, parts.keeper)
                 tasks.start_soon(self._serve_when_trained, parts)
                 tasks.start_soon(self._say_goodbye, parts)
@@ -192,6 +199,11 @@ class Worker:
             records=records or NoRecords(),
             copies=copies,
         )
+        auditing = None
+        if records is not None:
+            auditing = self._auditing(
+                seated, records, book, lambda: pipeline.steps_done, lambda: pipeline.past, lambda v: news.accuse(v)
+            )
         keeper = Keeper(
             manifest,
             transport=self._transport,
@@ -200,6 +212,7 @@ class Worker:
             book=book,
             roster=lambda: seated.roster,
             steps_done=lambda: pipeline.steps_done,
+            audits=auditing,
         )
         attendance = Attendance(self._transport, lambda: seated.roster.records)
         membership = Membership(
@@ -221,10 +234,11 @@ class Worker:
             book=book,
             roster=lambda: seated.roster,
             moved=lambda record: seated.moved(record),
+            accused=lambda verdict: auditing.heard(verdict) if auditing is not None else None,
             steps_done=lambda: pipeline.steps_done,
             clock=self._clock,
         )
-        return _Parts(seated, pipeline, keeper, membership, attendance, exchange, snapshots, news, book)
+        return _Parts(seated, pipeline, keeper, membership, attendance, exchange, snapshots, news, auditing, book)
 
     def _snapshots(self, seated: Seated, reached: Callable[[], Moment]) -> Snapshots | None:
         """Our part in keeping stages alive; None when the manifest wants no copies."""
@@ -258,6 +272,32 @@ class Worker:
             key=self._home.peer_key,
             trainer=seated.trainer,
             alone=lambda: len(seated.roster.of_stage(seated.stage)) < 2,
+        )
+
+    def _auditing(
+        self,
+        seated: Seated,
+        records: AuditRecords,
+        book: ReceiptBook,
+        steps_done: Callable[[], int],
+        past: Callable[[], int],
+        accuse: Callable[[Verdict], None],
+    ) -> Auditing:
+        schedule = seated.manifest.schedule
+        return Auditing(
+            seated.manifest,
+            stage=seated.stage,
+            key=self._home.peer_key,
+            transport=self._transport,
+            message_bytes=seated.trainer.payload_limit(schedule.sequences, schedule.length),
+            records=records,
+            book=book,
+            roster=lambda: seated.roster,
+            ids=seated.batches.train,
+            steps_done=steps_done,
+            past=past,
+            accuse=accuse,
+            device=str(seated.trainer.device),
         )
 
     # --- while the run is open --------------------------------------------------------------------------------------
