@@ -79,7 +79,7 @@ def test_a_root_with_inflated_shares_gets_no_vote_from_anybody(tmp_path: Path) -
         async with settlement(MANIFEST, tmp_path) as world:
             for voter in (0, 2, 3):
                 for wrong in (inflated, stranger):
-                    with pytest.raises(Misbehaviour, match="these receipts give root"):
+                    with pytest.raises(Misbehaviour, match="these receipts and verdicts give root"):
                         await propose(world, 1, voter, receipts, wrong.root)
 
     run_virtual(main)

@@ -424,6 +424,7 @@ class Worker:
                 pauses=self._gate.reason,
                 leaving=read_wish(parts.seated.folder) == "leave",
                 companions=len(seated.roster.of_stage(seated.stage)) - 1,
+                audits=parts.auditing is not None,
                 trained=pipeline.trained.is_set(),
                 settled=self._settled,
                 claimable=self._claimable,
