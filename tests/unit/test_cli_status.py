@@ -22,7 +22,8 @@ def status(**changes: object) -> WorkerStatus:
     facts: dict[str, object] = {
         "run_id": RUN_ID, "name": "small", "stage": 1, "stages": 4, "account": "0x" + "11" * 20, "time": NOW - 1,
         "step": 40, "steps": 100, "tokens_per_step": 4096, "last_step": (NOW - 2, 2.0), "trouble": "", "pauses": "",
-        "leaving": False, "companions": 0, "audits": True, "trained": False, "settled": False, "claimable": 0, **changes,
+        "leaving": False, "companions": 0, "audits": True, "trained": False, "settled": False, "claimable": 0,
+        **changes,
     }  # fmt: skip
     return WorkerStatus.model_validate(facts)
 

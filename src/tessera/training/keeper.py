@@ -7,7 +7,9 @@ epoch that he has finished too, and only if no receipt that he holds is missing.
 those that he signed for his neighbours, so leaving out a worker takes his neighbours' consent. Once posted, each worker
 redeems his own leaf.
 
-Audits take credit away: verdicts that accuse somebody are gathered, checked and computed with in the same way. A run
+Audits take credit away: verdicts that accuse somebody are gathered, checked and computed with in the same way. While a
+voter says that he holds more, or still audits, a proposer gathers again, as long as an audit may take: two thirds could
+else leave out the only auditor of a stage. A run
 whose manifest does not waive audits does not pay what nobody could audit: it is owed, and nothing settles it later yet.
 """
 
@@ -101,6 +103,9 @@ class Keeper:
         self._book, self._roster, self._steps_done = book, roster, steps_done
         self._audits: Audits = audits or NoAudits()
         self.share = ModelShare(chain, roster().share)
+        audit = manifest.audit
+        self._patience_s = GATHER_S + audit.attempts * (audit.answer_s + 1) if audit.rate_bps else 0.0
+        self._proposed: dict[int, float] = {}  # when we first proposed an epoch
         self._settled = 0  # epochs whose posted leaves we hold
         receipts = manifest.receipts_per_step * manifest.schedule.epoch_steps
         self._body_limit = 4096 + AGAIN * RECEIPT_BYTES * receipts + limit_bytes(manifest)
@@ -147,9 +152,13 @@ class Keeper:
         leaves = self._compute(epoch, known)
         signatures = {self._key.account: self._sign(leaves)}
         body = known.to_body()
+        disputed: list[PeerId] = []
         async with anyio.create_task_group() as tasks:
             for seat in self._others():
-                tasks.start_soon(self._collect, seat, leaves, body, signatures)
+                tasks.start_soon(self._collect, seat, leaves, body, signatures, disputed)
+        since = self._proposed.setdefault(epoch, anyio.current_time())
+        if disputed and anyio.current_time() - since < self._patience_s:  # an auditor is slow, or found something
+            raise Conflict(f"{disputed[0][:16]}… holds more of epoch {epoch}, or still audits it")
         accounts = set(self._roster().accounts)
         if 3 * len(signatures) <= 2 * len(accounts):
             raise Unavailable(
@@ -163,8 +172,15 @@ class Keeper:
             return  # somebody posted it first
         log.info("epoch_posted", epoch=epoch, shares=str(leaves.total), signers=len(ordered))
 
-    async def _collect(self, seat: Seat, leaves: EpochLeaves, body: bytes, signatures: dict[Account, bytes]) -> None:
-        """Ask one worker for his signature; a refusal is logged, not fatal."""
+    async def _collect(
+        self,
+        seat: Seat,
+        leaves: EpochLeaves,
+        body: bytes,
+        signatures: dict[Account, bytes],
+        disputed: list[PeerId],
+    ) -> None:
+        """Ask one worker for his signature; a refusal is logged, not fatal, and noted when it may be over soon."""
         request = {"op": "vote", "epoch": leaves.epoch, "root": leaves.root.hex()}
         try:
             reply, _ = await self._ask(seat, request, body)
@@ -173,6 +189,8 @@ class Keeper:
                 raise Misbehaviour(f"{seat.peer[:16]}… signed something else")
             signatures[seat.account] = signature
         except (TesseraError, ValueError) as error:
+            if isinstance(error, Conflict):
+                disputed.append(seat.peer)
             log.warning("vote_missing", epoch=leaves.epoch, stage=seat.stage, peer_id=seat.peer, reason=str(error))
 
     async def _gather(self, epoch: int) -> _Known:
