@@ -59,7 +59,7 @@ def limit_bytes(manifest: Manifest) -> int:
 
 
 def read_accusations(
-    manifest: Manifest, stage_of: Mapping[PeerId, int], rows: object, checked: Collection[Verdict] = ()
+    manifest: Manifest, stage_of: Mapping[PeerId, int], rows: object, checked: Collection[object] = ()
 ) -> list[Verdict]:
     """Accusations from a peer.
 

@@ -9,8 +9,8 @@ redeems his own leaf.
 
 Audits take credit away: verdicts that accuse somebody are gathered, checked and computed with in the same way. While a
 voter says that he holds more, or still audits, a proposer gathers again, as long as an audit may take: two thirds could
-else leave out the only auditor of a stage. A run
-whose manifest does not waive audits does not pay what nobody could audit: it is owed, and nothing settles it later yet.
+else leave out the only auditor of a stage. A run whose manifest does not waive audits does not pay what nobody could
+audit: it is owed, and nothing settles it later yet.
 """
 
 from __future__ import annotations
