@@ -23,9 +23,9 @@ from tessera.training.copies import NoCopies, StageCopies
 from tessera.training.gate import AlwaysOpen
 from tessera.training.manifest import Manifest
 from tessera.training.pipeline import Gate, Pipeline
-from tessera.training.receipts import NO_VERSION, Receipt, credited
+from tessera.training.receipts import Receipt, credited
 from tessera.training.roster import Roster, Seat, seat_binding
-from tessera.training.work import Batches
+from tessera.training.work import Batches, NoRecords
 from training_world import FakeBatches, FakeTrainer, Told
 
 
@@ -127,7 +127,7 @@ class Node:
                         watcher=self.told,
                         gate=self.gate,
                         clock=world.clock,
-                        version=lambda: NO_VERSION,
+                        records=NoRecords(),
                         copies=world.make_copies(self),
                         compute=self.compute,
                     )

@@ -105,7 +105,7 @@ class Settler:
 
 @dataclass
 class Settlement:
-    """Four workers with a share contract, whose training is done."""
+    """Workers with a share contract, whose training is done."""
 
     manifest: Manifest
     ledger: Ledger
@@ -118,7 +118,7 @@ class Settlement:
         self, sender: int, receiver: int, request: dict[str, Any], body: bytes = b""
     ) -> tuple[dict[str, Any], bytes]:
         """A call among keepers."""
-        record = self.roster.seats[receiver].record
+        record = self.settlers[receiver].transport.record()
         transport = self.settlers[sender].transport
         return await call(transport, record, EPOCH, request, body, timeout_s=10, reply_limit=1 << 20)
 
@@ -128,20 +128,27 @@ async def settlement(
     manifest: Manifest,
     folder: Path,
     *,
+    companions: int = 0,
     held: Callable[[int, Receipt], bool] = lambda stage, receipt: True,
     chain_of: Callable[[int, RpcChain], RpcChain] = lambda stage, chain: chain,
 ) -> AsyncIterator[Settlement]:
-    """Everybody holds the receipts for his own work and those that he signed, as far as `held` says so."""
-    count = manifest.model.stages
+    """Everybody holds the receipts for his own work and those that he signed, as far as `held` says so.
+
+    Args:
+        companions: more workers of stage 0, the last settlers, who did nothing themselves.
+    """
+    stages = manifest.model.stages
+    count = stages + companions
     keys, accounts = peer_keys(count), account_keys(count)
     ledger = Ledger(manifest)
     share = await ledger.share(await ledger.coin(), [account.account for account in accounts])
     network = MemoryNetwork(random.Random(0), delay_s=0.01, clock=VirtualClock())
-    receipts = all_receipts(manifest, keys, range(manifest.schedule.steps))
+    receipts = all_receipts(manifest, keys[:stages], range(manifest.schedule.steps))
     async with AsyncExitStack() as stack:
         transports = [await stack.enter_async_context(network.start(key)) for key in keys]
-        seats = tuple(make_seat(manifest, i, transports[i].record(), accounts[i]) for i in range(count))
-        roster = Roster(manifest.run_id, count, seats, share, share)
+        seats = [make_seat(manifest, i if i < stages else 0, transports[i].record(), accounts[i]) for i in range(count)]
+        seats.sort(key=lambda seat: seat.stage)
+        roster = Roster(manifest.run_id, stages, tuple(seats), share, share)
         settlers = []
         for i in range(count):
             book = ReceiptBook(folder / f"keeper-{i}.sqlite")

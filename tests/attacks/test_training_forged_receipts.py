@@ -102,7 +102,7 @@ def test_a_proposal_with_a_forged_receipt_gets_no_vote(tmp_path: Path) -> None:
 
 async def propose(world: Settlement, receipts: list[Receipt]) -> None:
     world.settlers[0].keeper.serve()
-    body = encoding.encode([receipt.to_row() for receipt in receipts])
+    body = encoding.encode({"receipts": [receipt.to_row() for receipt in receipts], "verdicts": []})
     await world.ask(1, 0, {"op": "vote", "epoch": 0, "root": "00"}, body)
 
 

@@ -34,7 +34,7 @@ def leaves(microbatches: list[int]) -> EpochLeaves:
 
 async def propose(world: Settlement, proposer: int, voter: int, receipts: list[Receipt], root: bytes) -> None:
     world.settlers[voter].keeper.serve()
-    body = encoding.encode([receipt.to_row() for receipt in receipts])
+    body = encoding.encode({"receipts": [receipt.to_row() for receipt in receipts], "verdicts": []})
     await world.ask(proposer, voter, {"op": "vote", "epoch": 0, "root": root.hex()}, body)
 
 
@@ -79,7 +79,7 @@ def test_a_root_with_inflated_shares_gets_no_vote_from_anybody(tmp_path: Path) -
         async with settlement(MANIFEST, tmp_path) as world:
             for voter in (0, 2, 3):
                 for wrong in (inflated, stranger):
-                    with pytest.raises(Misbehaviour, match="these receipts give root"):
+                    with pytest.raises(Misbehaviour, match="these receipts and verdicts give root"):
                         await propose(world, 1, voter, receipts, wrong.root)
 
     run_virtual(main)

@@ -46,7 +46,7 @@ def test_a_run_is_as_recorded(golden: Golden) -> None:
                 "signer_seed": keys[1].seed.hex(),
             },
             "frames": {
-                kind.name: Frame(kind, step=258, index=3, payload=b"\x01\x02").to_bytes().hex() for kind in Kind
+                kind.name: Frame(kind, term=4, step=258, index=3, payload=b"\x01\x02").to_bytes().hex() for kind in Kind
             },
             "seat_binding": {
                 "peer": keys[0].id,

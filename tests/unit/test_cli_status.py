@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tessera.cli.status import Verdict, duration, judge, run_leave, run_pause, run_status
+from tessera.cli.status import Verdict, audited, duration, judge, run_leave, run_pause, run_status
 from tessera.core.errors import Invalid, Missing
 from tessera.training.home import Home
 from tessera.training.status import WorkerStatus, read_status, save_status
@@ -22,7 +22,8 @@ def status(**changes: object) -> WorkerStatus:
     facts: dict[str, object] = {
         "run_id": RUN_ID, "name": "small", "stage": 1, "stages": 4, "account": "0x" + "11" * 20, "time": NOW - 1,
         "step": 40, "steps": 100, "tokens_per_step": 4096, "last_step": (NOW - 2, 2.0), "trouble": "", "pauses": "",
-        "leaving": False, "companions": 0, "trained": False, "settled": False, "claimable": 0, **changes,
+        "leaving": False, "companions": 0, "audits": True, "trained": False, "settled": False, "claimable": 0,
+        **changes,
     }  # fmt: skip
     return WorkerStatus.model_validate(facts)
 
@@ -46,6 +47,12 @@ def test_each_state_has_its_sentence(changes: dict[str, object], earning: bool, 
     verdict = judge(status(**changes), NOW)
     assert verdict.earning is earning
     assert says in verdict.what
+
+
+def test_a_share_that_nobody_audits_is_shown_as_such() -> None:
+    assert audited(status()) == "no other worker at this stage"
+    assert audited(status(companions=1)) == "yes"
+    assert audited(status(companions=1, audits=False)) == "no: this run has no audits"
 
 
 def test_slow_steps_are_no_standstill() -> None:

@@ -14,6 +14,8 @@ from sqlalchemy import text
 
 from tessera.core.errors import Conflict, Invalid, Missing, Unavailable
 from tessera.core.ids import PeerId, RunId
+from tessera.core.signing import PeerKey
+from tessera.training.audit import Verdict, draw
 from tessera.training.book import ReceiptBook, SavedInvitation, SavedSeat, SeatBook
 from tessera.training.receipts import Receipt
 
@@ -55,6 +57,23 @@ def test_a_batch_with_one_receipt_that_cannot_be_kept_is_kept_not_at_all(databas
         book.add([*RECEIPTS, replace(RECEIPTS[0], step=2**70)])
     assert book.of_steps(RUN, STEPS) == []
     book.close()
+
+
+def test_an_auditors_first_verdict_on_a_place_stays(database_url: str) -> None:
+    key, other = PeerKey(b"\1" * 32), PeerKey(b"\2" * 32)
+    lots = [draw(key, RUN, 1, GUEST, 0), draw(key, RUN, 1, GUEST, None), draw(other, RUN, 2, GUEST, 0)]
+    verdicts = [
+        Verdict(lot, "failed", "code: off", bytes(32)).signed_by(k)
+        for lot, k in zip(lots, (key, key, other), strict=True)
+    ]
+    book = ReceiptBook(database_url)
+    book.add_verdicts(verdicts)
+    book.add_verdicts([replace(verdicts[0], outcome="passed").signed_by(key)])
+    book.close()
+    again = ReceiptBook(database_url)
+    assert again.verdicts(RUN, range(3)) == [verdicts[1], verdicts[0], verdicts[2]]
+    assert again.verdicts(RUN, range(2, 3)) == [verdicts[2]]
+    again.close()
 
 
 def test_an_epochs_leaves_are_replaced(database_url: str) -> None:
@@ -134,7 +153,7 @@ def test_books_of_the_first_layout_are_brought_forward(database_url: str) -> Non
     host.save_seats((), {"share": "0x1"})
     host.save_invitation("one", 2, 500)
     with host._db.transaction() as db:
-        for table in ("receipts", "seats"):
+        for table in ("receipts", "verdicts", "seats"):
             db.execute(text(f"drop table {table}"))
         db.execute(text("create table receipts (step bigint, tokens bigint)"))
         db.execute(text("create table seats (stage bigint, seat varchar)"))

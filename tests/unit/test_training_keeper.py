@@ -12,9 +12,11 @@ from tessera.chain.types import Receipt as Transaction
 from tessera.core import encoding
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, Refused
 from tessera.core.ids import Account
-from tessera.core.signing import AccountKey
+from tessera.core.signing import AccountKey, PeerKey
 from tessera.p2p.calls import call
 from tessera.p2p.memory import run_virtual
+from tessera.training.accusations import MOST, Accusations
+from tessera.training.audit import AuditConfig, Outcome, Verdict, draw
 from tessera.training.epochs import EpochLeaves, compute_epoch
 from tessera.training.keeper import known_leaves
 from tessera.training.protocols import EPOCH
@@ -34,7 +36,7 @@ def leaves_of(epoch: int, microbatches: list[int] | None = None) -> EpochLeaves:
 
 
 def body_of(receipts: list[Receipt]) -> bytes:
-    return encoding.encode([receipt.to_row() for receipt in receipts])
+    return encoding.encode({"receipts": [receipt.to_row() for receipt in receipts], "verdicts": []})
 
 
 async def redeemed(world: Settlement) -> list[int]:
@@ -195,6 +197,95 @@ def test_a_chain_that_is_away_delays_and_loses_nothing(tmp_path: Path) -> None:
     run_virtual(main)
 
 
+# --- audits -----------------------------------------------------------------------------------------------------------
+
+ACCUSED, AUDITOR = peer_keys()[0], peer_keys(5)[4]  # both of stage 0
+
+
+def verdict(
+    step: int = 1,
+    index: int | None = 2,
+    *,
+    by: PeerKey = AUDITOR,
+    about: PeerKey = ACCUSED,
+    outcome: Outcome = "failed",
+) -> Verdict:
+    lot = draw(by, MANIFEST.run_id, step, about.id, index)
+    return Verdict(lot, outcome, "code: 8.2 steps from the replay", bytes(32)).signed_by(by)
+
+
+async def propose(world: Settlement, verdicts: list[Verdict], leaves: EpochLeaves) -> None:
+    """Stage 1 asks the auditor for his signature."""
+    rows = {"receipts": [r.to_row() for r in honest()], "verdicts": [v.to_row() for v in verdicts]}
+    world.settlers[4].keeper.serve()
+    await world.ask(1, 4, {"op": "vote", "epoch": 0, "root": leaves.root.hex()}, encoding.encode(rows))
+
+
+def test_who_failed_an_audit_loses_the_epoch_and_no_other(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with settlement(MANIFEST, tmp_path, companions=1) as world:
+            world.settlers[4].book.add_verdicts([verdict(), verdict(4, about=AUDITOR, by=ACCUSED, outcome="passed")])
+            await settle_all(world.settlers)
+            expected = [leaves_of(0, [0, 3 * FULL, 3 * FULL, 3 * FULL]), leaves_of(1)]
+            assert [(await world.share.epochs(e)).root for e in range(2)] == [leaves.root for leaves in expected]
+
+    run_virtual(main)
+
+
+def test_a_voter_computes_with_the_verdicts_that_he_holds(tmp_path: Path) -> None:
+    less = leaves_of(0, [0, 3 * FULL, 3 * FULL, 3 * FULL])
+
+    async def main() -> None:
+        async with settlement(MANIFEST, tmp_path, companions=1) as world:
+            world.settlers[4].book.add_verdicts([verdict()])
+            with pytest.raises(Conflict, match="leaves out 0 receipts and 1 verdicts"):
+                await propose(world, [], leaves_of(0))
+            with pytest.raises(Misbehaviour, match="give root"):
+                await propose(world, [verdict()], leaves_of(0))
+            await propose(world, [verdict()], less)
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (replace(verdict(), outcome="withheld"), "forged"),
+        (verdict(by=peer_keys()[1]), "does not share the worker's stage"),
+        (verdict(about=STRANGER), "does not share the worker's stage"),
+        (verdict(outcome="passed"), "accuses nobody"),
+        (verdict(4), "another epoch"),
+        (verdict(index=FULL), "do not exist"),
+    ],
+)
+def test_a_verdict_that_counts_for_nothing_gets_no_vote(wrong: Verdict, why: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with settlement(MANIFEST, tmp_path, companions=1) as world:
+            with pytest.raises(Misbehaviour, match=why):
+                await propose(world, [wrong], leaves_of(0))
+
+    run_virtual(main)
+
+
+def test_an_auditor_fills_four_places_about_one_worker() -> None:
+    many = [verdict(step, index) for step in range(2) for index in (None, 0, 1, 2)]
+    known = Accusations(many[:MOST])
+    assert known.add(many) == []
+    assert known.add([verdict(by=ACCUSED, about=AUDITOR)]) != []
+    assert len(known.verdicts) == MOST + 1
+
+
+def test_work_that_nobody_could_audit_is_not_paid_unless_audits_are_waived(tmp_path: Path) -> None:
+    strict = MANIFEST.model_copy(update={"replicas": 2, "audit": AuditConfig(waived=False)})
+
+    async def main() -> None:
+        async with settlement(strict, tmp_path, companions=1) as world:
+            await settle_all(world.settlers)
+            assert [share > 0 for share in await redeemed(world)] == [True, False, False, False]
+
+    run_virtual(main)
+
+
 # --- votes and answers ------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +324,7 @@ def test_a_lying_proposer_gets_no_vote(tmp_path: Path) -> None:
                 await vote(world, left_out)
             with pytest.raises(Conflict, match="leaves out 1 receipts"):
                 await vote(world, of_a_neighbour)
-            with pytest.raises(Misbehaviour, match="these receipts give root"):
+            with pytest.raises(Misbehaviour, match="these receipts and verdicts give root"):
                 await vote(world, honest(), root=richer.root.hex())
             with pytest.raises(Misbehaviour, match="another run's worker"):
                 await vote(world, honest() + stranger)
@@ -243,7 +334,7 @@ def test_a_lying_proposer_gets_no_vote(tmp_path: Path) -> None:
                 await vote(world, honest() + honest(1))
             with pytest.raises(Invalid):
                 await vote(world, honest(), epoch=2, root="00")
-            with pytest.raises(Invalid, match="list"):
+            with pytest.raises(Invalid, match="holds receipts and verdicts"):
                 await world.ask(0, 1, {"op": "vote", "epoch": 0, "root": ""}, b"{}")
             assert world.settlers[1].book.epoch(0) is None
 

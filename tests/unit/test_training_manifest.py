@@ -53,6 +53,9 @@ def test_the_run_id_survives_any_layout_of_the_json() -> None:
         ({"replicas": 9}, "9 replicas to begin with, and at most 8"),
         ({"replicas": 40, "most_replicas": 40}, "a share contract takes 128 workers"),
         ({"schedule__epoch_steps": 10**6, "schedule__steps": 10**6}, "at most 50000: lower epoch_steps"),
+        ({"audit__waived": False}, "only audited work is paid: that needs replicas of 2 or more, not 1"),
+        ({"audit__waived": False, "audit__rate_bps": 0, "replicas": 2}, "audit.rate_bps above 0, not 0"),
+        ({"audit__rate_bps": 10_001}, "audit.rate_bps"),
         ({"schedule__length": 9}, "windows of 9 tokens exceed the context of 8"),
     ],
 )

@@ -18,9 +18,9 @@ from tessera.p2p.memory import run_virtual
 from tessera.p2p.transport import PeerRecord
 from tessera.training.book import ReceiptBook
 from tessera.training.frames import Frame, Kind
-from tessera.training.receipts import NO_VERSION, Direction, Receipt, payloads_digest
+from tessera.training.receipts import Direction, Receipt, payloads_digest
 from tessera.training.roster import Roster, Seat, seat_binding
-from tessera.training.work import OPEN_RECEIPTS, StageWork
+from tessera.training.work import OPEN_RECEIPTS, NoRecords, StageWork
 from training_world import FakeBatches, FakeTrainer, account_keys, peer_keys, small_manifest
 
 MANIFEST = small_manifest(stages=3, steps=20)
@@ -89,7 +89,7 @@ class Desk:
             roster=lambda: known,
             say=self.said.append,
             boundary=FakeBoundary,  # type: ignore[arg-type]
-            version=lambda: NO_VERSION,
+            records=NoRecords(),
             compute=compute,
         )
         self.wire: FakeBoundary = self.work.boundary  # type: ignore[assignment]

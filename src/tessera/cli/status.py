@@ -18,7 +18,7 @@ from tessera.training.home import Home
 from tessera.training.status import WorkerStatus, read_status
 from tessera.training.wishes import Wish, make_wish, read_wish
 
-__all__ = ["Verdict", "duration", "judge", "run_leave", "run_pause", "run_status"]
+__all__ = ["Verdict", "audited", "duration", "judge", "run_leave", "run_pause", "run_status"]
 
 FRESH_S = 15.0  # a worker writes its status every two seconds
 SLOW_STEPS = 5  # a step that takes so many times as long as the last one did is a standstill
@@ -62,6 +62,13 @@ def judge(status: WorkerStatus, now: float) -> Verdict:
     return Verdict(True, f"training, {status.tokens_per_step / max(took, 1e-9):,.0f} tokens/s")
 
 
+def audited(status: WorkerStatus) -> str:
+    """Whether our work, and so our share, is checked by somebody who did it again."""
+    if not status.audits:
+        return "no: this run has no audits"
+    return "yes" if status.companions else "no other worker at this stage"
+
+
 def run_status(state_dir: Path, as_json: bool) -> None:
     """Print how the newest run of this directory does."""
     folder = _newest(Home.existing(state_dir))
@@ -77,6 +84,7 @@ def run_status(state_dir: Path, as_json: bool) -> None:
         ("run", f"{status.name}  {status.run_id[:16]}…"),
         ("seat", f"stage {status.stage} of {status.stages}{more}, paid to {status.account}"),
         ("step", f"{status.step:,} of {status.steps:,}" + (f", {duration(left)} to go" if left else "")),
+        ("audited", audited(status)),
         ("income", f"{status.claimable:,} units wait to be claimed"),
         ("earning", "yes" if verdict.earning else "no"),
         ("now", verdict.what),

@@ -35,6 +35,7 @@ __all__ = [
     "Snapshot",
     "pack_gradients",
     "pack_loss",
+    "pack_sums",
     "params_digest",
     "unpack_loss",
 ]
@@ -140,8 +141,7 @@ class Replayer:
 
     def write_gradients(self, gradients: Mapping[str, Tensor]) -> bytes:
         """The other way round."""
-        facts = {**_facts(self.spec, self.stage.index), "holds": "gradient"}
-        return write_checkpoint({f"gradient.{name}": tensor for name, tensor in gradients.items()}, facts)
+        return pack_sums(self.spec, self.stage.index, gradients)
 
     def _run(
         self, step: int, index: int, ids: Any, code_in: bytes | None, gradient_in: bytes | None, *, backward: bool
@@ -182,8 +182,13 @@ def params_digest(params: Mapping[str, Tensor]) -> bytes:
 
 def pack_gradients(stage: Stage) -> bytes:
     """The sum of gradients that lies at a stage's parameters before the optimiser's step; zeros where none is."""
-    tensors = {f"gradient.{name}": _gradient(parameter) for name, parameter in stage.named_parameters()}
-    return write_checkpoint(tensors, {**_facts(stage.spec, stage.index), "holds": "gradient"})
+    return pack_sums(stage.spec, stage.index, {name: _gradient(p) for name, p in stage.named_parameters()})
+
+
+def pack_sums(spec: ModelSpec, stage: int, sums: Mapping[str, Tensor]) -> bytes:
+    """A sum of gradients by parameter, as `Replayer.read_gradients` takes it."""
+    tensors = {f"gradient.{name}": tensor for name, tensor in sums.items()}
+    return write_checkpoint(tensors, {**_facts(spec, stage), "holds": "gradient"})
 
 
 def pack_loss(loss: float) -> bytes:

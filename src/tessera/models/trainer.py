@@ -196,6 +196,10 @@ class StageTrainer:
         self._check_complete(self.step)
         return self._gradients.pack(self._tokens, self._loss_sum, self._engine.sums())
 
+    def sums(self) -> dict[str, Tensor]:
+        """The gradients of the open step so far, by parameter; zeros where none is."""
+        return self._engine.sums()
+
     def check_gradient(self, data: bytes, tokens: int) -> int:
         """The tokens in a replica's part, at most `tokens`. Raises: Invalid for bytes that no `gradient` gives."""
         return self._gradients.unpack(data, tokens).tokens

@@ -63,7 +63,7 @@ class AuditConfig(BaseModel):
     drift_ppm: Annotated[int, Field(ge=0, le=10**6)] = 1000  # replicas' parameters may differ by this, per tensor
     penalty: Penalty = "epoch"  # what a worker loses who fails one audit
     probe: Annotated[int, Field(ge=0, le=64)] = 4  # microbatches that a joiner replays before his work counts
-    waived: bool = False  # pay what nobody could audit, and show it as unaudited
+    waived: bool = True  # pay what nobody could audit, and show it as unaudited; else it is owed
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """What a worker keeps so that he can be audited: the messages and the parameters of his last steps. And how he answers.
 
+    auditor: {"op": "promise",  "step"}                      worker: {"commitment"}, rows of receipts by him and for him
     auditor: {"op": "params",   "step", "offset"}            worker: {"size"}, one chunk of the packed parameters
     auditor: {"op": "payloads", "step", "role", "of", "indices"}     {"sizes"}, hashes of `of` ‖ messages of `indices`
     auditor: {"op": "update",   "step", "offset"}                    {"size"}, one chunk of his sum of gradients
@@ -16,6 +17,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyio import to_thread
+
+from tessera.core import encoding
 from tessera.core.errors import Invalid, Missing, Refused
 from tessera.core.hashing import sha256
 from tessera.core.ids import PeerId, RunId
@@ -24,7 +28,15 @@ from tessera.models.replay import Snapshot
 from tessera.p2p.calls import serve_calls
 from tessera.p2p.transport import Transport
 from tessera.training.audit import check_place
-from tessera.training.audit_commitment import Commitment, Direction, Sent, check_microbatches, payloads_digest
+from tessera.training.audit_commitment import (
+    MAX_FLOWS,
+    Commitment,
+    Direction,
+    Sent,
+    SignedReceipt,
+    check_microbatches,
+    payloads_digest,
+)
 from tessera.training.audit_evidence import ROLES, Role
 
 __all__ = ["AUDIT", "CHUNK_BYTES", "AuditLog", "serve_audits"]
@@ -46,7 +58,7 @@ class _Step:
 
 
 class AuditLog:
-    """One worker's. Not safe for use from two threads at once.
+    """One worker's. Not safe for use from two threads at once, but `commit` may run in a thread while others read.
 
     Args:
         window_steps: how many steps stay, the open one included.
@@ -102,6 +114,10 @@ class AuditLog:
     def steps(self) -> list[int]:
         return sorted(self._steps)
 
+    def in_time(self, step: int) -> bool:
+        """Whether all who are at our step, or about to end it, keep `step` for certain."""
+        return step in self._steps and max(self._steps) - step < max(self._window - 1, 2)
+
     def params(self, step: int) -> Snapshot:
         """What the step began with. Raises: Missing: outside the window."""
         return self._step(step).params
@@ -129,12 +145,18 @@ class AuditLog:
 
 
 def serve_audits(
-    transport: Transport, log: AuditLog, admitted: Callable[[PeerId], bool], *, max_streams: int = 8
+    transport: Transport,
+    log: AuditLog,
+    admitted: Callable[[PeerId], bool],
+    *,
+    receipts: Callable[[int], Iterable[SignedReceipt]] = lambda step: (),
+    max_streams: int = 8,
 ) -> None:
     """Answer auditors out of `log`.
 
     Args:
         admitted: whether a peer holds this stage too. Parameters go to nobody else.
+        receipts: of a step, by us and for us.
     """
 
     async def answer(peer: PeerId, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
@@ -144,8 +166,12 @@ def serve_audits(
         check_place(step, None)
         assert isinstance(step, int)
         match request.get("op"):
+            case "promise":
+                rows = [receipt.to_row() for receipt in receipts(step)]
+                return {"commitment": log.commitment(step).to_row()}, encoding.encode(rows[:MAX_FLOWS])
             case "params":
-                return _chunk(log.params(step).pack(), request.get("offset"))
+                packed = await to_thread.run_sync(log.params(step).pack)  # a copy of all parameters: not in the loop
+                return _chunk(packed, request.get("offset"))
             case "update":
                 return _chunk(log.update(step), request.get("offset"))
             case "losses":
@@ -153,7 +179,9 @@ def serve_audits(
                 return {}, b"".join(losses[index] for index in sorted(losses))
             case "payloads":
                 return _payloads(log, step, request)
-        raise Invalid(f"an auditor asks for params, payloads, update or losses, not {str(request.get('op'))[:40]!r}")
+        raise Invalid(
+            f"an auditor asks for promise, params, payloads, update or losses, not {str(request.get('op'))[:40]!r}"
+        )
 
     serve_calls(transport, AUDIT, answer, request_limit=REQUEST_LIMIT, max_streams=max_streams)
 

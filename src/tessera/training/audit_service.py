@@ -18,26 +18,32 @@ import anyio
 import structlog
 from anyio import to_thread
 
+from tessera.core import encoding
 from tessera.core.errors import Invalid, Misbehaviour, Missing, TesseraError
 from tessera.core.ids import PeerId, RunId
 from tessera.core.signing import PeerKey
 from tessera.models.config import ModelSpec
-from tessera.models.replay import LOSS_BYTES, Replayer
+from tessera.models.replay import LOSS_BYTES, Replayer, Snapshot
 from tessera.p2p.calls import call
 from tessera.p2p.transport import PeerRecord, Transport
 from tessera.training.audit import AuditConfig, Draw, Outcome, Verdict, draw
-from tessera.training.audit_commitment import Commitment, SignedReceipt
+from tessera.training.audit_commitment import MAX_FLOWS, Commitment, ReceiptParser, SignedReceipt
 from tessera.training.audit_evidence import Evidence, Flow, flow_role, required_roles
 from tessera.training.audit_judge import Finding, drift, judge
 from tessera.training.audit_log import AUDIT, CHUNK_BYTES, AuditLog
 
-__all__ = ["Audited", "Auditor"]
+__all__ = ["PAUSE_S", "Audited", "Auditor", "Behind"]
 
 log = structlog.get_logger()
 
 SLACK_BYTES = 64 * 1024  # of an answer beside its messages
+PROMISE_BYTES = MAX_FLOWS * 1024  # receipts as rows
 PAUSE_S = 1.0  # before asking again
 STATE_SLACK_BYTES = 4 * 2**20  # of packed parameters beside their numbers: names, shapes, facts
+
+
+class Behind(Exception):
+    """We are too late for an audit of this step: the worker may rightly have dropped it. Says nothing about him."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +93,23 @@ class Auditor:
 
         Args:
             commitment: the worker's; without one he has no credit, and there is nothing to audit.
-            receipts: of the step, signatures checked. Only those that the commitment names earn anything.
+            receipts: of the step, signatures checked. Only what they cover earns anything and can be audited.
             auditors: how many other workers his stage has.
         """
         step, worker = commitment.step, commitment.worker
-        earned = {index for r in receipts if commitment.names(r) for index in r.microbatches}
+        earned = self.covered(commitment, receipts)
         drawn = [draw(self._key, self._run_id, step, worker, index) for index in sorted(earned)]
         hits = [lot for lot in drawn if lot.hits(self._config.rate_bps, auditors)]
         whole = draw(self._key, self._run_id, step, worker, None)
-        return [*hits, whole] if earned and whole.hits(self._config.update_bps, auditors) else hits
+        complete = bool(earned) and earned == set(commitment.microbatches)
+        return [*hits, whole] if complete and whole.hits(self._config.update_bps, auditors) else hits
+
+    def covered(self, commitment: Commitment, receipts: Iterable[SignedReceipt]) -> set[int]:
+        """The microbatches for which receipts fix every message that a worker got and sent."""
+        about, covered = _about(commitment, receipts), set(commitment.microbatches)
+        for role in required_roles(self._stage, self._spec.stages):
+            covered &= {i for r in about if flow_role(r, commitment.worker) == role for i in r.microbatches}
+        return covered
 
     async def audit(self, lot: Draw, receipts: Sequence[SignedReceipt], commitment: Commitment) -> Audited:
         """Fetch what `lot` names, replay it, sign what came of it.
@@ -105,24 +119,48 @@ class Auditor:
             commitment: what he sent before the draw.
 
         Raises: Invalid: a lot about nothing that he earned.  Missing: a receipt or our own parameters are not here:
-            wait for the receipts, and when the window closes without them, give `withheld`.
+            wait for the receipts, and when the window closes without them, give `withheld`.  Behind.
         """
-        self._own.params(lot.step)  # or we could not tell his from others
-        about = self._about(lot, receipts, commitment)
+        own = self._own.params(lot.step)  # or we could not tell his from others
+        about = self._checked(lot, receipts, commitment)
         reason = ""
         for attempt in range(self._config.attempts):
             if attempt:
                 await anyio.sleep(PAUSE_S)
             try:
                 evidence = await self._gather(lot, about, commitment)
-                theirs = await self._their_replayer(evidence)
+                theirs = await self._their_replayer(evidence, own)
                 break
             except TesseraError as error:  # his answer, or his silence: nobody else was asked, nothing of ours was used
                 reason = error.message
                 log.info("audit_unanswered", worker=lot.worker, step=lot.step, attempt=attempt, reason=reason)
         else:
             return self.withheld(lot, reason)
-        return await self._judged(evidence, theirs)
+        return await self._judged(evidence, theirs, own)
+
+    async def promise(self, worker: PeerId, step: int, parse: ReceiptParser) -> tuple[Commitment, list[SignedReceipt]]:
+        """A worker's commitment to a step, and the receipts that he shows with it; all signatures checked.
+
+        Raises: Missing: he has not ended the step, or keeps it no more, or did nothing.  Invalid, Misbehaviour: forged,
+        or about something else.  Behind.
+        """
+        head, body = await self._ask(worker, {"op": "promise", "step": step}, PROMISE_BYTES)
+        return await to_thread.run_sync(self._read_promise, worker, step, head.get("commitment"), body, parse)
+
+    def _read_promise(
+        self, worker: PeerId, step: int, row: object, body: bytes, parse: ReceiptParser
+    ) -> tuple[Commitment, list[SignedReceipt]]:
+        commitment = Commitment.from_row(self._run_id, worker, row)
+        rows = encoding.decode(body, PROMISE_BYTES)
+        if not isinstance(rows, list) or len(rows) > MAX_FLOWS:
+            raise Invalid(f"a promise comes with at most {MAX_FLOWS} receipts")
+        receipts = [parse(self._run_id, row) for row in rows]
+        if commitment.step != step or any(r.step != step or worker not in (r.worker, r.signer) for r in receipts):
+            raise Misbehaviour(f"{worker[:16]}… promises something else than step {step}")
+        commitment.check()
+        for receipt in receipts:
+            receipt.check()
+        return commitment, receipts
 
     def withheld(self, lot: Draw, why: str) -> Audited:
         """Our verdict on a worker who did not let himself be audited."""
@@ -137,7 +175,8 @@ class Auditor:
         lot = draw(self._key, self._run_id, evidence.draw.step, evidence.worker, evidence.draw.index)
         mine = replace(evidence, draw=lot)
         mine.check(self._stage, self._spec.stages, self._stage_of)
-        return await self._judged(mine, await self._their_replayer(mine))
+        own = self._own.params(lot.step)
+        return await self._judged(mine, await self._their_replayer(mine, own), own)
 
     def _signed(self, lot: Draw, outcome: Outcome, reason: str, evidence: Evidence | None) -> Audited:
         shown = bytes(32) if evidence is None else evidence.digest()
@@ -145,12 +184,12 @@ class Auditor:
 
     # --- judging ----------------------------------------------------------------------------------------------------
 
-    async def _judged(self, evidence: Evidence, theirs: Replayer | None) -> Audited:
+    async def _judged(self, evidence: Evidence, theirs: Replayer | None, own: Snapshot) -> Audited:
         async with self._busy:
-            own = await self._own_replayer(evidence.draw.step)
-            finding = None if theirs is None else await to_thread.run_sync(self._drifted, theirs, own)
+            ours = await self._own_replayer(own)
+            finding = None if theirs is None else await to_thread.run_sync(self._drifted, theirs, ours)
             if finding is None:
-                replay = partial(judge, evidence, theirs or own, stage_of=self._stage_of, ids=self._ids)
+                replay = partial(judge, evidence, theirs or ours, stage_of=self._stage_of, ids=self._ids)
                 finding = await to_thread.run_sync(replay)
         return self._signed(evidence.draw, finding.outcome, finding.reason, evidence)
 
@@ -161,19 +200,18 @@ class Auditor:
             return None
         return Finding("failed", f"version: his parameters are off by {off:.3g}, at most {most} millionths expected")
 
-    async def _own_replayer(self, step: int) -> Replayer:
-        """With our parameters of `step`; whoever holds the lock may use it. Raises: Missing: we keep no such step."""
-        snapshot = self._own.params(step)
+    async def _own_replayer(self, snapshot: Snapshot) -> Replayer:
+        """With our parameters; whoever holds the lock may use it."""
         if self._replayer is None:
-            self._replayer = await self._load(snapshot.pack())
+            self._replayer = await self._load(await to_thread.run_sync(snapshot.pack))
         elif self._replayer.version != snapshot.version:
             await to_thread.run_sync(self._replayer.load, snapshot)
         return self._replayer
 
-    async def _their_replayer(self, evidence: Evidence) -> Replayer | None:
+    async def _their_replayer(self, evidence: Evidence, own: Snapshot) -> Replayer | None:
         """With the parameters that the worker committed to, fetched from him; None when ours are the same."""
         version, step = evidence.commitment.version, evidence.draw.step
-        if self._own.params(step).version == version:
+        if own.version == version:
             return None
         theirs = await self._load(await self._chunks(evidence.worker, "params", step, self._state_limit()))
         if theirs.version != version:
@@ -185,20 +223,14 @@ class Auditor:
 
     # --- fetching ---------------------------------------------------------------------------------------------------
 
-    def _about(self, lot: Draw, receipts: Sequence[SignedReceipt], commitment: Commitment) -> list[SignedReceipt]:
-        """The receipts that fix the worker's messages: his own for what came, those he accepted for what went."""
-        about = [
-            r for r in receipts
-            if (r.step == lot.step and r.signer == lot.worker) or commitment.names(r)
-        ]  # fmt: skip
+    def _checked(self, lot: Draw, receipts: Sequence[SignedReceipt], commitment: Commitment) -> list[SignedReceipt]:
+        """The receipts that an audit of `lot` needs."""
         wanted = set(_wanted(lot, commitment))
         if not wanted <= set(commitment.microbatches):
             raise Invalid(f"microbatch {lot.index} earned nothing: the commitment does not name it")
-        for role in required_roles(self._stage, self._spec.stages):
-            covered = {i for r in about if flow_role(r, lot.worker) == role for i in r.microbatches}
-            if not wanted <= covered:
-                raise Missing(f"the receipts for {role} of step {lot.step} are not all here")
-        return about
+        if lacking := wanted - self.covered(commitment, receipts):
+            raise Missing(f"the receipts for microbatch {min(lacking)} of step {lot.step} are not all here")
+        return _about(commitment, receipts)
 
     async def _gather(self, lot: Draw, about: Sequence[SignedReceipt], commitment: Commitment) -> Evidence:
         """The evidence, checked. Raises: TesseraError: the worker lacks an answer, or has the wrong bytes."""
@@ -243,7 +275,7 @@ class Auditor:
         """Packed parameters or gradients, piece by piece."""
         data, size = b"", limit
         while len(data) < size:
-            head, body = await self._ask(worker, {"op": op, "step": step, "offset": len(data)}, CHUNK_BYTES, bulk=True)
+            head, body = await self._ask(worker, {"op": op, "step": step, "offset": len(data)}, CHUNK_BYTES)
             size = head.get("size", 0)
             if type(size) is not int or not 0 < size <= limit or not body:
                 raise Misbehaviour(
@@ -259,9 +291,9 @@ class Auditor:
         own = self._own.params(self._own.steps[-1]).params
         return sum(4 * tensor.numel() for tensor in own.values()) + STATE_SLACK_BYTES
 
-    async def _ask(
-        self, worker: PeerId, request: dict[str, Any], body_bytes: int, *, bulk: bool = False
-    ) -> tuple[dict[str, Any], bytes]:
+    async def _ask(self, worker: PeerId, request: dict[str, Any], body_bytes: int) -> tuple[dict[str, Any], bytes]:
+        if not self._own.in_time(request["step"]):
+            raise Behind
         return await call(
             self._transport,
             self._record_of(worker),
@@ -269,8 +301,14 @@ class Auditor:
             request,
             timeout_s=self._config.answer_s,
             reply_limit=body_bytes + SLACK_BYTES,
-            bulk=bulk,
+            bulk=True,
         )
+
+
+def _about(commitment: Commitment, receipts: Iterable[SignedReceipt]) -> list[SignedReceipt]:
+    """The receipts that fix the worker's messages: his own for what came, those he accepted for what went."""
+    step, worker = commitment.step, commitment.worker
+    return [r for r in receipts if (r.step == step and r.signer == worker) or commitment.names(r)]
 
 
 def _wanted(lot: Draw, commitment: Commitment) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a run's members keep on disk: a worker's receipts and epochs; the host's seats, facts and invitations.
+"""What a run's members keep on disk: a worker's receipts, verdicts and epochs; the host's seats, facts and invitations.
 
 Both books are called from the event loop: a commit takes well under a millisecond on SQLite (a killed process loses
 nothing; a power cut at most the last steps, which are replayed from the checkpoint and signed again).
@@ -31,6 +31,7 @@ from tessera.core.errors import Conflict, Missing, Unavailable
 from tessera.core.ids import PeerId, RunId
 from tessera.storage.database import Database, Transaction, open_database
 from tessera.storage.layout import Layout
+from tessera.training.audit import Verdict
 from tessera.training.receipts import Receipt
 
 __all__ = ["ReceiptBook", "SavedInvitation", "SavedSeat", "SeatBook"]
@@ -49,6 +50,16 @@ _RECEIPTS = Table(
     Column("signature", String, nullable=False),
     sqlite_with_rowid=False,
 )
+_VERDICTS = Table(
+    "verdicts",
+    _RECEIPT_TABLES,
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    Column("worker", String, primary_key=True),
+    Column("place", BigInteger, primary_key=True, autoincrement=False),  # the microbatch; -1 = the whole step
+    Column("auditor", String, primary_key=True),
+    Column("row", String, nullable=False),  # JSON, as it travels
+    sqlite_with_rowid=False,
+)
 _EPOCHS = Table(
     "epochs",
     _RECEIPT_TABLES,
@@ -63,7 +74,12 @@ def _forget_receipts_for_tokens(connection: Connection) -> None:
     _RECEIPTS.create(connection)
 
 
-_RECEIPT_LAYOUT = Layout("receipts", _RECEIPT_TABLES, (_forget_receipts_for_tokens,))
+def _add_verdicts(connection: Connection) -> None:
+    """Layout 2 knew no audits."""
+    _VERDICTS.create(connection)
+
+
+_RECEIPT_LAYOUT = Layout("receipts", _RECEIPT_TABLES, (_forget_receipts_for_tokens, _add_verdicts))
 _FIELDS = [column.name for column in _RECEIPTS.columns]
 
 _SEAT_TABLES = MetaData()
@@ -105,10 +121,12 @@ _SEAT_LAYOUT = Layout("seats", _SEAT_TABLES, (_forget_seats_by_stage,))
 
 
 class ReceiptBook:
-    """The receipts that this worker holds, on disk: for his own work, and those that he signed for his neighbours.
+    """The receipts that this worker holds, on disk: for his own work, and those that he signed for his neighbours; and
+    verdicts: all of his own, and what others found against somebody.
 
     A signer's first receipt for a (step, worker, direction, microbatches) stays. A step that is done again, with other
-    microbatches perhaps, adds receipts; `credited` pays nothing twice.
+    microbatches perhaps, adds receipts; `credited` pays nothing twice. An auditor's first verdict on a (step, worker,
+    microbatch) stays.
 
     Args:
         where: a file or a database's URL; `schema` is the name-space in it, one for each run and worker.
@@ -132,6 +150,24 @@ class ReceiptBook:
         with self._db.read() as db:
             rows = db.execute(query.order_by(*_RECEIPTS.primary_key)).all()
         return [Receipt.from_row(run_id, list(row)) for row in rows]
+
+    def add_verdicts(self, verdicts: Iterable[Verdict]) -> None:
+        """All of them or, when the disk fails, none."""
+        rows: list[dict[str, str | int]] = []
+        for verdict in verdicts:
+            lot, row = verdict.draw, json.dumps(verdict.to_row())
+            place = -1 if lot.index is None else lot.index
+            rows.append({"step": lot.step, "worker": lot.worker, "place": place, "auditor": lot.auditor, "row": row})
+        if rows:
+            self._db.apply(lambda db: db.add(_VERDICTS, rows))
+
+    def verdicts(self, run_id: RunId, steps: range) -> list[Verdict]:
+        """In order of step, worker, microbatch and auditor."""
+        step = _VERDICTS.c.step
+        query = select(_VERDICTS.c.row).where(step >= steps.start, step < steps.stop)
+        with self._db.read() as db:
+            rows = db.execute(query.order_by(*_VERDICTS.primary_key)).scalars().all()
+        return [Verdict.from_row(run_id, json.loads(row)) for row in rows]
 
     def save_epoch(self, epoch: int, leaves: str) -> None:
         self._db.apply(lambda db: db.put(_EPOCHS, [{"epoch": epoch, "leaves": leaves}]))

@@ -6,12 +6,17 @@ one's turn. A voter signs only what he computes himself from receipts whose sign
 epoch that he has finished too, and only if no receipt that he holds is missing. He holds those for his own work and
 those that he signed for his neighbours, so leaving out a worker takes his neighbours' consent. Once posted, each worker
 redeems his own leaf.
+
+Audits take credit away: verdicts that accuse somebody are gathered, checked and computed with in the same way. While a
+voter says that he holds more, or still audits, a proposer gathers again, as long as an audit may take: two thirds could
+else leave out the only auditor of a stage. A run whose manifest does not waive audits does not pay what nobody could
+audit: it is owed, and nothing settles it later yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Set
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 import structlog
@@ -27,6 +32,8 @@ from tessera.core.merkle import share_leaf
 from tessera.core.signing import AccountKey, recover_account
 from tessera.p2p.calls import call, serve_calls
 from tessera.p2p.transport import Transport
+from tessera.training.accusations import Accusations, limit_bytes, read_accusations
+from tessera.training.audit import Verdict, settle_credit
 from tessera.training.book import ReceiptBook
 from tessera.training.epochs import EpochLeaves, compute_epoch
 from tessera.training.manifest import Manifest
@@ -34,7 +41,7 @@ from tessera.training.protocols import CALL_S, EPOCH, SMALL
 from tessera.training.receipts import Credit, Receipt, credited, why_not
 from tessera.training.roster import Roster, Seat
 
-__all__ = ["Keeper", "known_leaves"]
+__all__ = ["Audits", "Keeper", "NoAudits", "known_leaves"]
 
 log = structlog.get_logger()
 
@@ -49,12 +56,35 @@ AGAIN = 2  # times the receipts of an epoch in which nothing was done twice
 MAX_STREAMS = 8  # of one peer at once: a request may be large
 
 
+class Audits(Protocol):
+    """Our audits of others; `tessera.training.auditing.Auditing` is the real one. Its verdicts are in our book."""
+
+    def over(self, step: int) -> bool:
+        """Whether those of all steps before `step` are over."""
+        ...
+
+    def review(self, receipts: Iterable[Receipt]) -> None:
+        """Accuse who is credited by these with what he let us draw nothing about."""
+        ...
+
+
+class NoAudits:
+    """Of who audits nobody."""
+
+    def over(self, step: int) -> bool:
+        return True
+
+    def review(self, receipts: Iterable[Receipt]) -> None:
+        pass
+
+
 class Keeper:
     """Settles the epochs of one run for one worker.
 
     Args:
         steps_done: how many steps this worker has finished.
         roster: the present one; addresses may change while peers come and go.
+        audits: ours; None: we audit nobody.
     """
 
     def __init__(
@@ -67,17 +97,21 @@ class Keeper:
         book: ReceiptBook,
         roster: Callable[[], Roster],
         steps_done: Callable[[], int],
+        audits: Audits | None = None,
     ) -> None:
         self._manifest, self._transport, self._chain, self._key = manifest, transport, chain, account_key
         self._book, self._roster, self._steps_done = book, roster, steps_done
+        self._audits: Audits = audits or NoAudits()
         self.share = ModelShare(chain, roster().share)
+        audit = manifest.audit
+        self._patience_s = GATHER_S + audit.attempts * (audit.answer_s + 1) if audit.rate_bps else 0.0
+        self._proposed: dict[int, float] = {}  # when we first proposed an epoch
         self._settled = 0  # epochs whose posted leaves we hold
         receipts = manifest.receipts_per_step * manifest.schedule.epoch_steps
-        self._receipts_limit = 4096 + AGAIN * RECEIPT_BYTES * receipts
+        self._body_limit = 4096 + AGAIN * RECEIPT_BYTES * receipts + limit_bytes(manifest)
 
     def serve(self) -> None:
-        limit = self._receipts_limit
-        serve_calls(self._transport, EPOCH, self._answer, request_limit=limit, max_streams=MAX_STREAMS)
+        serve_calls(self._transport, EPOCH, self._answer, request_limit=self._body_limit, max_streams=MAX_STREAMS)
 
     async def run(self) -> None:
         """Settle every epoch as it falls due; returns when the last one is redeemed."""
@@ -93,7 +127,8 @@ class Keeper:
                     await anyio.sleep(RETRY_S)
 
     def _due(self, epoch: int) -> bool:
-        return self._manifest.schedule.epochs_due(self._steps_done()) > epoch
+        schedule = self._manifest.schedule
+        return schedule.epochs_due(self._steps_done()) > epoch and self._audits.over(schedule.epoch_range(epoch).stop)
 
     # --- one epoch --------------------------------------------------------------------------------------------------
 
@@ -111,13 +146,19 @@ class Keeper:
 
     async def _propose(self, epoch: int) -> None:
         """Gather, compute, collect signatures, post. Raises when too few sign."""
-        receipts = await self._gather(epoch)
-        leaves = self._compute(epoch, receipts)
+        known = await self._gather(epoch)
+        self._audits.review(known.receipts)
+        known.accusations.add(self._accusations(epoch))
+        leaves = self._compute(epoch, known)
         signatures = {self._key.account: self._sign(leaves)}
-        body = encoding.encode([receipt.to_row() for receipt in receipts])
+        body = known.to_body()
+        disputed: list[PeerId] = []
         async with anyio.create_task_group() as tasks:
             for seat in self._others():
-                tasks.start_soon(self._collect, seat, leaves, body, signatures)
+                tasks.start_soon(self._collect, seat, leaves, body, signatures, disputed)
+        since = self._proposed.setdefault(epoch, anyio.current_time())
+        if disputed and anyio.current_time() - since < self._patience_s:  # an auditor is slow, or found something
+            raise Conflict(f"{disputed[0][:16]}… holds more of epoch {epoch}, or still audits it")
         accounts = set(self._roster().accounts)
         if 3 * len(signatures) <= 2 * len(accounts):
             raise Unavailable(
@@ -131,8 +172,15 @@ class Keeper:
             return  # somebody posted it first
         log.info("epoch_posted", epoch=epoch, shares=str(leaves.total), signers=len(ordered))
 
-    async def _collect(self, seat: Seat, leaves: EpochLeaves, body: bytes, signatures: dict[Account, bytes]) -> None:
-        """Ask one worker for his signature; a refusal is logged, not fatal."""
+    async def _collect(
+        self,
+        seat: Seat,
+        leaves: EpochLeaves,
+        body: bytes,
+        signatures: dict[Account, bytes],
+        disputed: list[PeerId],
+    ) -> None:
+        """Ask one worker for his signature; a refusal is logged, not fatal, and noted when it may be over soon."""
         request = {"op": "vote", "epoch": leaves.epoch, "root": leaves.root.hex()}
         try:
             reply, _ = await self._ask(seat, request, body)
@@ -141,10 +189,12 @@ class Keeper:
                 raise Misbehaviour(f"{seat.peer[:16]}… signed something else")
             signatures[seat.account] = signature
         except (TesseraError, ValueError) as error:
+            if isinstance(error, Conflict):
+                disputed.append(seat.peer)
             log.warning("vote_missing", epoch=leaves.epoch, stage=seat.stage, peer_id=seat.peer, reason=str(error))
 
-    async def _gather(self, epoch: int) -> list[Receipt]:
-        """All receipts of the epoch that any worker holds, checked. Waits a little while some work is not verified."""
+    async def _gather(self, epoch: int) -> _Known:
+        """All that any worker holds of the epoch, checked. Waits a little while some work is not verified."""
         steps, known = self._manifest.schedule.epoch_range(epoch), _Known()
         due = len(steps) * self._manifest.model.stages * self._manifest.schedule.microbatches
         with anyio.move_on_after(GATHER_S):
@@ -152,54 +202,73 @@ class Keeper:
                 known.add(self._held(steps))
                 async with anyio.create_task_group() as tasks:  # together: one that is slow must not hide the others
                     for seat in self._others():
-                        tasks.start_soon(self._fetch_receipts, seat, epoch, known)
+                        tasks.start_soon(self._fetch, seat, epoch, known)
                 if sum(map(len, self._credit(epoch, known.receipts).values())) >= due:
                     break
                 await anyio.sleep(POLL_S)
-        return known.receipts
+        return known
 
-    async def _fetch_receipts(self, seat: Seat, epoch: int, known: _Known) -> None:
+    async def _fetch(self, seat: Seat, epoch: int, known: _Known) -> None:
         """Add what one worker holds to `known`; a bad answer is logged, not fatal."""
         try:
             _, body = await self._ask(seat, {"op": "receipts", "epoch": epoch}, b"")
-            checked = frozenset(known.receipts)
-            known.add(await to_thread.run_sync(self._read_receipts, body, epoch, checked))
+            receipts, verdicts = await to_thread.run_sync(self._read, body, epoch, known.seen())
+            known.add(receipts)
+            known.accusations.add(verdicts)
         except TesseraError as error:
             log.warning("receipts_missing", epoch=epoch, peer_id=seat.peer, code=error.code, reason=error.message)
 
-    def _read_receipts(self, body: bytes, epoch: int, checked: Set[Receipt]) -> list[Receipt]:
-        """Receipts from a peer. Raises `Misbehaviour` when one is forged or is not of this epoch and roster.
+    def _read(self, body: bytes, epoch: int, checked: Set[Receipt | Verdict]) -> tuple[list[Receipt], list[Verdict]]:
+        """What a peer holds or proposes. Raises `Misbehaviour` when some is forged or is not of this epoch and roster.
 
         Args:
-            checked: receipts whose signatures we know already.
+            checked: whose signatures we know already.
 
-        Cost: 0.1 ms for each other one; runs in a thread.
+        Cost: 0.1 ms for each other receipt, twice that for a verdict; runs in a thread.
         """
-        rows = encoding.decode(body, self._receipts_limit)
+        value = encoding.decode(body, self._body_limit)
+        if not isinstance(value, dict) or value.keys() != {"receipts", "verdicts"}:
+            raise Invalid("a body holds receipts and verdicts")
+        rows, stage_of = value["receipts"], self._roster().stage_by_peer
         if not isinstance(rows, list):
             raise Invalid("receipts come as a list")
+        verdicts = read_accusations(self._manifest, stage_of, value["verdicts"], checked)
         receipts = [Receipt.from_row(self._manifest.run_id, row) for row in rows]
-        steps, stage_of = self._manifest.schedule.epoch_range(epoch), self._roster().stage_by_peer
+        steps = self._manifest.schedule.epoch_range(epoch)
+        if any(verdict.draw.step not in steps for verdict in verdicts):
+            raise Misbehaviour("a verdict of another epoch", evidence=[verdict.to_row() for verdict in verdicts])
         for receipt in receipts:
             reason = why_not(receipt, stage_of, self._manifest.schedule.microbatches)
             if reason or receipt.step not in steps:
                 raise Misbehaviour(f"a receipt {reason or 'of another epoch'}", evidence=receipt.to_row())
             if receipt not in checked:
                 receipt.check()
-        return receipts
+        return receipts, verdicts
 
     def _credit(self, epoch: int, receipts: Iterable[Receipt]) -> Credit:
         schedule, roster = self._manifest.schedule, self._roster()
         steps = schedule.epoch_range(epoch)
         return credited(receipts, roster.stage_by_peer, roster.stages, steps, schedule.microbatches)
 
-    def _compute(self, epoch: int, receipts: Iterable[Receipt]) -> EpochLeaves:
-        credit = self._credit(epoch, receipts)
-        work = [(seat.account, seat.stage, len(credit.get(seat.peer, ()))) for seat in self._roster().everyone]
+    def _compute(self, epoch: int, known: _Known) -> EpochLeaves:
+        everyone, audit = self._roster().everyone, self._manifest.audit
+        auditors = {seat.peer: self._auditors(seat) for seat in everyone}
+        credit = settle_credit(self._credit(epoch, known.receipts), known.accusations.verdicts, auditors, audit)
+        paid = {
+            peer: len(audited) + (len(credit.provisional[peer]) if audit.waived else 0)
+            for peer, audited in credit.paid.items()
+        }
+        work = [(seat.account, seat.stage, paid.get(seat.peer, 0)) for seat in everyone]
         leaves = compute_epoch(self._manifest, epoch, work)
         if leaves is None:
-            raise Unavailable(f"no receipt proves any work in epoch {epoch}")
+            raise Unavailable(f"no receipt proves any work in epoch {epoch} that its audits let pass")
         return leaves
+
+    def _auditors(self, seat: Seat) -> list[PeerId]:
+        """The others who hold a worker's stage now; nobody in a run without audits."""
+        if self._manifest.audit.rate_bps == 0:
+            return []
+        return [other.peer for other in self._roster().of_stage(seat.stage) if other.peer != seat.peer]
 
     async def _posted_within(self, epoch: int, seconds: float) -> bool:
         with anyio.move_on_after(seconds):
@@ -239,8 +308,7 @@ class Keeper:
         if type(epoch) is not int or not 0 <= epoch < self._manifest.schedule.epochs:
             raise Invalid(f"epoch {epoch!r}, expected 0 to {self._manifest.schedule.epochs - 1}")
         if op == "receipts":
-            steps = self._manifest.schedule.epoch_range(epoch)
-            return {}, encoding.encode([receipt.to_row() for receipt in self._held(steps)])
+            return {}, self._known(epoch).to_body()
         if op == "leaves":
             text = self._book.epoch(epoch)
             if text is None:
@@ -251,21 +319,25 @@ class Keeper:
         raise Invalid(f"unknown operation {str(op)[:40]!r}")
 
     async def _vote(self, epoch: int, root: str, body: bytes) -> bytes:
-        """Our signature under the proposed root, if we compute the same from receipts that leave none of ours out."""
+        """Our signature under the proposed root, if we compute the same from what leaves nothing of ours out."""
         if not self._due(epoch):
-            raise Conflict(f"epoch {epoch} is not finished here: {self._steps_done()} steps are done")
+            raise Conflict(f"epoch {epoch} is not finished here: {self._steps_done()} steps are done, or not audited")
         if epoch < self._settled:
             raise Conflict(f"epoch {epoch} is settled")
-        own = self._held(self._manifest.schedule.epoch_range(epoch))
-        receipts = await to_thread.run_sync(self._read_receipts, body, epoch, frozenset(own))
-        proposed = _Known()
+        receipts, verdicts = await to_thread.run_sync(self._read, body, epoch, self._known(epoch).seen())
+        self._audits.review(receipts)
+        own, proposed = self._known(epoch), _Known()
         proposed.add(receipts)
-        missing = len(proposed.add(own))
-        if missing:
-            raise Conflict(f"the proposal leaves out {missing} receipts that we hold: gather again")
-        leaves = self._compute(epoch, receipts)
+        proposed.accusations.add(verdicts)
+        missing = len(proposed.add(own.receipts)), len(proposed.accusations.add(own.accusations.verdicts))
+        if any(missing):
+            left_out = f"{missing[0]} receipts and {missing[1]} verdicts"
+            raise Conflict(f"the proposal leaves out {left_out} that we hold: gather again")
+        leaves = self._compute(epoch, proposed)
         if leaves.root.hex() != root:
-            raise Misbehaviour(f"epoch {epoch}: these receipts give root {leaves.root.hex()[:16]}…, not {root[:16]}…")
+            raise Misbehaviour(
+                f"epoch {epoch}: these receipts and verdicts give root {leaves.root.hex()[:16]}…, not {root[:16]}…"
+            )
         self._book.save_epoch(epoch, leaves.to_text())
         return self._sign(leaves)
 
@@ -277,8 +349,19 @@ class Keeper:
         held = self._book.of_steps(self._manifest.run_id, steps)
         return [receipt for receipt in held if not why_not(receipt, stage_of, microbatches)]
 
+    def _accusations(self, epoch: int) -> list[Verdict]:
+        """What we hold against somebody."""
+        held = self._book.verdicts(self._manifest.run_id, self._manifest.schedule.epoch_range(epoch))
+        return [verdict for verdict in held if verdict.outcome != "passed"]
+
+    def _known(self, epoch: int) -> _Known:
+        known = _Known()
+        known.add(self._held(self._manifest.schedule.epoch_range(epoch)))
+        known.accusations.add(self._accusations(epoch))
+        return known
+
     async def _ask(self, seat: Seat, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-        limit = self._receipts_limit + SMALL
+        limit = self._body_limit + SMALL
         return await call(self._transport, seat.record, EPOCH, request, body, timeout_s=CALL_S, reply_limit=limit)
 
     def _digest(self, leaves: EpochLeaves) -> bytes:
@@ -298,11 +381,13 @@ class Keeper:
 
 
 class _Known:
-    """Receipts from several hands: the first of each kind, and of `SETS` sets of microbatches that one worker signed
-    for another in one step, so that two who collude cannot fill a message that everybody must read.
+    """What several hands hold of an epoch: receipts, the first of each kind, and of `SETS` sets of microbatches that
+    one worker signed for another in one step, so that two who collude cannot fill a message that everybody must read;
+    and accusations, limited likewise.
     """
 
     def __init__(self) -> None:
+        self.accusations = Accusations()
         self._sets: dict[tuple[int, PeerId, PeerId, str], dict[tuple[int, ...], Receipt]] = {}
 
     def add(self, receipts: Iterable[Receipt]) -> list[Receipt]:
@@ -320,6 +405,15 @@ class _Known:
     def receipts(self) -> list[Receipt]:
         """In the order of their names: a body is the same for all voters."""
         return [self._sets[pair][indices] for pair in sorted(self._sets) for indices in sorted(self._sets[pair])]
+
+    def seen(self) -> frozenset[Receipt | Verdict]:
+        return frozenset((*self.receipts, *self.accusations.verdicts))
+
+    def to_body(self) -> bytes:
+        rows = [receipt.to_row() for receipt in self.receipts]
+        return encoding.encode(
+            {"receipts": rows, "verdicts": [verdict.to_row() for verdict in self.accusations.verdicts]}
+        )
 
 
 async def known_leaves(transport: Transport, roster: Roster, share: ModelShare, epoch: int) -> EpochLeaves:

@@ -16,6 +16,7 @@ from tessera.core.errors import Invalid, Misbehaviour
 from tessera.core.hashing import sha256
 from tessera.core.ids import Account, BlobId, RunId, parse_account, parse_blob_id
 from tessera.models.config import AveragingConfig, ModelSpec
+from tessera.training.audit import AuditConfig
 
 __all__ = [
     "CHECKPOINT_EVERY",
@@ -178,6 +179,7 @@ class Manifest(_Strict):
     data: DataRecipe
     schedule: Schedule
     averaging: AveragingConfig = AveragingConfig()
+    audit: AuditConfig = AuditConfig()  # of stages with several workers; rate_bps 0: nobody is audited
     allocation: Allocation
     pay_to: str = "share"
     price_units: Annotated[int, Field(ge=1, le=10**15)]
@@ -208,6 +210,15 @@ class Manifest(_Strict):
         if self.replicas * self.model.stages > MAX_WORKERS:
             raise ValueError(
                 f"{self.model.stages} stages of {self.replicas} workers: a share contract takes {MAX_WORKERS} workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _auditors_exist(self) -> Self:
+        if not self.audit.waived and (self.replicas < 2 or self.audit.rate_bps == 0):
+            raise ValueError(
+                f"audit.waived is false, so only audited work is paid: that needs replicas of 2 or more, not "
+                f"{self.replicas}, and audit.rate_bps above 0, not {self.audit.rate_bps}"
             )
         return self
 

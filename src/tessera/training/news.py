@@ -2,9 +2,11 @@
 
     seats      each one's newest peer record, so that neighbours find each other while the host is away
     receipts   those that a worker signed in the last steps, so that no two machines hold the only copies
+    verdicts   audits that somebody failed, or did not let happen, as soon as they are over
 
-Both are flooded among the workers. Nothing is believed that is not signed by whom it concerns: a record by its peer, a
-receipt by its signer. Losing all of it costs time, not shares: the host knows the records, neighbours their receipts.
+All are flooded among the workers. Nothing is believed that is not signed by whom it concerns: a record by its peer, a
+receipt by its signer, a verdict by its auditor. Losing all of it costs time, not shares: the host knows the records,
+neighbours their receipts, auditors their verdicts.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from tessera.core.signing import PeerKey
 from tessera.p2p.flood import Flood, FloodConfig
 from tessera.p2p.flood_item import Item
 from tessera.p2p.transport import PeerRecord, Transport
+from tessera.training.accusations import Accusations, read_accusations
+from tessera.training.audit import Verdict
 from tessera.training.book import ReceiptBook
 from tessera.training.manifest import Manifest
 from tessera.training.receipts import Receipt, why_not
@@ -33,7 +37,7 @@ __all__ = ["News"]
 
 log = structlog.get_logger()
 
-SEATS, RECEIPTS = "seats", "receipts"
+SEATS, RECEIPTS, VERDICTS = "seats", "receipts", "verdicts"
 BATCH_STEPS = 10  # after which receipts are told
 BATCH_LIMIT = 16 * 1024  # bytes of one item
 BATCH = 20  # receipts in one item, of 800 bytes at most
@@ -49,6 +53,7 @@ class News:
     Args:
         roster: the present one, whose records are followed.
         moved: told of a worker's record, which may be newer than what is known.
+        accused: told of a verdict that somebody else gave, once it is checked and kept.
         steps_done: how many steps this worker has finished.
     """
 
@@ -61,14 +66,16 @@ class News:
         book: ReceiptBook,
         roster: Callable[[], Roster],
         moved: Callable[[PeerRecord], None],
+        accused: Callable[[Verdict], None],
         steps_done: Callable[[], int],
         clock: Clock,
     ) -> None:
         self._manifest, self._transport, self._key, self._book = manifest, transport, key, book
-        self._roster, self._moved, self._steps_done = roster, moved, steps_done
+        self._roster, self._moved, self._steps_done, self._accused = roster, moved, steps_done, accused
         self._flood = Flood(transport, manifest.run_id, self._members, key, clock, random.Random(key.id), FloodConfig())
         self._flood.subscribe(SEATS, self._on_seat)
-        self._flood.subscribe(RECEIPTS, self._on_receipts)
+        self._flood.subscribe(RECEIPTS, self._on_signed)
+        self._flood.subscribe(VERDICTS, self._on_signed)
         self._inbox_in, self._inbox = anyio.create_memory_object_stream[Item](INBOX)
         self._told = max(0, steps_done() - BATCH_STEPS)
 
@@ -76,7 +83,7 @@ class News:
         """Take part until cancelled."""
         async with self._inbox_in, self._inbox, anyio.create_task_group() as tasks:
             tasks.start_soon(self._flood.run)
-            tasks.start_soon(self._take_receipts)
+            tasks.start_soon(self._take_signed)
             self._say(SEATS, self._transport.record().to_text().encode(), key="record")
             while True:
                 self._tell_receipts()
@@ -86,6 +93,10 @@ class News:
         """The workers, and the last who left: what they signed still counts."""
         roster = self._roster()
         return [*roster.records, *(seat.record for seat in roster.past[-REMEMBERED:])]
+
+    def accuse(self, verdict: Verdict) -> None:
+        """Tell everybody of a verdict of ours. Who does not hear it gets it from our book when the epoch is settled."""
+        self._say(VERDICTS, encoding.encode([verdict.to_row()]), ttl_s=RECEIPTS_TTL_S)
 
     # --- telling ----------------------------------------------------------------------------------------------------
 
@@ -120,24 +131,44 @@ class News:
         if record.id == item.origin != self._key.id:
             self._moved(record)
 
-    def _on_receipts(self, item: Item) -> None:
+    def _on_signed(self, item: Item) -> None:
         if item.origin != self._key.id:
             try:
                 self._inbox_in.send_nowait(item)
             except (anyio.WouldBlock, anyio.BrokenResourceError, anyio.ClosedResourceError):
                 log.debug("news_dropped", topic=item.topic, peer_id=item.origin)
 
-    async def _take_receipts(self) -> None:
+    async def _take_signed(self) -> None:
         async for item in self._inbox:
             try:
-                receipts = await to_thread.run_sync(self._read, item)
-                self._book.add(receipts)
+                if item.topic == VERDICTS:
+                    self._hear_verdicts(await to_thread.run_sync(self._read_verdicts, item))
+                else:
+                    self._book.add(await to_thread.run_sync(self._read_receipts, item))
             except (Invalid, Misbehaviour) as error:
                 log.warning("news_wrong", topic=item.topic, peer_id=item.origin, reason=error.message)
             except TesseraError as error:  # the disk, or we are leaving
                 log.warning("news_not_kept", code=error.code, reason=error.message)
 
-    def _read(self, item: Item) -> list[Receipt]:
+    def _hear_verdicts(self, verdicts: list[Verdict]) -> None:
+        """Keep those that the auditor may still give in their epoch, and pass them on."""
+        for verdict in verdicts:
+            schedule = self._manifest.schedule
+            steps = schedule.epoch_range(verdict.draw.step // schedule.epoch_steps)
+            held = Accusations(v for v in self._book.verdicts(verdict.draw.run_id, steps) if v.outcome != "passed")
+            if held.add([verdict]):
+                self._book.add_verdicts([verdict])
+                self._accused(verdict)
+
+    def _read_verdicts(self, item: Item) -> list[Verdict]:
+        """The verdicts of an item, their signatures checked. Runs in a thread."""
+        rows = encoding.decode(item.payload, BATCH_LIMIT)
+        verdicts = read_accusations(self._manifest, self._roster().stage_by_peer, rows)
+        if any(verdict.draw.auditor != item.origin for verdict in verdicts):
+            raise Misbehaviour("a verdict that its teller has not given", evidence=item.origin)
+        return verdicts
+
+    def _read_receipts(self, item: Item) -> list[Receipt]:
         """The receipts of an item, their signatures checked. Cost: 0.1 ms each; runs in a thread."""
         rows: Any = encoding.decode(item.payload, BATCH_LIMIT)
         if not isinstance(rows, list):

@@ -38,7 +38,7 @@ from tessera.training.manifest import Manifest
 from tessera.training.protocols import CALL_S, CONTROL, SMALL, WORK_S
 from tessera.training.roster import Roster, Seat
 from tessera.training.state_transfer import StateDonor, fetch_state
-from tessera.training.work import Batches, Compute, StageWork
+from tessera.training.work import Batches, Compute, Records, StageWork
 
 __all__ = ["Pipeline"]
 
@@ -73,7 +73,7 @@ class Pipeline:
     Args:
         roster: the newest roster that is known.
         refresh: fetch it again, because a peer may have come, or come back at another address.
-        version: a commitment to the parameters as they are, for receipts.
+        records: of each step, for auditors.
         copies: of this stage, with others.
         compute: how a call of the trainer is made, beside the event loop.
     """
@@ -95,7 +95,7 @@ class Pipeline:
         watcher: Watcher,
         gate: Gate,
         clock: Clock,
-        version: Callable[[], bytes],
+        records: Records,
         copies: StageCopies,
         compute: Compute = to_thread.run_sync,
     ) -> None:
@@ -112,7 +112,7 @@ class Pipeline:
             roster=roster,
             say=lambda message: self._follower.say(message),
             boundary=self._boundary,
-            version=version,
+            records=records,
             compute=compute,
         )
         self._follower = Follower(

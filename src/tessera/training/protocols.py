@@ -7,7 +7,7 @@ CONTROL = "tessera/control/2"  # from the lead to each worker: who serves what, 
 STATE = "tessera/state/1"  # among the workers of a stage: parameters and optimiser, for one who joins
 PIPELINE = "tessera/pipeline/2"  # a boundary link
 AVERAGE = "tessera/average/1"  # among replicas of a stage: parts of gradients and of the state
-EPOCH = "tessera/epoch/2"  # among workers: receipts, votes, leaves
+EPOCH = "tessera/epoch/3"  # among workers: receipts and verdicts, votes, leaves
 MEMBERSHIP = "tessera/membership/1"  # among workers: signatures for who comes and goes, and whether one is there
 SNAPSHOT = "tessera/snapshot/1"  # to holders of other stages: a piece of a stage's state, to keep or to give back
 

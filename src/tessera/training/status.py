@@ -33,6 +33,7 @@ class WorkerStatus(BaseModel):
     pauses: str  # why the worker itself does not work now
     leaving: bool
     companions: int  # other workers of our stage
+    audits: bool  # whether the run's workers audit each other
     trained: bool
     settled: bool
     claimable: int  # units of income that wait for us

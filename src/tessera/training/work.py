@@ -26,16 +26,16 @@ from tessera.training.boundary import Boundary
 from tessera.training.frames import Frame, Kind
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import QUIET_S
-from tessera.training.receipts import RECEIPT_PAYLOAD_BYTES, Direction, Receipt, payloads_digest
+from tessera.training.receipts import NO_VERSION, RECEIPT_PAYLOAD_BYTES, Direction, Receipt, payloads_digest
 from tessera.training.roster import Roster
 from tessera.training.step_log import Passage, StepLog
 
-__all__ = ["Batches", "Compute", "StageWork", "Trainer"]
+__all__ = ["Batches", "Compute", "NoRecords", "Records", "StageWork", "Trainer"]
 
 log = structlog.get_logger()
 
 OPEN_RECEIPTS = 8  # steps that a neighbour may leave unsigned before he is left out
-KEPT_STEPS = 2  # whose codes are kept, for receipts that are late and for audits
+KEPT_STEPS = 2  # whose codes are kept at least, for receipts that are late; audits may want more
 
 
 class Trainer(Protocol):
@@ -69,6 +69,29 @@ class Batches(Protocol):
     def validation_count(self) -> int: ...
 
 
+class Records(Protocol):
+    """What is kept of each step so that it can be audited; `tessera.training.audit_records.AuditRecords` is the real one."""
+
+    async def open(self, step: int) -> bytes:
+        """`step` begins, perhaps again, with the parameters as they are. Returns their version, for receipts."""
+        ...
+
+    async def close(self, log: StepLog) -> None:
+        """All microbatches of a step are through, and its sums are not used yet."""
+        ...
+
+
+class NoRecords:
+    """For runs without audits."""
+
+    async def open(self, step: int) -> bytes:
+        await anyio.lowlevel.checkpoint()
+        return NO_VERSION
+
+    async def close(self, log: StepLog) -> None:
+        await anyio.lowlevel.checkpoint()
+
+
 Job = Callable[[], Awaitable[None]]
 Compute = Callable[..., Awaitable[Any]]  # (function, *arguments) -> its result
 Neighbours = tuple[PeerId | None, PeerId | None]  # who sends a microbatch to us, and whom we send it to
@@ -80,7 +103,7 @@ class StageWork:
     Args:
         roster: the present one.
         say: tell the lead something; never waits.
-        version: of the parameters, for receipts: the commitment to what this step is computed with.
+        records: of each step, for auditors.
         compute: how a call that takes a while is made, beside the event loop.
     """
 
@@ -96,14 +119,15 @@ class StageWork:
         roster: Callable[[], Roster],
         say: Callable[[dict[str, Any]], None],
         boundary: Callable[..., Boundary],
-        version: Callable[[], bytes],
+        records: Records,
         compute: Compute,
         wait_s: float = QUIET_S,
     ) -> None:
         self._manifest, self._stage, self._key, self._run_id = manifest, stage, key, manifest.run_id
         self._last, self.compute = manifest.model.stages - 1, compute
         self._trainer, self._batches, self._book = trainer, batches, book
-        self._roster, self._say, self._version = roster, say, version
+        self._roster, self._say, self._records = roster, say, records
+        self._kept = max(KEPT_STEPS, manifest.audit.window_steps)
         schedule = manifest.schedule
         self._message_bytes = trainer.payload_limit(schedule.sequences, schedule.length)
         self.term, self.step = 0, -1  # no term: nothing is computed
@@ -215,6 +239,7 @@ class StageWork:
             parts: the sums of all workers of the stage who have some, in one order for all; None: ours are all.
         """
         step = self.step
+        await self._records.close(self.log)
         if parts is not None:
             await self.compute(self._trainer.finish_step_with, step, parts)
         elif done := self.log.done():
@@ -227,7 +252,7 @@ class StageWork:
         await self._open_step(step + 1)
 
     async def _open_step(self, step: int) -> None:
-        self._committed = await self.compute(self._version)
+        self._committed = await self._records.open(step)
         self.step = step
         self._new_log(step)
         held, self._held = self._held, {}
@@ -239,7 +264,7 @@ class StageWork:
         self._codes.clear()
         self._windows.clear()
         self.log = self._logs[step] = StepLog(step)
-        for old in [s for s in self._logs if s > step or s <= step - KEPT_STEPS]:
+        for old in [s for s in self._logs if s > step or s <= step - self._kept]:
             del self._logs[old]
         self._signed = {item for item in self._signed if item[2] >= step - 1}
 

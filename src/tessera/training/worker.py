@@ -19,6 +19,9 @@ from tessera.core.errors import TesseraError
 from tessera.core.ids import Account
 from tessera.models.parallel_link import RankLink
 from tessera.training.attendance import Attendance
+from tessera.training.audit import Verdict
+from tessera.training.audit_records import AuditRecords
+from tessera.training.auditing import Auditing
 from tessera.training.book import ReceiptBook
 from tessera.training.contract import check_changes
 from tessera.training.copies import NoCopies, StageCopies, StageSnapshots
@@ -32,7 +35,6 @@ from tessera.training.membership import Membership
 from tessera.training.news import News
 from tessera.training.pipeline import Pipeline
 from tessera.training.protocols import RUN
-from tessera.training.receipts import NO_VERSION
 from tessera.training.roster import ROSTER_LIMIT, Roster, remember_run
 from tessera.training.seating import Seated, Seating, WorkerConfig
 from tessera.training.snapshot_header import Moment
@@ -40,6 +42,7 @@ from tessera.training.snapshots import SnapshotConfig, Snapshots, choose_maker
 from tessera.training.status import WorkerStatus, save_status
 from tessera.training.sums import Sums
 from tessera.training.wishes import make_wish, read_wish
+from tessera.training.work import NoRecords
 
 __all__ = ["Worker"]
 
@@ -83,6 +86,7 @@ class _Parts:
     exchange: Exchange
     snapshots: Snapshots | None
     news: News
+    auditing: Auditing | None
     book: ReceiptBook
 
 
@@ -128,6 +132,8 @@ class Worker:
         parts.exchange.serve()
         if parts.snapshots is not None:
             parts.snapshots.serve()
+        if parts.auditing is not None:
+            parts.auditing.serve()
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._gate.watch)
@@ -144,6 +150,8 @@ class Worker:
                 tasks.start_soon(parts.membership.run)
                 if parts.snapshots is not None:
                     tasks.start_soon(parts.snapshots.run)
+                if parts.auditing is not None:
+                    tasks.start_soon(parts.auditing.run)
                 tasks.start_soon(self._settle, parts.keeper)
                 tasks.start_soon(self._serve_when_trained, parts)
                 tasks.start_soon(self._say_goodbye, parts)
@@ -172,6 +180,7 @@ class Worker:
                 roster=lambda: seated.roster,
                 size_limit=STATE_ROOM * len(seated.trainer.save()),
             )
+        records = self._records(seated)
         pipeline = Pipeline(
             manifest,
             stage=seated.stage,
@@ -187,9 +196,14 @@ class Worker:
             watcher=self._progress,
             gate=self._gate,
             clock=self._clock,
-            version=lambda: NO_VERSION,
+            records=records or NoRecords(),
             copies=copies,
         )
+        auditing = None
+        if records is not None:
+            auditing = self._auditing(
+                seated, records, book, lambda: pipeline.steps_done, lambda: pipeline.past, lambda v: news.accuse(v)
+            )
         keeper = Keeper(
             manifest,
             transport=self._transport,
@@ -198,6 +212,7 @@ class Worker:
             book=book,
             roster=lambda: seated.roster,
             steps_done=lambda: pipeline.steps_done,
+            audits=auditing,
         )
         attendance = Attendance(self._transport, lambda: seated.roster.records)
         membership = Membership(
@@ -220,10 +235,11 @@ class Worker:
             book=book,
             roster=lambda: seated.roster,
             moved=lambda record: seated.moved(record),
+            accused=lambda verdict: auditing.heard(verdict) if auditing is not None else None,
             steps_done=lambda: pipeline.steps_done,
             clock=self._clock,
         )
-        return _Parts(seated, pipeline, keeper, membership, attendance, exchange, snapshots, news, book)
+        return _Parts(seated, pipeline, keeper, membership, attendance, exchange, snapshots, news, auditing, book)
 
     def _snapshots(self, seated: Seated, reached: Callable[[], Moment]) -> Snapshots | None:
         """Our part in keeping stages alive; None when the manifest wants no copies."""
@@ -245,6 +261,44 @@ class Worker:
             maker_of=lambda stage, step: choose_maker(run_id, stage, seated.roster.seats, step, every),
             admitted=lambda peer, stage: seated.roster.stage_of(peer) == stage,
             reached=reached,
+        )
+
+    def _records(self, seated: Seated) -> AuditRecords | None:
+        """What others can audit of us; None when the manifest wants no audits."""
+        if seated.manifest.audit.rate_bps == 0:
+            return None
+        return AuditRecords(
+            seated.manifest,
+            stage=seated.stage,
+            key=self._home.peer_key,
+            trainer=seated.trainer,
+            alone=lambda: len(seated.roster.of_stage(seated.stage)) < 2,
+        )
+
+    def _auditing(
+        self,
+        seated: Seated,
+        records: AuditRecords,
+        book: ReceiptBook,
+        steps_done: Callable[[], int],
+        past: Callable[[], int],
+        accuse: Callable[[Verdict], None],
+    ) -> Auditing:
+        schedule = seated.manifest.schedule
+        return Auditing(
+            seated.manifest,
+            stage=seated.stage,
+            key=self._home.peer_key,
+            transport=self._transport,
+            message_bytes=seated.trainer.payload_limit(schedule.sequences, schedule.length),
+            records=records,
+            book=book,
+            roster=lambda: seated.roster,
+            ids=seated.batches.train,
+            steps_done=steps_done,
+            past=past,
+            accuse=accuse,
+            device=str(seated.trainer.device),
         )
 
     # --- while the run is open --------------------------------------------------------------------------------------
@@ -375,6 +429,7 @@ class Worker:
                 pauses=self._gate.reason,
                 leaving=read_wish(parts.seated.folder) == "leave",
                 companions=len(seated.roster.of_stage(seated.stage)) - 1,
+                audits=parts.auditing is not None,
                 trained=pipeline.trained.is_set(),
                 settled=self._settled,
                 claimable=self._claimable,
