@@ -70,7 +70,7 @@ class Batches(Protocol):
 
 
 class Records(Protocol):
-    """What is kept of each step so that it can be audited; `tessera.training.audit_records.AuditRecords` is the real one."""
+    """What is kept of each step for auditors; `tessera.training.audit_records.AuditRecords` is the real one."""
 
     async def open(self, step: int) -> bytes:
         """`step` begins, perhaps again, with the parameters as they are. Returns their version, for receipts."""
