@@ -33,6 +33,7 @@ from tessera.training.audit_commitment import Commitment
 from tessera.training.audit_evidence import Evidence
 from tessera.training.audit_log import AuditLog
 from tessera.training.audit_probe import Examiner, serve_probe
+from tessera.training.audit_service import Behind
 
 WORKER = worker_key(1).id
 
@@ -279,3 +280,19 @@ def test_a_probe_needs_samples_and_an_examiner_of_the_stage() -> None:
 def test_a_draw_of_one_auditor_says_nothing_of_anothers() -> None:
     lots = [draw(auditor_key(1, number), RUN, STEP, WORKER, 0).signature for number in range(3)]
     assert len(set(lots)) == 3
+
+
+def test_an_auditor_who_asks_too_late_says_nothing_about_the_worker() -> None:
+    async def main() -> None:
+        done = honest_step()
+        async with scene(done, 1) as here:
+            own = here.auditor._own
+            for step in (STEP + 1, STEP + 2):  # the worker may begin the one after it, and drop the audited one
+                assert own.in_time(STEP)
+                own.open(step, own.params(STEP))
+            with pytest.raises(Behind):
+                await here.auditor.audit(lot(1), done.receipts, done.commitments[1])
+            with pytest.raises(Behind):
+                await here.auditor.promise(WORKER, STEP, FlowReceipt.from_row)
+
+    run_virtual(main)
