@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,8 @@ from tessera.p2p.transport import Transport
 from tessera.training.frames import Frame, Kind
 from tessera.training.protocols import EPOCH, JOIN, RUN, SMALL
 from training_run import STRANGER, hosted, settle_all, settlement
-from training_world import Neighbour, first_failure, linked, make_stage, peer_keys, small_manifest
+from training_world import small_manifest
+from work_desk import TERM, UP, Desk
 
 MANIFEST = small_manifest(steps=3, epoch_steps=3)
 
@@ -93,7 +95,7 @@ def test_keepers_settle_beside_rubbish(tmp_path: Path) -> None:
 
 @given(st.binary(max_size=300))
 def test_no_bytes_break_the_frame_parser(data: bytes) -> None:
-    readable = len(data) >= 8 and data[:1] in {kind.value for kind in Kind}
+    readable = len(data) >= 12 and data[:1] in {kind.value for kind in Kind}
     if readable:
         frame = Frame.parse(data)
         assert Frame.parse(frame.to_bytes()) == frame
@@ -103,17 +105,19 @@ def test_no_bytes_break_the_frame_parser(data: bytes) -> None:
         assert caught.value.evidence is not None
 
 
-@given(st.sampled_from(Kind), st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1), st.binary(max_size=50))
-def test_every_frame_reads_back(kind: Kind, step: int, index: int, payload: bytes) -> None:
-    frame = Frame(kind, step, index, payload)
+WORD = st.integers(0, 2**32 - 1)
+
+
+@given(st.sampled_from(Kind), WORD, WORD, st.integers(0, 2**16 - 1), st.binary(max_size=50))
+def test_every_frame_reads_back(kind: Kind, term: int, step: int, index: int, payload: bytes) -> None:
+    frame = Frame(kind, term, step, index, payload)
     assert Frame.parse(frame.to_bytes()) == frame
 
 
 # --- bytes of the right size that hold no message ---------------------------------------------------------------------
 
-SPEC = tiny_spec(2)
-REAL = MANIFEST.model_copy(update={"model": SPEC})
-KEYS = peer_keys(2)
+SPEC = tiny_spec(3)
+REAL = small_manifest(stages=3, steps=20).model_copy(update={"model": SPEC})
 
 
 class Ids:
@@ -129,19 +133,23 @@ class Ids:
         return np.full((2, 9), 5)
 
 
-def below_gets(payload: bytes, trainer: StageTrainer, folder: Path) -> TesseraError:
-    """How stage 1 ends when stage 0 sends `payload` as its first message."""
+def below_gets(payload: bytes, trainer: StageTrainer, folder: Path) -> Desk:
+    """The worker of stage 1 after stage 0 has sent `payload` as its first message."""
     torch.set_num_threads(1)
 
-    async def main() -> TesseraError:
-        async with linked(KEYS) as pairs:
-            honest = make_stage(REAL, KEYS, 1, folder, up=pairs[0][1], down=None, trainer=trainer, batches=Ids())
-            above = Neighbour(REAL, KEYS[0], KEYS[1].id, pairs[0][0])
-
-            async def send() -> None:
-                await above.send(Kind.FORWARD, 0, 0, payload)
-
-            return await first_failure(honest.session.run, send)
+    async def main() -> Desk:
+        desk = Desk(folder, REAL, trainer, Ids())
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(desk.work.run)
+                await desk.open()
+                await desk.take(0)
+                desk.work.deliver(UP.id, Frame(Kind.FORWARD, TERM, 0, 0, payload))
+                await desk.settle()
+                tasks.cancel_scope.cancel()
+        finally:
+            desk.book.close()
+        return desk
 
     return run_virtual(main)
 
@@ -160,10 +168,15 @@ def good() -> bytes:
     ids=["no number", "no code", "overflow"],
 )
 def test_codes_that_nobody_packs_are_the_senders_fault(payload: bytes, tmp_path: Path) -> None:
-    failure = below_gets(payload, StageTrainer(SPEC, 1, steps=3), tmp_path)
-    assert isinstance(failure, Misbehaviour), failure
-    assert "bytes that hold no message" in failure.message
-    assert failure.evidence["peer"] == KEYS[0].id
+    desk = below_gets(payload, StageTrainer(SPEC, 1, steps=3), tmp_path)
+    assert desk.wire.dropped == [UP.id]
+    assert desk.wire.down == []
+
+
+def test_honest_codes_are_computed_on(tmp_path: Path) -> None:
+    desk = below_gets(good(), StageTrainer(SPEC, 1, steps=3), tmp_path)
+    assert desk.wire.dropped == []
+    assert len(desk.wire.down) == 1
 
 
 def test_a_model_that_diverges_is_nobodys_fault(tmp_path: Path) -> None:
@@ -171,6 +184,10 @@ def test_a_model_that_diverges_is_nobodys_fault(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in trainer.stage.parameters():
             parameter.fill_(float("inf"))
-    failure = below_gets(good(), trainer, tmp_path)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        below_gets(good(), trainer, tmp_path)
+    (failure,) = caught.value.exceptions
+    while isinstance(failure, BaseExceptionGroup):
+        (failure,) = failure.exceptions
     assert isinstance(failure, Invalid), failure
     assert "diverged" in failure.message
