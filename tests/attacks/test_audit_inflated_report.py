@@ -10,7 +10,7 @@ from tessera.core.signing import AccountKey
 from tessera.training.audit import AuditConfig, settle_credit
 from tessera.training.audit_commitment import accepted
 from tessera.training.epochs import compute_epoch
-from training_world import small_manifest
+from training_world import small_manifest, work_of
 
 LIAR = worker_key(1)
 MANIFEST = small_manifest(stages=3)
@@ -33,8 +33,7 @@ def shares(done: Step, receipts: list[FlowReceipt]) -> list[int]:
     }
     others = {worker_key(s).id: [auditor_key(s).id] for s in range(3)}
     credit = settle_credit(work, [], others, AuditConfig())
-    tokens = [len(credit.paid[worker_key(s).id]) * MANIFEST.tokens_per_microbatch for s in range(3)]
-    leaves = compute_epoch(MANIFEST, 0, ACCOUNTS, tokens)
+    leaves = compute_epoch(MANIFEST, 0, work_of(ACCOUNTS, [len(credit.paid[worker_key(s).id]) for s in range(3)]))
     assert leaves is not None
     return [leaves.shares_of(account) for account in ACCOUNTS]
 

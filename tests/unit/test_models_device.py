@@ -45,7 +45,7 @@ def test_free_memory_is_a_number_of_bytes() -> None:
 
 def test_a_memory_limit_takes_graphs_from_a_stage_and_then_refuses_it() -> None:
     spec = default_spec(4)
-    shape = {"sequences": 2, "length": 256, "microbatches": 8}
+    shape = {"sequences": 2, "length": 256, "microbatches": 5}
     needs = [estimate_memory(spec, 1, **shape, graphs=graphs).together for graphs in range(6)]
 
     def choose(limit_bytes: int) -> int:

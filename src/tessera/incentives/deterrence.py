@@ -29,7 +29,7 @@ def expected_gain(cheated: int, *, rate: float, recognised: float, saved: float,
 
     Raises: Invalid: a probability outside [0, 1], or a negative number.
 
-    >>> expected_gain(1, rate=0.05, recognised=1.0, saved=1.0, at_stake=100)
+    >>> round(expected_gain(1, rate=0.05, recognised=1.0, saved=1.0, at_stake=100), 9)
     -4.0
     """
     if not (0 <= rate <= 1 and 0 <= recognised <= 1):

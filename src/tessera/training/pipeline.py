@@ -137,7 +137,7 @@ class Pipeline:
         self._leaves = False
         self.trouble = "starting"  # why nothing is trained; empty while something is
         self.last_step: tuple[float, float] | None = None  # seconds since 1970, and how many it took
-        self.steps_done = max(checkpoints.steps(), default=0)
+        self._most_done = max(checkpoints.steps(), default=0)
         self.trained = anyio.Event()
         if not checkpoints.steps() and roster().changes == 0:  # else the run has begun without us: step 0 is no news
             checkpoints.save(0, trainer.save())
@@ -147,6 +147,11 @@ class Pipeline:
         """Bytes and tokens that crossed the boundary below, both directions together."""
         boundary = self._work.boundary
         return boundary.bytes_below, boundary.frames_below * self._manifest.tokens_per_microbatch
+
+    @property
+    def steps_done(self) -> int:
+        """The most that this stage has done, as far as we have seen or been given it."""
+        return max(self._most_done, self._work.step if self._follower.in_step else 0)
 
     @property
     def sessions(self) -> int:
@@ -211,10 +216,10 @@ class Pipeline:
 
     async def _committed(self, step: int, loss: float | None) -> None:
         now = self._clock.time()
-        if step == self.steps_done or self._stepped == 0.0:
-            log.info("working", stage=self._stage, step=step + 1) if self._stepped == 0.0 else None
+        if self._stepped == 0.0:
+            log.info("working", stage=self._stage, step=step + 1)
         self.last_step, self._stepped = (now, max(0.0, now - (self._stepped or now))), now
-        self.steps_done = max(self.steps_done, step + 1)
+        self._most_done = max(self._most_done, step + 1)
         self.trouble = ""
         self._watcher.step_done(step + 1, loss if self._leading is not None else None)
 
