@@ -85,7 +85,7 @@ def test_a_stage_changes_hands_in_the_middle_and_nothing_is_lost(stage: int, tmp
         run = WholeRun(write_data(tmp_path / "run"), tmp_path / "run")
         async with run.open() as tasks:
             leaver, successor = run.workers[stage], Life(run, STAGES)
-            await run.at_step(11)
+            await run.at_step(4)
             await announced(leaver)
             tasks.start_soon(successor.live)
             await gone(leaver)
