@@ -131,7 +131,7 @@ def test_four_processes_train_like_one() -> None:
     assert_near(values, parameters(whole), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["codec", "reparam"])
+@pytest.mark.parametrize("kind", ["codec", "control", "reparam"])
 def test_a_boundary_passes_the_gradient_of_the_joined_stages(kind: str) -> None:
     """With a float32 wire the bytes carry exactly what autograd would carry across."""
     base = tiny_spec(2, codec=kind)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def test_a_boundary_passes_the_gradient_of_the_joined_stages(kind: str) -> None:
     assert_near(gradients(wired), plain, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["codec", "dense", "reparam"])
+@pytest.mark.parametrize("kind", ["codec", "control", "dense", "reparam"])
 def test_token_by_token_decoding_equals_reading_the_whole_text(kind: str) -> None:
     pipeline = warm(Pipeline(tiny_spec(3, codec=kind), steps=1))  # type: ignore[arg-type]
     prompt = [int(i) for i in ids(0, 0)[0, :9]]

@@ -41,6 +41,7 @@ def test_a_spec_survives_canonical_encoding() -> None:
         (changed(codec={"k": 0}), "needs k"),
         (changed(codec={"k": 33}), "wider than the stream"),
         (changed(codec={"kind": "dense"}), "k must be 0"),
+        (changed(codec={"kind": "control"}), "k must be 0"),
         (changed(codec={"kind": "reparam"}), "conv must be false"),
         (changed(optimizer={"muon_rate": -1.0}), "optimizer.muon_rate"),
         ({**tiny_spec().model_dump(), "stages": 5}, "at least as many layers"),
@@ -64,7 +65,7 @@ def test_cuts_cover_every_layer_once_and_evenly(stages: int) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("kind", ["codec", "dense", "reparam"])
+@pytest.mark.parametrize("kind", ["codec", "control", "dense", "reparam"])
 def test_flops_are_those_of_the_matrix_products_that_run(kind: Any) -> None:
     """torch counts the products of a training step; attention, which it counts without the causal half, apart."""
     spec = tiny_spec(3, codec=kind)
@@ -101,6 +102,7 @@ def test_each_number_type_has_its_size() -> None:
     assert size(CodecConfig(k=8, wire="float32")) == 32
     assert size(CodecConfig(kind="dense", wire="bfloat16")) == 64
     assert size(CodecConfig(kind="dense", wire="int8")) == 34
+    assert size(CodecConfig(kind="control", wire="bfloat16")) == 64
 
 
 def test_reading_a_spec_loads_no_torch() -> None:

@@ -1,12 +1,13 @@
 """The boundary codec: how a stage turns an incoming message into its stream, and its stream into a message.
 
-One interface, three kinds (k numbers cross for each token; K, K' are what both ends know from the token ids alone):
+One interface, four kinds (k numbers cross for each token; K, K' are what both ends know from the token ids alone):
 
     dense     message = y                     x' = message
+    control   message = y - K                 x' = message + K'           full width, so nothing is lost
     reparam   message = Uᵀ (y - F)            x' = U message + F          U, F fixed, from the seed
     codec     message = Eᵀ (y - K)            x' = D message + K'         all four trained
 
-A codec's K is the stage's own token table plus a causal 3-tap convolution over it. At the start E = D = U and all
+The K of `control` and `codec` is the stage's own token table plus a causal 3-tap convolution over it. At the start E = D = U and all
 tables are equal, without a byte exchanged: their values follow from the run's seed. Reasons and measurements:
 research/codec_study.
 
@@ -46,6 +47,8 @@ class Codec(nn.Module, ABC):
 def make_codec(spec: ModelSpec, stage: int) -> Codec:
     if spec.codec.kind == "dense":
         return DenseCodec(spec, stage)
+    if spec.codec.kind == "control":
+        return ControlCodec(spec)
     if spec.codec.kind == "reparam":
         return ReparamCodec(spec, stage)
     return BoundaryCodec(spec, stage)
@@ -85,6 +88,24 @@ class DenseCodec(Codec):
 
     def leave(self, y: Tensor, known: Tensor | None) -> Tensor:
         return y
+
+
+class ControlCodec(Codec):
+    """A token table for each stage, as in `BoundaryCodec`, and the whole width crosses.
+
+    Trained tables help any model, so a code has to be compared with this as well as with `dense`.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.table = TokenTable(spec)
+
+    def enter(self, ids: Tensor, message: Tensor | None, skip: int = 0) -> tuple[Tensor, Tensor | None]:
+        known = self.table(ids, skip)
+        return (known if message is None else message + known), known
+
+    def leave(self, y: Tensor, known: Tensor | None) -> Tensor:
+        return y - _present(known)
 
 
 class ReparamCodec(Codec):

@@ -58,25 +58,31 @@ class ModelConfig(_Frozen):
 class CodecConfig(_Frozen):
     """What crosses a boundary between stages.
 
-    dense: the residual stream itself.  reparam: output matrices are U C, so that the stream lies in a k-dimensional
+    dense: the residual stream itself.  control: dense, with a codec's token tables: what a code is measured against,
+    because trained tables help any model.  reparam: output matrices are U C, so that the stream lies in a k-dimensional
     subspace plus a fixed token table.  codec: weights are free; learned encoder and decoder, and a token table per
     stage that both ends know (`research`: 18 bytes instead of 512 for a token).
     """
 
-    kind: Literal["codec", "reparam", "dense"] = "codec"
-    k: int = Field(default=0, ge=0)  # numbers in a code; 0 for dense, which sends `width` of them
+    kind: Literal["codec", "reparam", "control", "dense"] = "codec"
+    k: int = Field(default=0, ge=0)  # numbers in a code; 0 for dense and control, which send `width` of them
     wire: Literal["int8", "bfloat16", "float32"] = "int8"  # int8 carries a 2-byte scale for each token
     conv: bool = True  # add a causal 3-tap convolution over the token table; costs no bytes
 
     @model_validator(mode="after")
     def _one_spelling(self) -> Self:
-        if self.kind == "dense" and self.k != 0:
-            raise ValueError(f"dense sends the whole width: k must be 0, not {self.k}")
-        if self.kind != "dense" and self.k == 0:
+        if self.whole and self.k != 0:
+            raise ValueError(f"{self.kind} sends the whole width: k must be 0, not {self.k}")
+        if not self.whole and self.k == 0:
             raise ValueError(f"{self.kind} needs k, the numbers in a code")
         if self.kind == "reparam" and self.conv:
             raise ValueError("reparam has a fixed token table: conv must be false")
         return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether the stream's whole width crosses, and no code."""
+        return self.kind in ("dense", "control")
 
 
 class OptimizerConfig(_Frozen):
@@ -128,7 +134,7 @@ class ModelSpec(_Frozen):
     @property
     def message_width(self) -> int:
         """Numbers for one token in a message that crosses a boundary."""
-        return self.model.width if self.codec.kind == "dense" else self.codec.k
+        return self.model.width if self.codec.whole else self.codec.k
 
     def message_bytes_per_token(self) -> int:
         """Bytes of one token's message, in either direction, without any envelope."""
@@ -156,7 +162,7 @@ class ModelSpec(_Frozen):
         layer = m.width * (m.width + 2 * kv) + m.width * 2 * m.ffn + rank_cost
         attention = 2 * m.width * (m.context // 2)
         total = len(self.cuts()[stage]) * (layer + attention)
-        if self.codec.kind != "dense":
+        if not self.codec.whole:
             total += m.width * self.codec.k * ((stage > 0) + (stage < self.stages - 1))
         if stage == self.stages - 1:
             total += m.width * m.vocab_size

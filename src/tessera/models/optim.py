@@ -71,11 +71,11 @@ class Muon:
         momentum = c.momentum_start + (c.momentum - c.momentum_start) * warm
         rate = c.muon_rate * factor
         batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for name, parameter in self.named.items():
-            grad = _gradient(name, parameter)
-            buffer = self.momentum[name].lerp_(grad, 1 - momentum)
-            nesterov = grad.lerp(buffer, momentum)
-            parameter.mul_(1 - rate * c.muon_decay)
+        grads, buffers = [_gradient(n, p) for n, p in self.named.items()], list(self.momentum.values())
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        torch._foreach_mul_(list(self.named.values()), 1 - rate * c.muon_decay)
+        updates = torch._foreach_lerp(grads, buffers, momentum)
+        for (name, parameter), nesterov in zip(self.named.items(), updates, strict=True):
             if self._pieces is not None:
                 whole = self._turned(self._pieces.whole(name, nesterov), self._rows[name])
                 parameter.add_(self._pieces.own(name, whole), alpha=-rate)
@@ -127,10 +127,10 @@ class StageOptimizer:
         matrices = {n: p for n, p in named.items() if n.startswith("layers.") and n.rsplit(".", 1)[1] in _MATRICES}
         self._muon = Muon(matrices, stage.fused_rows(), config, stage.spec.model.compute == "bfloat16", pieces)
         self._others = {n: p for n, p in named.items() if n not in matrices}
-        groups = [
-            {"params": [p], "lr": (r := _rate(n, config))[0], "peak": r[0], "weight_decay": r[1]}
-            for n, p in self._others.items()
-        ]
+        alike: dict[tuple[float, float], list[nn.Parameter]] = {}  # one call for each group, not for each parameter
+        for name, parameter in self._others.items():
+            alike.setdefault(_rate(name, config), []).append(parameter)
+        groups = [{"params": ps, "lr": rate, "peak": rate, "weight_decay": d} for (rate, d), ps in alike.items()]
         self._adam = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         self._parameters = list(named.values())
 
