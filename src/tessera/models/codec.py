@@ -7,9 +7,9 @@ One interface, four kinds (k numbers cross for each token; K, K' are what both e
     reparam   message = Uᵀ (y - F)            x' = U message + F          U, F fixed, from the seed
     codec     message = Eᵀ (y - K)            x' = D message + K'         all four trained
 
-The K of `control` and `codec` is the stage's own token table plus a causal 3-tap convolution over it. At the start E = D = U and all
-tables are equal, without a byte exchanged: their values follow from the run's seed. Reasons and measurements:
-research/codec_study.
+The K of `control` and `codec` is the stage's own token table plus a causal 3-tap convolution over it. At the start
+E = D = U and all tables are equal, without a byte exchanged: their values follow from the run's seed. Reasons and
+measurements: research/codec_study.
 
 Legend: B sequences, T tokens, S = T + those skipped, V vocabulary, D width, k code width, W message width.
 """
