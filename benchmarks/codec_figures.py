@@ -110,13 +110,13 @@ def figures(study: Study, overhead_bytes: float) -> dict[str, Any]:
     reparam = study.ratio("reparam", "dense", lengths_reparam[-1]) if lengths_reparam else None
     reparam_s = step_seconds(2.0 * k + overhead_bytes)
     return {
-        "steps_ratio": _rounded(plain and plain.mean),
-        "steps_ratio_matched": _rounded(matched and matched.mean),
-        "steps_ratio_growth": _rounded(matched and first and matched.mean / first.mean),
+        "steps_ratio": _rounded(plain.mean) if plain else None,
+        "steps_ratio_matched": _rounded(matched.mean) if matched else None,
+        "steps_ratio_growth": _rounded(matched.mean / first.mean) if matched and first else None,
         "bytes_per_token": round(sent, 2),
         "dense_bytes_per_token": 2 * WIDE,
-        "speedup_vs_dense": _rounded(matched and dense_s / (matched.mean * step_seconds(sent))),
-        "reparam_speedup_vs_dense": _rounded(reparam and dense_s / (reparam.mean * reparam_s)),
+        "speedup_vs_dense": _rounded(dense_s / (matched.mean * step_seconds(sent))) if matched else None,
+        "reparam_speedup_vs_dense": _rounded(dense_s / (reparam.mean * reparam_s)) if reparam else None,
         "d": study.size.width,
         "k": spec.codec.k,
         "steps": longest,
@@ -168,5 +168,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+def _rounded(value: float) -> float:
+    return round(value, 3)

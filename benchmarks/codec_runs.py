@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tessera.core.ids import parse_blob_id
 from tessera.models.config import CodecConfig, ModelConfig, ModelSpec, OptimizerConfig
 from tessera.models.corpus import read_standard_library
 from tessera.models.dataset import Dataset, open_shard, read_index, validation_windows
@@ -34,16 +35,16 @@ LAST = 100  # steps at the end whose mean training loss is kept
 class Size:
     """What all compared runs share."""
 
-    width: int = 64
+    width: int = 128
     layers: int = 8
     stages: int = 4
     heads: int = 2
     kv_heads: int = 1
-    ffn: int = 128
+    ffn: int = 96
     vocab: int = 1024
     sequences: int = 2
     length: int = 128
-    newton_schulz: int = 5
+    newton_schulz: int = 3
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def prepare(vocab: int, part: int = 1) -> Dataset:
             source, tokenizer, blobs.put(tokenizer.to_bytes()), store=blobs, folder=folder / f"part-{vocab}-{part}"
         )
         note.write_text(made.blob)
-    index = read_index(blobs.path(note.read_text()))
+    index = read_index(blobs.path(parse_blob_id(note.read_text())))
     parts = [open_shard(blobs.path(shard.blob), shard, index.vocab_size) for shard in index.train]
     held = open_shard(blobs.path(index.validation.blob), index.validation, index.vocab_size)
     return Dataset(index.vocab_size, np.concatenate(parts), held)

@@ -28,7 +28,7 @@ def described(kind: Kind, compute: Compute, kv_heads: int = 2, stages: int = 3) 
     return ModelSpec(model=model, codec=preset_codec(kind, 16), stages=stages)
 
 
-@pytest.mark.parametrize("kind", ["codec", "reparam", "control", "dense"])
+@pytest.mark.parametrize("kind", ["codec", "reparam", "ssn", "control", "dense"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_parameters_are_counted_exactly(kind: Kind, stage: int) -> None:
     for spec in (described(kind, "float32"), described(kind, "float32", 4), default_spec(3, codec=kind)):
@@ -36,7 +36,7 @@ def test_parameters_are_counted_exactly(kind: Kind, stage: int) -> None:
         assert counted == sum(p.numel() for p in Stage(spec, stage).parameters())
 
 
-@pytest.mark.parametrize("kind", ["codec", "reparam", "control", "dense"])
+@pytest.mark.parametrize("kind", ["codec", "reparam", "ssn", "control", "dense"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_a_graph_weighs_what_autograd_saves(kind: Kind, compute: Compute, kv_heads: int) -> None:

@@ -131,7 +131,7 @@ def test_four_processes_train_like_one() -> None:
     assert_near(values, parameters(whole), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["codec", "control", "reparam"])
+@pytest.mark.parametrize("kind", ["codec", "control", "reparam", "ssn"])
 def test_a_boundary_passes_the_gradient_of_the_joined_stages(kind: str) -> None:
     """With a float32 wire the bytes carry exactly what autograd would carry across."""
     base = tiny_spec(2, codec=kind)  # type: ignore[arg-type]
@@ -145,7 +145,26 @@ def test_a_boundary_passes_the_gradient_of_the_joined_stages(kind: str) -> None:
     assert_near(gradients(wired), plain, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["codec", "control", "dense", "reparam"])
+@pytest.mark.parametrize("kind", ["control", "dense", "reparam", "ssn"])
+def test_nothing_is_lost_where_the_stream_is_made_to_fit_the_message(kind: str) -> None:
+    """Whole streams, and streams that the optimiser or the layers keep in a subspace, arrive as they were."""
+    pipeline = Pipeline(tiny_spec(3, codec=kind), steps=4)  # type: ignore[arg-type]
+    for step in range(3):
+        pipeline.train_step(step, [ids(step, 0)])
+    first, second = (trainer.stage for trainer in pipeline.trainers[:2])
+    tokens = torch.from_numpy(ids(9, 9))[:, :-1]
+    with torch.no_grad():
+        message = first(tokens, None)
+        entered, known = second._codec().enter(tokens, message)
+        x, before = first._codec().enter(tokens, None)
+        rotation = (first.get_buffer("cos")[: x.size(1)], first.get_buffer("sin")[: x.size(1)])
+        for layer in first._layers():
+            x = layer(x, rotation)
+    expected = x if kind != "control" else x - before + known
+    torch.testing.assert_close(entered, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["codec", "control", "dense", "reparam", "ssn"])
 def test_token_by_token_decoding_equals_reading_the_whole_text(kind: str) -> None:
     pipeline = warm(Pipeline(tiny_spec(3, codec=kind), steps=1))  # type: ignore[arg-type]
     prompt = [int(i) for i in ids(0, 0)[0, :9]]

@@ -1,10 +1,11 @@
 """The boundary codec: how a stage turns an incoming message into its stream, and its stream into a message.
 
-One interface, four kinds (k numbers cross for each token; K, K' are what both ends know from the token ids alone):
+One interface, five kinds (k numbers cross for each token; K, K' are what both ends know from the token ids alone):
 
     dense     message = y                     x' = message
     control   message = y - K                 x' = message + K'           full width, so nothing is lost
-    reparam   message = Uᵀ (y - F)            x' = U message + F          U, F fixed, from the seed
+    ssn       message = Uᵀ (y - F)            x' = U message + F          U, F fixed, from the seed
+    reparam   the same
     codec     message = Eᵀ (y - K)            x' = D message + K'         all four trained
 
 The K of `control` and `codec` is the stage's own token table plus a causal 3-tap convolution over it. At the start
@@ -49,8 +50,8 @@ def make_codec(spec: ModelSpec, stage: int) -> Codec:
         return DenseCodec(spec, stage)
     if spec.codec.kind == "control":
         return ControlCodec(spec)
-    if spec.codec.kind == "reparam":
-        return ReparamCodec(spec, stage)
+    if spec.codec.subspace:
+        return SubspaceCodec(spec, stage)
     return BoundaryCodec(spec, stage)
 
 
@@ -108,8 +109,12 @@ class ControlCodec(Codec):
         return y - _present(known)
 
 
-class ReparamCodec(Codec):
-    """The stream lies in span(U) plus a fixed token table, because the layers write only into span(U)."""
+class SubspaceCodec(Codec):
+    """The stream lies in span(U) plus a fixed token table, because the layers write only into span(U).
+
+    In `reparam` they can do nothing else. In `ssn` their output matrices and the trained table are projected onto
+    span(U) after each step (`StageOptimizer`); source: node0 of Pluralis, models/llama/layers.py and server/optim.py.
+    """
 
     def __init__(self, spec: ModelSpec, stage: int) -> None:
         super().__init__()
@@ -117,12 +122,16 @@ class ReparamCodec(Codec):
         fixed = symmetric((m.vocab_size, m.width), m.table_std, spec.seed, "table")
         self.register_buffer("fixed", torch.from_numpy(fixed), persistent=False)
         self.register_buffer("basis", shared_basis(spec), persistent=False)
-        self.rows = nn.Parameter(torch.zeros(m.vocab_size, spec.codec.k)) if stage == 0 else None
+        self.free = spec.codec.kind == "ssn"
+        width = m.width if self.free else spec.codec.k
+        self.rows = nn.Parameter(torch.zeros(m.vocab_size, width)) if stage == 0 else None
 
     def enter(self, ids: Tensor, message: Tensor | None, skip: int = 0) -> tuple[Tensor, Tensor | None]:
         ids = ids[:, skip:]
         known = F.embedding(ids, self.get_buffer("fixed"))
         code = F.embedding(ids, self.rows) if self.rows is not None else _present(message)
+        if self.free and self.rows is not None:
+            return code + known, known
         return code @ self.get_buffer("basis").T + known, known
 
     def leave(self, y: Tensor, known: Tensor | None) -> Tensor:

@@ -60,11 +60,12 @@ class CodecConfig(_Frozen):
 
     dense: the residual stream itself.  control: dense, with a codec's token tables: what a code is measured against,
     because trained tables help any model.  reparam: output matrices are U C, so that the stream lies in a k-dimensional
-    subspace plus a fixed token table.  codec: weights are free; learned encoder and decoder, and a token table per
-    stage that both ends know (`research`: 18 bytes instead of 512 for a token).
+    subspace plus a fixed token table.  ssn: the same, by projecting the matrices after each step.  codec: weights are
+    free; learned encoder and decoder, and a token table per stage that both ends know (`research`: 18 bytes instead
+    of 512 for a token).
     """
 
-    kind: Literal["codec", "reparam", "control", "dense"] = "codec"
+    kind: Literal["codec", "reparam", "ssn", "control", "dense"] = "codec"
     k: int = Field(default=0, ge=0)  # numbers in a code; 0 for dense and control, which send `width` of them
     wire: Literal["int8", "bfloat16", "float32"] = "int8"  # int8 carries a 2-byte scale for each token
     conv: bool = True  # add a causal 3-tap convolution over the token table; costs no bytes
@@ -75,14 +76,19 @@ class CodecConfig(_Frozen):
             raise ValueError(f"{self.kind} sends the whole width: k must be 0, not {self.k}")
         if not self.whole and self.k == 0:
             raise ValueError(f"{self.kind} needs k, the numbers in a code")
-        if self.kind == "reparam" and self.conv:
-            raise ValueError("reparam has a fixed token table: conv must be false")
+        if self.subspace and self.conv:
+            raise ValueError(f"{self.kind} has a fixed token table: conv must be false")
         return self
 
     @property
     def whole(self) -> bool:
         """Whether the stream's whole width crosses, and no code."""
         return self.kind in ("dense", "control")
+
+    @property
+    def subspace(self) -> bool:
+        """Whether the layers write into a k-dimensional subspace only."""
+        return self.kind in ("reparam", "ssn")
 
 
 class OptimizerConfig(_Frozen):

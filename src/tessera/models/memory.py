@@ -141,7 +141,7 @@ def parameter_shapes(spec: ModelSpec, stage: int) -> dict[str, tuple[int, ...]]:
         shapes |= {f"gains.{i}": (2 * d + 2 * m.head_dim * m.qk_norm,)}
     if spec.codec.kind in ("codec", "control") or stage == 0:
         shapes["table"] = (m.vocab_size, k if spec.codec.kind == "reparam" else d)
-        if spec.codec.kind != "reparam" and spec.codec.conv:
+        if spec.codec.conv:
             shapes["taps"] = (3, d)
     if spec.codec.kind == "codec":
         shapes |= {"decode": (d, k)} if stage > 0 else {}
@@ -202,8 +202,9 @@ def _tables_bytes(spec: ModelSpec, stage: int) -> int:
     """What is known and not trained: rotations, and a reparametrised model's table and basis."""
     m = spec.model
     tables = FLOAT * m.context * m.head_dim
-    if spec.codec.kind == "reparam":
-        tables += FLOAT * (m.vocab_size * m.width + m.width * spec.codec.k * (1 + len(spec.cuts()[stage])))
+    if spec.codec.subspace:
+        bases = 1 + (len(spec.cuts()[stage]) if spec.codec.kind == "reparam" else 0)
+        tables += FLOAT * (m.vocab_size * m.width + m.width * spec.codec.k * bases)
     return tables
 
 

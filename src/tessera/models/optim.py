@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.core.errors import Conflict, Invalid
+from tessera.models.codec import shared_basis
 from tessera.models.config import OptimizerConfig
 from tessera.models.stage import Stage
 
@@ -133,6 +134,9 @@ class StageOptimizer:
         groups = [{"params": ps, "lr": rate, "peak": rate, "weight_decay": d} for (rate, d), ps in alike.items()]
         self._adam = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         self._parameters = list(named.values())
+        held = stage.spec.codec.kind == "ssn" and not stage.last
+        self._basis = shared_basis(stage.spec).to(stage.device) if held else None
+        self._pieces = pieces
 
     @torch.no_grad()
     def step(self, step: int, tokens: int) -> None:
@@ -150,7 +154,20 @@ class StageOptimizer:
             group["lr"] = group["peak"] * factor
         self._adam.step()
         self._muon.step(step, factor)
+        if self._basis is not None:
+            self._project(self._basis)
         self.clear()
+
+    def _project(self, basis_Dk: Tensor) -> None:
+        """Back onto span(U): the columns of the layers' output matrices, and the rows of the token table."""
+        for name, parameter in self._muon.named.items():
+            if name.endswith((".out", ".down")):
+                whole = parameter if self._pieces is None else self._pieces.whole(name, parameter)
+                whole = basis_Dk @ (basis_Dk.T @ whole)
+                parameter.copy_(whole if self._pieces is None else self._pieces.own(name, whole))
+        for name, parameter in self._others.items():
+            if name.endswith(".rows"):
+                parameter.copy_(parameter @ basis_Dk @ basis_Dk.T)
 
     def clear(self) -> None:
         """Forgets all gradients."""
