@@ -44,32 +44,38 @@ class Size:
     vocab: int = 1024
     sequences: int = 2
     length: int = 128
+    pairs: int = 4096  # rows of the hashed tables of codes and their control
     newton_schulz: int = 3
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What crosses the boundaries, and the rates tuned for it. A code's width is `width // parts`."""
+    """What crosses the boundaries, and the rates tuned for it. A code has `width / parts` numbers."""
 
     kind: str
-    parts: int = 0
+    parts: float = 0
     wire: str = "bfloat16"
     conv: bool = True
+    pairs: bool = True
     rates: dict[str, float] = field(default_factory=dict)
 
-    def codec(self, width: int) -> CodecConfig:
-        k = width // self.parts if self.parts else 0
-        return CodecConfig.model_validate({"kind": self.kind, "k": k, "wire": self.wire, "conv": self.conv})
+    def codec(self, size: Size) -> CodecConfig:
+        k = round(size.width / self.parts) if self.parts else 0
+        pairs = size.pairs if self.pairs else 0
+        return CodecConfig.model_validate(
+            {"kind": self.kind, "k": k, "wire": self.wire, "conv": self.conv, "pairs": pairs}
+        )
 
 
-_CONTROL = {"muon_rate": 0.02, "table_rate": 0.1, "head_rate": 0.02}
-_CODE = {"muon_rate": 0.04, "table_rate": 0.1, "head_rate": 0.02, "code_rate": 0.001}
+_RATES = {"muon_rate": 0.01, "table_rate": 0.1, "head_rate": 0.02}
+_CODE = {**_RATES, "code_rate": 0.0002}
 MODES = {
-    "dense": Mode("dense", rates=_CONTROL),
-    "control": Mode("control", rates=_CONTROL),
+    "dense": Mode("dense", pairs=False, rates=_RATES),
+    "control": Mode("control", rates=_RATES),
     "codec": Mode("codec", parts=8, wire="int8", rates=_CODE),
     "codec16": Mode("codec", parts=16, wire="int8", rates=_CODE),
-    "reparam": Mode("reparam", parts=8, conv=False, rates={"muon_rate": 0.04, "table_rate": 0.1, "head_rate": 0.02}),
+    "reparam": Mode("reparam", parts=8, conv=False, pairs=False, rates={**_RATES, "muon_rate": 0.02}),
+    "ssn": Mode("ssn", parts=8, conv=False, pairs=False, rates={**_RATES, "muon_rate": 0.02}),
 }
 
 
@@ -91,7 +97,7 @@ class Run:
             context=s.length, table_std=rates.pop("table_std", 0.3),
         )  # fmt: skip
         optimizer = OptimizerConfig.model_validate(rates)
-        return ModelSpec(model=model, codec=mode.codec(s.width), optimizer=optimizer, stages=s.stages, seed=self.seed)
+        return ModelSpec(model=model, codec=mode.codec(s), optimizer=optimizer, stages=s.stages, seed=self.seed)
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, flat."""
@@ -102,6 +108,7 @@ class Run:
             "k": spec.codec.k,
             "wire": spec.codec.wire,
             "conv": spec.codec.conv,
+            "code_pairs": spec.codec.pairs,
             **{name: getattr(spec.optimizer, name) for name in kept},
             "table_std": spec.model.table_std,
             **asdict(self.size),

@@ -57,7 +57,7 @@ def warm(pipeline: Pipeline) -> Pipeline:
     """Output matrices and head start at zero, which would hide most gradients."""
     for trainer in pipeline.trainers:
         for name, parameter in trainer.stage.named_parameters():
-            if name.endswith(("out", "down", "head")):
+            if name.endswith(("out", "down", "head", "pairs")):
                 generator = torch.Generator().manual_seed(len(name) * 1_000 + parameter.numel())
                 parameter.data.normal_(std=0.1, generator=generator)
     return pipeline
@@ -164,9 +164,13 @@ def test_nothing_is_lost_where_the_stream_is_made_to_fit_the_message(kind: str) 
     torch.testing.assert_close(entered, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["codec", "control", "dense", "reparam", "ssn"])
-def test_token_by_token_decoding_equals_reading_the_whole_text(kind: str) -> None:
-    pipeline = warm(Pipeline(tiny_spec(3, codec=kind), steps=1))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("kind", "pairs"), [("codec", 0), ("codec", 64), ("control", 64), ("dense", 64), ("reparam", 0), ("ssn", 0)]
+)
+def test_token_by_token_decoding_equals_reading_the_whole_text(kind: str, pairs: int) -> None:
+    spec = tiny_spec(3, codec=kind)  # type: ignore[arg-type]
+    codec = spec.codec.model_copy(update={"pairs": pairs})
+    pipeline = warm(Pipeline(spec.model_copy(update={"codec": codec}), steps=1))
     prompt = [int(i) for i in ids(0, 0)[0, :9]]
     text = prompt + pipeline.generate(prompt, 12)
     for end in range(len(prompt), len(text)):

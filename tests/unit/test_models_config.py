@@ -44,6 +44,7 @@ def test_a_spec_survives_canonical_encoding() -> None:
         (changed(codec={"kind": "control"}), "k must be 0"),
         (changed(codec={"kind": "reparam"}), "conv must be false"),
         (changed(codec={"kind": "ssn"}), "conv must be false"),
+        (changed(codec={"kind": "ssn", "conv": False, "pairs": 8}), "pairs 0"),
         (changed(optimizer={"muon_rate": -1.0}), "optimizer.muon_rate"),
         ({**tiny_spec().model_dump(), "stages": 5}, "at least as many layers"),
         ({**tiny_spec().model_dump(), "stages": 0}, "stages"),

@@ -8,9 +8,10 @@ One interface, five kinds (k numbers cross for each token; K, K' are what both e
     reparam   the same
     codec     message = Eᵀ (y - K)            x' = D message + K'         all four trained
 
-The K of `control` and `codec` is the stage's own token table plus a causal 3-tap convolution over it. At the start
-E = D = U and all tables are equal, without a byte exchanged: their values follow from the run's seed. Reasons and
-measurements: research/codec_study.
+The K of `control` and `codec` is the stage's own token table, plus a causal 3-tap convolution over it, plus a row of
+a hashed table for the last two tokens. At the start E = D = U and all tables are equal, without a byte exchanged:
+their values follow from the run's seed. Reasons and measurements: research/codec_study and
+benchmarks/results/codec_*.md.
 
 Legend: B sequences, T tokens, S = T + those skipped, V vocabulary, D width, k code width, W message width.
 """
@@ -31,6 +32,7 @@ from tessera.models.noise import orthonormal, symmetric
 __all__ = ["HISTORY", "Codec", "make_codec", "shared_basis"]
 
 HISTORY = 3  # tokens before the first new one that a codec must see: the taps of the convolution
+_HASH = (31_337, 7_919)  # odd, so that pairs which differ in one token alone share none of 2^n ≥ V rows
 
 
 class Codec(nn.Module, ABC):
@@ -61,7 +63,11 @@ def shared_basis(spec: ModelSpec) -> Tensor:
 
 
 class TokenTable(nn.Module):
-    """A trained row for each token; with `conv`, plus per-channel multiples of the three rows before it."""
+    """A trained row for each token; with `conv`, plus per-channel multiples of the three rows before it.
+
+    With `pairs` = P, plus row (p · id_t + q · id_(t-1)) mod P of a hashed table; before the text lies id 0. A look-up:
+    no products, no bytes.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -69,9 +75,13 @@ class TokenTable(nn.Module):
         # One name for all stages: their tables start equal (tied), which lets a code start as a small difference.
         self.rows = nn.Parameter(torch.from_numpy(symmetric((m.vocab_size, m.width), m.table_std, spec.seed, "table")))
         self.taps = nn.Parameter(torch.zeros(HISTORY, m.width)) if spec.codec.conv else None
+        self.pairs = nn.Parameter(torch.zeros(spec.codec.pairs, m.width)) if spec.codec.pairs else None
 
     def forward(self, ids: Int[Tensor, "B S"], skip: int = 0) -> Float[Tensor, "B T D"]:
         known = F.embedding(ids, self.rows) if self.taps is None else token_features(self.rows, self.taps, ids)
+        if self.pairs is not None:
+            hashed = ids * _HASH[0] + F.pad(ids, (1, 0))[:, :-1] * _HASH[1]
+            known = known + F.embedding(hashed % self.pairs.size(0), self.pairs)
         return known[:, skip:]
 
 

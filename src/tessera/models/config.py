@@ -69,6 +69,7 @@ class CodecConfig(_Frozen):
     k: int = Field(default=0, ge=0)  # numbers in a code; 0 for dense and control, which send `width` of them
     wire: Literal["int8", "bfloat16", "float32"] = "int8"  # int8 carries a 2-byte scale for each token
     conv: bool = True  # add a causal 3-tap convolution over the token table; costs no bytes
+    pairs: int = Field(default=0, ge=0, le=2**22)  # rows of a hashed table for pairs of tokens, 0 = none; no bytes
 
     @model_validator(mode="after")
     def _one_spelling(self) -> Self:
@@ -76,8 +77,8 @@ class CodecConfig(_Frozen):
             raise ValueError(f"{self.kind} sends the whole width: k must be 0, not {self.k}")
         if not self.whole and self.k == 0:
             raise ValueError(f"{self.kind} needs k, the numbers in a code")
-        if self.subspace and self.conv:
-            raise ValueError(f"{self.kind} has a fixed token table: conv must be false")
+        if self.subspace and (self.conv or self.pairs):
+            raise ValueError(f"{self.kind} has a fixed token table: conv must be false and pairs 0")
         return self
 
     @property

@@ -143,6 +143,8 @@ def parameter_shapes(spec: ModelSpec, stage: int) -> dict[str, tuple[int, ...]]:
         shapes["table"] = (m.vocab_size, k if spec.codec.kind == "reparam" else d)
         if spec.codec.conv:
             shapes["taps"] = (3, d)
+        if spec.codec.pairs:
+            shapes["pairs"] = (spec.codec.pairs, d)
     if spec.codec.kind == "codec":
         shapes |= {"decode": (d, k)} if stage > 0 else {}
         shapes |= {"encode": (k, d)} if not last else {}

@@ -210,7 +210,7 @@ def _rate(name: str, config: OptimizerConfig) -> tuple[float, float]:
     last = name.rsplit(".", 1)[-1]
     if last == "head":
         return config.head_rate, config.adam_decay
-    if last in ("rows", "taps"):
+    if last in ("rows", "taps", "pairs"):
         return config.table_rate, config.adam_decay
     if last in ("encode", "decode"):
         return config.code_rate, 0.0
