@@ -40,6 +40,7 @@ def test_a_spec_survives_canonical_encoding() -> None:
         (changed(model={"compute": "float16"}), "model.compute"),
         (changed(codec={"k": 0}), "needs k"),
         (changed(codec={"k": 33}), "wider than the stream"),
+        (changed(codec={"k": 9, "wire": "int5"}), "whole bytes"),
         (changed(codec={"kind": "dense"}), "k must be 0"),
         (changed(codec={"kind": "control"}), "k must be 0"),
         (changed(codec={"kind": "reparam"}), "conv must be false"),
@@ -101,6 +102,7 @@ def test_each_number_type_has_its_size() -> None:
         return ModelSpec(model=model, codec=codec, stages=2).message_bytes_per_token()
 
     assert size(CodecConfig(k=8)) == 10
+    assert size(CodecConfig(k=8, wire="int5")) == 7
     assert size(CodecConfig(k=8, wire="float32")) == 32
     assert size(CodecConfig(kind="dense", wire="bfloat16")) == 64
     assert size(CodecConfig(kind="dense", wire="int8")) == 34

@@ -19,7 +19,8 @@ from tessera.core.hashing import sha256
 __all__ = ["CodecConfig", "ModelConfig", "ModelSpec", "OptimizerConfig", "parse_spec"]
 
 _NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
-SCALE_BYTES = 2  # an int8 message carries one bfloat16 scale for each token
+CODE_BITS = {"int4": 4, "int5": 5, "int6": 6, "int8": 8}
+SCALE_BYTES = 2  # a message of integer codes carries one bfloat16 scale for each token
 
 
 class _Frozen(BaseModel):
@@ -67,7 +68,7 @@ class CodecConfig(_Frozen):
 
     kind: Literal["codec", "reparam", "ssn", "control", "dense"] = "codec"
     k: int = Field(default=0, ge=0)  # numbers in a code; 0 for dense and control, which send `width` of them
-    wire: Literal["int8", "bfloat16", "float32"] = "int8"  # int8 carries a 2-byte scale for each token
+    wire: Literal["int4", "int5", "int6", "int8", "bfloat16", "float32"] = "int8"  # codes: a 2-byte scale each token
     conv: bool = True  # add a causal 3-tap convolution over the token table; costs no bytes
     pairs: int = Field(default=0, ge=0, le=2**22)  # rows of a hashed table for pairs of tokens, 0 = none; no bytes
 
@@ -127,6 +128,8 @@ class ModelSpec(_Frozen):
             raise ValueError(f"{self.stages} stages need at least as many layers, not {self.model.layers}")
         if self.codec.k > self.model.width:
             raise ValueError(f"a code of {self.codec.k} numbers is wider than the stream of {self.model.width}")
+        if self.message_width * CODE_BITS.get(self.codec.wire, 8) % 8:
+            raise ValueError(f"{self.message_width} numbers of {self.codec.wire} do not fill whole bytes")
         return self
 
     def cuts(self) -> list[range]:
@@ -145,8 +148,8 @@ class ModelSpec(_Frozen):
 
     def message_bytes_per_token(self) -> int:
         """Bytes of one token's message, in either direction, without any envelope."""
-        if self.codec.wire == "int8":
-            return self.message_width + SCALE_BYTES
+        if bits := CODE_BITS.get(self.codec.wire):
+            return self.message_width * bits // 8 + SCALE_BYTES
         return self.message_width * _NUMBER_BYTES[self.codec.wire]
 
     def dense_bytes_per_token(self) -> int:
