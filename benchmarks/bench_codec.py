@@ -33,7 +33,8 @@ def main() -> None:
     size = QUICK if arguments.quick else sized(arguments)
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "runs.jsonl" if arguments.quick else arguments.runs
-        complete(list(planned(arguments, size)), runs, arguments)
+        if not arguments.figures:
+            complete(list(planned(arguments, size)), runs, arguments)
         study = Study(load(runs), size)
     result = {**figures(study, metered_overhead(arguments.quick)), **surroundings(arguments.device)}
     text = report(study)
@@ -48,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model and short runs: under 50 s on two cores")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--figures", action="store_true", help="train nothing: read the finished runs alone")
     parser.add_argument("--device", default="cpu", help="a torch device")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a processor")
     parser.add_argument("--modes", type=listed(str), default=["control", "codec", "dense", "reparam"])

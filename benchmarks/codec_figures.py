@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -100,15 +100,12 @@ def figures(study: Study, overhead_bytes: float) -> dict[str, Any]:
     """
     lengths = study.lengths("codec")
     longest, shortest = lengths[-1], lengths[0]
-    spec = Run("codec", study.size, longest, 0).spec()
-    k = spec.codec.k * WIDE // study.size.width
-    sent = k + spec.message_bytes_per_token() - spec.codec.k + overhead_bytes
+    sent, sent_reparam = (_wide_bytes(mode, study.size) + overhead_bytes for mode in ("codec", "reparam"))
     dense_s = step_seconds(2.0 * WIDE)
     matched, first = study.ratio("codec", "control", longest), study.ratio("codec", "control", shortest)
     plain = study.ratio("codec", "dense", longest)
     lengths_reparam = study.lengths("reparam")
     reparam = study.ratio("reparam", "dense", lengths_reparam[-1]) if lengths_reparam else None
-    reparam_s = step_seconds(2.0 * k + overhead_bytes)
     return {
         "steps_ratio": _rounded(plain.mean) if plain else None,
         "steps_ratio_matched": _rounded(matched.mean) if matched else None,
@@ -116,12 +113,19 @@ def figures(study: Study, overhead_bytes: float) -> dict[str, Any]:
         "bytes_per_token": round(sent, 2),
         "dense_bytes_per_token": 2 * WIDE,
         "speedup_vs_dense": _rounded(dense_s / (matched.mean * step_seconds(sent))) if matched else None,
-        "reparam_speedup_vs_dense": _rounded(dense_s / (reparam.mean * reparam_s)) if reparam else None,
+        "reparam_speedup_vs_dense": _rounded(dense_s / (reparam.mean * step_seconds(sent_reparam)))
+        if reparam
+        else None,
         "d": study.size.width,
-        "k": spec.codec.k,
+        "k": Run("codec", study.size, longest, 0).spec().codec.k,
         "steps": longest,
         "seeds": len(matched.seeds) if matched else 0,
     }
+
+
+def _wide_bytes(mode: str, size: Size) -> int:
+    """Bytes of a token's message at the public record's width, the code scaled with it."""
+    return Run(mode, replace(size, width=WIDE), 1, 0).spec().message_bytes_per_token()
 
 
 def report(study: Study) -> str:

@@ -72,9 +72,10 @@ _CODE = {**_RATES, "code_rate": 0.0002}
 MODES = {
     "dense": Mode("dense", pairs=False, rates=_RATES),
     "control": Mode("control", rates=_RATES),
-    "codec": Mode("codec", parts=16 / 3, wire="int5", rates=_CODE),
-    "codec int8": Mode("codec", parts=8, wire="int8", rates=_CODE),
-    "codec int4": Mode("codec", parts=4, wire="int4", rates=_CODE),
+    "codec": Mode("codec", parts=16 / 3, wire="int4", rates=_CODE),
+    "codec d/8 int8": Mode("codec", parts=8, wire="int8", rates=_CODE),
+    "codec 3d/16 int5": Mode("codec", parts=16 / 3, wire="int5", rates=_CODE),
+    "codec d/4 int4": Mode("codec", parts=4, wire="int4", rates=_CODE),
     "reparam": Mode("reparam", parts=8, conv=False, pairs=False, rates={**_RATES, "muon_rate": 0.02}),
     "ssn": Mode("ssn", parts=8, conv=False, pairs=False, rates={**_RATES, "muon_rate": 0.02}),
 }

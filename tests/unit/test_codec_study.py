@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tessera.models.config import CODE_BITS
+
 
 class Study:
     """The benchmark's modules."""
@@ -65,8 +67,8 @@ def test_figures_follow_from_chosen_runs_alone(study: Study) -> None:
     figures = study.figures.figures(study.figures.Study(records, study.runs.Size()), overhead_bytes=0.05)
     assert figures["steps_ratio_matched"] == figures["steps_ratio"] == pytest.approx(1.25)
     assert figures["steps_ratio_growth"] == pytest.approx(1.0)
-    k = 1024 * figures["k"] / figures["d"]
-    assert k < figures["bytes_per_token"] <= k + 2.06
+    code = 1024 * figures["k"] / figures["d"] * CODE_BITS[study.runs.MODES["codec"].wire] / 8
+    assert figures["bytes_per_token"] == pytest.approx(code + 2.05)
     seconds = [4.855 + 0.04669 * b for b in (2048, 1.0 * figures["bytes_per_token"])]
     assert figures["speedup_vs_dense"] == pytest.approx(seconds[0] / seconds[1] / 1.25, rel=1e-3)
     assert figures["reparam_speedup_vs_dense"] is None
