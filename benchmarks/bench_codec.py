@@ -36,7 +36,7 @@ def main() -> None:
         if not arguments.figures:
             complete(list(planned(arguments, size)), runs, arguments)
         study = Study(load(runs), size)
-    result = {**figures(study, metered_overhead(arguments.quick)), **surroundings(arguments.device)}
+    result = {**figures(study, metered_overhead()), **surroundings(arguments.device)}
     text = report(study)
     if not arguments.quick and size == Size() and runs == RUNS:
         write_results(result, text)
@@ -94,14 +94,14 @@ def complete(plan: list[Run], path: Path, arguments: argparse.Namespace) -> None
         print(f"{number}/{len(plan)} {run.mode} {run.steps} steps, seed {run.seed}: {record['loss']:.4f}", flush=True)
 
 
-def metered_overhead(quick: bool) -> float:
+def metered_overhead() -> float:
     """Bytes that links carry for each token and direction beside the codes: headers, receipts, framing.
 
     Metered on the streams of four processes that train the default model; the same for every width.
     """
     from bench_pipeline import manifest, run_split
 
-    _, profile = run_split(1, 3 if quick else 20)
+    _, profile = run_split(1, 3)  # the bytes of a step are the same in every step
     carried = sum(stage["wire_bytes"] for stage in profile) / sum(stage["wire_tokens"] for stage in profile)
     return carried - float(manifest(1).model.message_bytes_per_token())
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from codec_runs import MODES, Record, Run, Size
 
-__all__ = ["Ratio", "figures", "report", "step_seconds", "steps_for"]
+__all__ = ["Ratio", "Study", "figures", "report", "step_seconds", "steps_for"]
 
 WIDE = 1024  # the width that bytes and times are stated for: that of the public record
 # A line through the two steps of the public ProtocolNanoGPT record: 2,048 bytes 100.5 s, 322 bytes 19.9 s.
