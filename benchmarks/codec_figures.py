@@ -109,7 +109,7 @@ def figures(study: Study, overhead_bytes: float) -> dict[str, Any]:
     return {
         "steps_ratio": _rounded(plain.mean) if plain else None,
         "steps_ratio_matched": _rounded(matched.mean) if matched else None,
-        "steps_ratio_growth": _rounded(matched.mean / first.mean) if matched and first else None,
+        "steps_ratio_growth": _growth(first, matched),
         "bytes_per_token": round(sent, 2),
         "dense_bytes_per_token": 2 * WIDE,
         "speedup_vs_dense": _rounded(dense_s / (matched.mean * step_seconds(sent))) if matched else None,
@@ -121,6 +121,14 @@ def figures(study: Study, overhead_bytes: float) -> dict[str, Any]:
         "steps": longest,
         "seeds": len(matched.seeds) if matched else 0,
     }
+
+
+def _growth(first: Ratio | None, last: Ratio | None) -> float | None:
+    """How much larger the last ratio is, over the seeds that have both. None for a single length."""
+    if first is None or last is None or first.steps == last.steps:
+        return None
+    seeds = first.seeds.keys() & last.seeds.keys()
+    return _rounded(mean(last.seeds[s] for s in seeds) / mean(first.seeds[s] for s in seeds)) if seeds else None
 
 
 def _wide_bytes(mode: str, size: Size) -> int:
