@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="a torch device")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a processor")
     parser.add_argument("--modes", type=listed(str), default=["control", "codec", "dense", "reparam"])
-    parser.add_argument("--steps", type=listed(int), default=[1000, 2000, 4000])
+    parser.add_argument("--steps", type=listed(int), default=[500, 1000, 2000, 4000])
     parser.add_argument("--seeds", type=listed(int), default=[0, 1])
     parser.add_argument("--change", type=listed(str), default=[], metavar="NAME=VALUE,…", help="a rate, tried out")
     parser.add_argument("--runs", type=Path, default=RUNS, help="the file of finished runs")
@@ -68,7 +68,7 @@ def sized(arguments: argparse.Namespace) -> Size:
 
 def planned(arguments: argparse.Namespace, size: Size) -> Iterator[Run]:
     changed = tuple((name, float(value)) for name, value in (item.split("=") for item in arguments.change))
-    steps, seeds = ([10, 20], [0]) if arguments.quick else (arguments.steps, arguments.seeds)
+    steps, seeds = ([5, 20], [0]) if arguments.quick else (arguments.steps, arguments.seeds)
     for seed in seeds:
         for length in steps:
             for mode in arguments.modes:
