@@ -35,6 +35,8 @@ def wire(number: str) -> Wire:
         ("int8", b"\0" * 5, "4 bytes, not 5"),
         ("int8", b"\0" * 10_000_000, "4 bytes, not 10000000"),
         ("int8", struct.pack("<Hbb", 0x3F80, -128, 1), "-128"),
+        ("int4", struct.pack("<HB", 0x3F80, 0x81), "code -8"),
+        ("int4", struct.pack("<HBB", 0x3F80, 0x11, 0), "3 bytes, not 4"),
         ("int8", struct.pack("<Hbb", 0x7F80, 1, 1), "not finite"),
         ("int8", struct.pack("<Hbb", 0x7FC0, 1, 1), "not finite"),
         ("int8", struct.pack("<Hbb", 0xBF80, 1, 1), "negative"),

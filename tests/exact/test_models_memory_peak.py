@@ -28,15 +28,19 @@ def described(kind: Kind, compute: Compute, kv_heads: int = 2, stages: int = 3) 
     return ModelSpec(model=model, codec=preset_codec(kind, 16), stages=stages)
 
 
-@pytest.mark.parametrize("kind", ["codec", "reparam", "dense"])
+@pytest.mark.parametrize("kind", ["codec", "reparam", "ssn", "control", "dense"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_parameters_are_counted_exactly(kind: Kind, stage: int) -> None:
-    for spec in (described(kind, "float32"), described(kind, "float32", 4), default_spec(3, codec=kind)):
+    specs = [described(kind, "float32"), described(kind, "float32", 4), default_spec(3, codec=kind)]
+    if not specs[0].codec.subspace:
+        pairs = specs[0].codec.model_copy(update={"pairs": 64})
+        specs.append(specs[0].model_copy(update={"codec": pairs}))
+    for spec in specs:
         counted = sum(torch.Size(shape).numel() for shape in parameter_shapes(spec, stage).values())
         assert counted == sum(p.numel() for p in Stage(spec, stage).parameters())
 
 
-@pytest.mark.parametrize("kind", ["codec", "reparam", "dense"])
+@pytest.mark.parametrize("kind", ["codec", "reparam", "ssn", "control", "dense"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_a_graph_weighs_what_autograd_saves(kind: Kind, compute: Compute, kv_heads: int) -> None:

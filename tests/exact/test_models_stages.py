@@ -57,7 +57,7 @@ def warm(pipeline: Pipeline) -> Pipeline:
     """Output matrices and head start at zero, which would hide most gradients."""
     for trainer in pipeline.trainers:
         for name, parameter in trainer.stage.named_parameters():
-            if name.endswith(("out", "down", "head")):
+            if name.endswith(("out", "down", "head", "pairs")):
                 generator = torch.Generator().manual_seed(len(name) * 1_000 + parameter.numel())
                 parameter.data.normal_(std=0.1, generator=generator)
     return pipeline
@@ -131,7 +131,7 @@ def test_four_processes_train_like_one() -> None:
     assert_near(values, parameters(whole), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["codec", "reparam"])
+@pytest.mark.parametrize("kind", ["codec", "control", "reparam", "ssn"])
 def test_a_boundary_passes_the_gradient_of_the_joined_stages(kind: str) -> None:
     """With a float32 wire the bytes carry exactly what autograd would carry across."""
     base = tiny_spec(2, codec=kind)  # type: ignore[arg-type]
@@ -145,9 +145,32 @@ def test_a_boundary_passes_the_gradient_of_the_joined_stages(kind: str) -> None:
     assert_near(gradients(wired), plain, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["codec", "dense", "reparam"])
-def test_token_by_token_decoding_equals_reading_the_whole_text(kind: str) -> None:
-    pipeline = warm(Pipeline(tiny_spec(3, codec=kind), steps=1))  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", ["control", "dense", "reparam", "ssn"])
+def test_nothing_is_lost_where_the_stream_is_made_to_fit_the_message(kind: str) -> None:
+    """Whole streams, and streams that the optimiser or the layers keep in a subspace, arrive as they were."""
+    pipeline = Pipeline(tiny_spec(3, codec=kind), steps=4)  # type: ignore[arg-type]
+    for step in range(3):
+        pipeline.train_step(step, [ids(step, 0)])
+    first, second = (trainer.stage for trainer in pipeline.trainers[:2])
+    tokens = torch.from_numpy(ids(9, 9))[:, :-1]
+    with torch.no_grad():
+        message = first(tokens, None)
+        entered, known = second._codec().enter(tokens, message)
+        x, before = first._codec().enter(tokens, None)
+        rotation = (first.get_buffer("cos")[: x.size(1)], first.get_buffer("sin")[: x.size(1)])
+        for layer in first._layers():
+            x = layer(x, rotation)
+    expected = x if kind != "control" else x - before + known
+    torch.testing.assert_close(entered, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs"), [("codec", 0), ("codec", 64), ("control", 64), ("dense", 64), ("reparam", 0), ("ssn", 0)]
+)
+def test_token_by_token_decoding_equals_reading_the_whole_text(kind: str, pairs: int) -> None:
+    spec = tiny_spec(3, codec=kind)  # type: ignore[arg-type]
+    codec = spec.codec.model_copy(update={"pairs": pairs})
+    pipeline = warm(Pipeline(spec.model_copy(update={"codec": codec}), steps=1))
     prompt = [int(i) for i in ids(0, 0)[0, :9]]
     text = prompt + pipeline.generate(prompt, 12)
     for end in range(len(prompt), len(text)):

@@ -12,7 +12,8 @@ from tessera.models.noise import integers, orthonormal, symmetric, uniform
 from tessera.models.presets import tiny_spec
 from tessera.models.wire import Wire
 
-NUMBERS = ("int8", "bfloat16", "float32")
+CODES = {"int4": 7, "int5": 15, "int6": 31, "int8": 127}
+NUMBERS = (*CODES, "bfloat16", "float32")
 
 
 def wire(number: str, width: int = 8) -> Wire:
@@ -26,7 +27,7 @@ def tensors(seed: int, shape: tuple[int, int, int], exponent: int) -> Tensor:
     return torch.randn(*shape, generator=generator) * spread * 10.0**exponent
 
 
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 8))
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.sampled_from([8, 16]))
 exponents = st.integers(-25, 25)
 
 
@@ -39,19 +40,19 @@ def test_a_message_has_its_announced_size_and_its_shape_back(
     assert len(data) == engine.size(*shape[:2])
     back = engine.unpack(data, *shape[:2])
     assert back.shape == x.shape
-    if number != "int8":
+    if number not in CODES:
         assert engine.pack(back) == data, "what was received packs to the same bytes"
 
 
-@given(st.integers(0, 2**32), shapes, exponents)
+@given(st.integers(0, 2**32), shapes, exponents, st.sampled_from(list(CODES)))
 def test_rounding_to_the_nearest_code_errs_by_half_a_step_at_most(
-    seed: int, shape: tuple[int, int, int], exponent: int
+    seed: int, shape: tuple[int, int, int], exponent: int, number: str
 ) -> None:
-    engine, x = wire("int8", shape[2]), tensors(seed, shape, exponent)
+    engine, x = wire(number, shape[2]), tensors(seed, shape, exponent)
     error = (engine.unpack(engine.pack(x), *shape[:2]) - x).abs()
     largest = x.abs().amax(-1, keepdim=True)
-    # Half a step, and the scale is at most 1/128 over largest / 127.
-    assert bool((error <= largest * (0.5 / 127) * (1 + 1 / 64)).all())
+    # Half a step, and the scale is at most 1/128 over largest / levels.
+    assert bool((error <= largest * (0.5 / CODES[number]) * (1 + 1 / 64)).all())
 
 
 @given(st.integers(0, 2**32), shapes, exponents)
@@ -61,19 +62,19 @@ def test_float32_messages_lose_nothing(seed: int, shape: tuple[int, int, int], e
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 2**32), exponents)
-def test_random_rounding_is_right_on_average(seed: int, exponent: int) -> None:
-    engine, x = wire("int8"), tensors(seed, (1, 4, 8), exponent)
+@given(st.integers(0, 2**32), exponents, st.sampled_from(list(CODES)))
+def test_random_rounding_is_right_on_average(seed: int, exponent: int, number: str) -> None:
+    engine, x = wire(number), tensors(seed, (1, 4, 8), exponent)
     draws = 400
     mean = sum(engine.unpack(engine.pack(x, ("test", seed, n)), 1, 4).double() for n in range(draws)) / draws
-    step = x.abs().amax(-1, keepdim=True).double() / 127
+    step = x.abs().amax(-1, keepdim=True).double() / CODES[number]
     # One draw's deviation is at most half a step; six standard errors of the mean.
     assert bool(((mean - x).abs() <= 6 * 0.51 * step / draws**0.5).all())
 
 
-@given(st.binary(max_size=200), st.sampled_from(NUMBERS), st.integers(1, 3), st.integers(1, 3))
+@given(st.binary(max_size=300), st.sampled_from(NUMBERS), st.integers(1, 3), st.integers(1, 3))
 def test_any_bytes_are_either_refused_or_finite(data: bytes, number: str, batch: int, length: int) -> None:
-    engine = wire(number, 2)
+    engine = wire(number, 8)
     data = data[: engine.size(batch, length)]
     try:
         x = engine.unpack(data, batch, length)
@@ -112,3 +113,11 @@ def test_initial_values_have_the_spread_asked_for() -> None:
     values = symmetric((200, 200), 0.3, "spread")
     assert abs(float(values.std()) - 0.3) < 0.003
     assert abs(float(values.mean())) < 0.005
+
+
+def test_codes_lie_highest_bit_first_without_gaps() -> None:
+    """1, -1, 15, -15, 0, 2, -2, 3 in int5 under the scale 1."""
+    codes = torch.tensor([1.0, -1.0, 15.0, -15.0, 0.0, 2.0, -2.0, 3.0]).reshape(1, 1, 8)
+    bits = "00001 11111 01111 10001 00000 00010 11110 00011".replace(" ", "")
+    expected = bytes.fromhex("803f") + int(bits, 2).to_bytes(5, "big")
+    assert wire("int5").pack(codes) == expected

@@ -40,8 +40,12 @@ def test_a_spec_survives_canonical_encoding() -> None:
         (changed(model={"compute": "float16"}), "model.compute"),
         (changed(codec={"k": 0}), "needs k"),
         (changed(codec={"k": 33}), "wider than the stream"),
+        (changed(codec={"k": 9, "wire": "int5"}), "whole bytes"),
         (changed(codec={"kind": "dense"}), "k must be 0"),
+        (changed(codec={"kind": "control"}), "k must be 0"),
         (changed(codec={"kind": "reparam"}), "conv must be false"),
+        (changed(codec={"kind": "ssn"}), "conv must be false"),
+        (changed(codec={"kind": "ssn", "conv": False, "pairs": 8}), "pairs 0"),
         (changed(optimizer={"muon_rate": -1.0}), "optimizer.muon_rate"),
         ({**tiny_spec().model_dump(), "stages": 5}, "at least as many layers"),
         ({**tiny_spec().model_dump(), "stages": 0}, "stages"),
@@ -64,7 +68,7 @@ def test_cuts_cover_every_layer_once_and_evenly(stages: int) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("kind", ["codec", "dense", "reparam"])
+@pytest.mark.parametrize("kind", ["codec", "control", "dense", "reparam", "ssn"])
 def test_flops_are_those_of_the_matrix_products_that_run(kind: Any) -> None:
     """torch counts the products of a training step; attention, which it counts without the causal half, apart."""
     spec = tiny_spec(3, codec=kind)
@@ -76,8 +80,8 @@ def test_flops_are_those_of_the_matrix_products_that_run(kind: Any) -> None:
     counted = sum(n for operation, n in by_operation.items() if str(operation) in ("aten.mm", "aten.addmm"))
     attention = 6 * spec.model.layers * 2 * spec.model.width * (length // 2)
     formula = sum(spec.flops_per_token(stage) for stage in range(3)) - attention
-    # reparam's fixed bases need no gradient of their own and stage 0's table lies in span(U): both run fewer products.
-    assert counted == pytest.approx(formula * length, rel=0.2 if kind == "reparam" else 1e-12)
+    # Fixed bases need no gradient of their own and stage 0's table lies in span(U): both run fewer products.
+    assert counted == pytest.approx(formula * length, rel=0.2 if spec.codec.subspace else 1e-12)
 
 
 def test_only_existing_stages_have_costs() -> None:
@@ -98,9 +102,11 @@ def test_each_number_type_has_its_size() -> None:
         return ModelSpec(model=model, codec=codec, stages=2).message_bytes_per_token()
 
     assert size(CodecConfig(k=8)) == 10
+    assert size(CodecConfig(k=8, wire="int5")) == 7
     assert size(CodecConfig(k=8, wire="float32")) == 32
     assert size(CodecConfig(kind="dense", wire="bfloat16")) == 64
     assert size(CodecConfig(kind="dense", wire="int8")) == 34
+    assert size(CodecConfig(kind="control", wire="bfloat16")) == 64
 
 
 def test_reading_a_spec_loads_no_torch() -> None:

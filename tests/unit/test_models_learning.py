@@ -21,7 +21,7 @@ def periodic(length: int, seed: int) -> np.ndarray:
     return (np.cumsum(jumps) % 23).astype(np.uint16)
 
 
-@pytest.mark.parametrize("kind", ["codec", "dense", "reparam"])
+@pytest.mark.parametrize("kind", ["codec", "control", "dense", "reparam", "ssn"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_a_tiny_model_in_stages_learns_what_a_bigram_cannot(kind: str, compute: str) -> None:
     data = Dataset(23, periodic(20_000, 0), periodic(4_000, 1))

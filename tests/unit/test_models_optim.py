@@ -72,7 +72,7 @@ def test_a_muon_step_has_the_size_of_its_rate(shape: tuple[int, int]) -> None:
 
 
 def test_every_parameter_of_every_kind_has_a_rate() -> None:
-    for kind in ("codec", "dense", "reparam"):
+    for kind in ("codec", "control", "dense", "reparam", "ssn"):
         spec = tiny_spec(3, codec=kind)  # type: ignore[arg-type]
         for index in range(3):
             stage = Stage(spec, index)

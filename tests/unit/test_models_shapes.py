@@ -12,7 +12,7 @@ with install_import_hook(["tessera.models." + n for n in names], "beartype.beart
     from tessera.models.pipeline import Pipeline
     from tessera.models.presets import tiny_spec
 ids = np.arange(51).reshape(3, 17)
-for kind in ("codec", "reparam", "dense"):
+for kind in ("codec", "reparam", "ssn", "control", "dense"):
     pipeline = Pipeline(tiny_spec(3, codec=kind), steps=2)
     for step in range(2):
         pipeline.train_step(step, [ids, ids[:1, :6]])

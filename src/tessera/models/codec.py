@@ -1,14 +1,17 @@
 """The boundary codec: how a stage turns an incoming message into its stream, and its stream into a message.
 
-One interface, three kinds (k numbers cross for each token; K, K' are what both ends know from the token ids alone):
+One interface, five kinds (k numbers cross for each token; K, K' are what both ends know from the token ids alone):
 
     dense     message = y                     x' = message
-    reparam   message = Uᵀ (y - F)            x' = U message + F          U, F fixed, from the seed
+    control   message = y - K                 x' = message + K'           full width, so nothing is lost
+    ssn       message = Uᵀ (y - F)            x' = U message + F          U, F fixed, from the seed
+    reparam   the same
     codec     message = Eᵀ (y - K)            x' = D message + K'         all four trained
 
-A codec's K is the stage's own token table plus a causal 3-tap convolution over it. At the start E = D = U and all
-tables are equal, without a byte exchanged: their values follow from the run's seed. Reasons and measurements:
-research/codec_study.
+The K of `control` and `codec` is the stage's own token table, plus a causal 3-tap convolution over it, plus a row of
+a hashed table for the last two tokens. At the start E = D = U and all tables are equal, without a byte exchanged:
+their values follow from the run's seed. Reasons and measurements: research/codec_study and
+benchmarks/results/codec_*.md.
 
 Legend: B sequences, T tokens, S = T + those skipped, V vocabulary, D width, k code width, W message width.
 """
@@ -29,6 +32,7 @@ from tessera.models.noise import orthonormal, symmetric
 __all__ = ["HISTORY", "Codec", "make_codec", "shared_basis"]
 
 HISTORY = 3  # tokens before the first new one that a codec must see: the taps of the convolution
+_HASH = (31_337, 7_919)  # odd, so that pairs which differ in one token alone share none of 2^n ≥ V rows
 
 
 class Codec(nn.Module, ABC):
@@ -46,8 +50,10 @@ class Codec(nn.Module, ABC):
 def make_codec(spec: ModelSpec, stage: int) -> Codec:
     if spec.codec.kind == "dense":
         return DenseCodec(spec, stage)
-    if spec.codec.kind == "reparam":
-        return ReparamCodec(spec, stage)
+    if spec.codec.kind == "control":
+        return ControlCodec(spec)
+    if spec.codec.subspace:
+        return SubspaceCodec(spec, stage)
     return BoundaryCodec(spec, stage)
 
 
@@ -57,7 +63,11 @@ def shared_basis(spec: ModelSpec) -> Tensor:
 
 
 class TokenTable(nn.Module):
-    """A trained row for each token; with `conv`, plus per-channel multiples of the three rows before it."""
+    """A trained row for each token; with `conv`, plus per-channel multiples of the three rows before it.
+
+    With `pairs` = P, plus row (p · id_t + q · id_(t-1)) mod P of a hashed table; before the text lies id 0. A look-up:
+    no products, no bytes.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -65,9 +75,13 @@ class TokenTable(nn.Module):
         # One name for all stages: their tables start equal (tied), which lets a code start as a small difference.
         self.rows = nn.Parameter(torch.from_numpy(symmetric((m.vocab_size, m.width), m.table_std, spec.seed, "table")))
         self.taps = nn.Parameter(torch.zeros(HISTORY, m.width)) if spec.codec.conv else None
+        self.pairs = nn.Parameter(torch.zeros(spec.codec.pairs, m.width)) if spec.codec.pairs else None
 
     def forward(self, ids: Int[Tensor, "B S"], skip: int = 0) -> Float[Tensor, "B T D"]:
         known = F.embedding(ids, self.rows) if self.taps is None else token_features(self.rows, self.taps, ids)
+        if self.pairs is not None:
+            hashed = ids * _HASH[0] + F.pad(ids, (1, 0))[:, :-1] * _HASH[1]
+            known = known + F.embedding(hashed % self.pairs.size(0), self.pairs)
         return known[:, skip:]
 
 
@@ -87,8 +101,30 @@ class DenseCodec(Codec):
         return y
 
 
-class ReparamCodec(Codec):
-    """The stream lies in span(U) plus a fixed token table, because the layers write only into span(U)."""
+class ControlCodec(Codec):
+    """A token table for each stage, as in `BoundaryCodec`, and the whole width crosses.
+
+    Trained tables help any model, so a code has to be compared with this as well as with `dense`.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.table = TokenTable(spec)
+
+    def enter(self, ids: Tensor, message: Tensor | None, skip: int = 0) -> tuple[Tensor, Tensor | None]:
+        known = self.table(ids, skip)
+        return (known if message is None else message + known), known
+
+    def leave(self, y: Tensor, known: Tensor | None) -> Tensor:
+        return y - _present(known)
+
+
+class SubspaceCodec(Codec):
+    """The stream lies in span(U) plus a fixed token table, because the layers write only into span(U).
+
+    In `reparam` they can do nothing else. In `ssn` their output matrices and the trained table are projected onto
+    span(U) after each step (`StageOptimizer`); source: node0 of Pluralis, models/llama/layers.py and server/optim.py.
+    """
 
     def __init__(self, spec: ModelSpec, stage: int) -> None:
         super().__init__()
@@ -96,12 +132,16 @@ class ReparamCodec(Codec):
         fixed = symmetric((m.vocab_size, m.width), m.table_std, spec.seed, "table")
         self.register_buffer("fixed", torch.from_numpy(fixed), persistent=False)
         self.register_buffer("basis", shared_basis(spec), persistent=False)
-        self.rows = nn.Parameter(torch.zeros(m.vocab_size, spec.codec.k)) if stage == 0 else None
+        self.free = spec.codec.kind == "ssn"
+        width = m.width if self.free else spec.codec.k
+        self.rows = nn.Parameter(torch.zeros(m.vocab_size, width)) if stage == 0 else None
 
     def enter(self, ids: Tensor, message: Tensor | None, skip: int = 0) -> tuple[Tensor, Tensor | None]:
         ids = ids[:, skip:]
         known = F.embedding(ids, self.get_buffer("fixed"))
         code = F.embedding(ids, self.rows) if self.rows is not None else _present(message)
+        if self.free and self.rows is not None:
+            return code + known, known
         return code @ self.get_buffer("basis").T + known, known
 
     def leave(self, y: Tensor, known: Tensor | None) -> Tensor:

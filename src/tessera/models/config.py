@@ -19,7 +19,8 @@ from tessera.core.hashing import sha256
 __all__ = ["AveragingConfig", "CodecConfig", "ModelConfig", "ModelSpec", "OptimizerConfig", "parse_spec"]
 
 _NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
-SCALE_BYTES = 2  # an int8 message carries one bfloat16 scale for each token
+CODE_BITS = {"int4": 4, "int5": 5, "int6": 6, "int8": 8}
+SCALE_BYTES = 2  # a message of integer codes carries one bfloat16 scale for each token
 
 
 class _Frozen(BaseModel):
@@ -58,25 +59,38 @@ class ModelConfig(_Frozen):
 class CodecConfig(_Frozen):
     """What crosses a boundary between stages.
 
-    dense: the residual stream itself.  reparam: output matrices are U C, so that the stream lies in a k-dimensional
-    subspace plus a fixed token table.  codec: weights are free; learned encoder and decoder, and a token table per
-    stage that both ends know (`research`: 18 bytes instead of 512 for a token).
+    dense: the residual stream itself.  control: dense, with a codec's token tables: what a code is measured against,
+    because trained tables help any model.  reparam: output matrices are U C, so that the stream lies in a k-dimensional
+    subspace plus a fixed token table.  ssn: the same, by projecting the matrices after each step.  codec: weights are
+    free; learned encoder and decoder, and a token table per stage that both ends know (`research`: 18 bytes instead
+    of 512 for a token).
     """
 
-    kind: Literal["codec", "reparam", "dense"] = "codec"
-    k: int = Field(default=0, ge=0)  # numbers in a code; 0 for dense, which sends `width` of them
-    wire: Literal["int8", "bfloat16", "float32"] = "int8"  # int8 carries a 2-byte scale for each token
+    kind: Literal["codec", "reparam", "ssn", "control", "dense"] = "codec"
+    k: int = Field(default=0, ge=0)  # numbers in a code; 0 for dense and control, which send `width` of them
+    wire: Literal["int4", "int5", "int6", "int8", "bfloat16", "float32"] = "int8"  # codes: a 2-byte scale each token
     conv: bool = True  # add a causal 3-tap convolution over the token table; costs no bytes
+    pairs: int = Field(default=0, ge=0, le=2**22)  # rows of a hashed table for pairs of tokens, 0 = none; no bytes
 
     @model_validator(mode="after")
     def _one_spelling(self) -> Self:
-        if self.kind == "dense" and self.k != 0:
-            raise ValueError(f"dense sends the whole width: k must be 0, not {self.k}")
-        if self.kind != "dense" and self.k == 0:
+        if self.whole and self.k != 0:
+            raise ValueError(f"{self.kind} sends the whole width: k must be 0, not {self.k}")
+        if not self.whole and self.k == 0:
             raise ValueError(f"{self.kind} needs k, the numbers in a code")
-        if self.kind == "reparam" and self.conv:
-            raise ValueError("reparam has a fixed token table: conv must be false")
+        if self.subspace and (self.conv or self.pairs):
+            raise ValueError(f"{self.kind} has a fixed token table: conv must be false and pairs 0")
         return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether the stream's whole width crosses, and no code."""
+        return self.kind in ("dense", "control")
+
+    @property
+    def subspace(self) -> bool:
+        """Whether the layers write into a k-dimensional subspace only."""
+        return self.kind in ("reparam", "ssn")
 
 
 class OptimizerConfig(_Frozen):
@@ -125,6 +139,8 @@ class ModelSpec(_Frozen):
             raise ValueError(f"{self.stages} stages need at least as many layers, not {self.model.layers}")
         if self.codec.k > self.model.width:
             raise ValueError(f"a code of {self.codec.k} numbers is wider than the stream of {self.model.width}")
+        if self.message_width * CODE_BITS.get(self.codec.wire, 8) % 8:
+            raise ValueError(f"{self.message_width} numbers of {self.codec.wire} do not fill whole bytes")
         return self
 
     def cuts(self) -> list[range]:
@@ -139,12 +155,12 @@ class ModelSpec(_Frozen):
     @property
     def message_width(self) -> int:
         """Numbers for one token in a message that crosses a boundary."""
-        return self.model.width if self.codec.kind == "dense" else self.codec.k
+        return self.model.width if self.codec.whole else self.codec.k
 
     def message_bytes_per_token(self) -> int:
         """Bytes of one token's message, in either direction, without any envelope."""
-        if self.codec.wire == "int8":
-            return self.message_width + SCALE_BYTES
+        if bits := CODE_BITS.get(self.codec.wire):
+            return self.message_width * bits // 8 + SCALE_BYTES
         return self.message_width * _NUMBER_BYTES[self.codec.wire]
 
     def dense_bytes_per_token(self) -> int:
@@ -167,7 +183,7 @@ class ModelSpec(_Frozen):
         layer = m.width * (m.width + 2 * kv) + m.width * 2 * m.ffn + rank_cost
         attention = 2 * m.width * (m.context // 2)
         total = len(self.cuts()[stage]) * (layer + attention)
-        if self.codec.kind != "dense":
+        if not self.codec.whole:
             total += m.width * self.codec.k * ((stage > 0) + (stage < self.stages - 1))
         if stage == self.stages - 1:
             total += m.width * m.vocab_size

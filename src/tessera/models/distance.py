@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tessera.core.errors import Invalid
-from tessera.models.wire import Wire, quantise, step_sizes
+from tessera.models.wire import Wire
 
 __all__ = ["SCALE_SLACK", "Distance", "Tolerance", "compare", "relative_error", "tolerance"]
 
@@ -90,11 +90,11 @@ def compare(
         raise Invalid("the replay holds numbers that are not finite")
     batch, length, _ = x_BTW.shape
     said_BTW = wire.unpack(claimed, batch, length)
-    own_BT1 = step_sizes(x_BTW)
-    if wire.number == "int8":
+    own_BT1 = wire.step_sizes(x_BTW)
+    if wire.coded:
         step_BT1 = wire.scales(claimed, batch, length)
         code_BTW = torch.where(step_BT1 > 0, said_BTW / step_BT1, 0.0).round_()
-        steps_BTW = (code_BTW - quantise(x_BTW, step_BT1, noise)).abs_()
+        steps_BTW = (code_BTW - wire.quantise(x_BTW, step_BT1, noise)).abs_()
         off_BT1 = (step_BT1 - own_BT1).abs() > SCALE_SLACK * own_BT1
         steps_BTW = torch.where(off_BT1, float(LEVELS), steps_BTW)
     else:

@@ -151,10 +151,12 @@ def parameter_shapes(spec: ModelSpec, stage: int) -> dict[str, tuple[int, ...]]:
         shapes |= {f"hidden.{i}.qkv": (d + 2 * kv, d), f"hidden.{i}.out": (rows, d)}
         shapes |= {f"hidden.{i}.gate_up": (2 * m.ffn, d), f"hidden.{i}.down": (rows, m.ffn)}
         shapes |= {f"gains.{i}": (2 * d + 2 * m.head_dim * m.qk_norm,)}
-    if spec.codec.kind == "codec" or stage == 0:
+    if spec.codec.kind in ("codec", "control") or stage == 0:
         shapes["table"] = (m.vocab_size, k if spec.codec.kind == "reparam" else d)
-        if spec.codec.kind != "reparam" and spec.codec.conv:
+        if spec.codec.conv:
             shapes["taps"] = (3, d)
+        if spec.codec.pairs:
+            shapes["pairs"] = (spec.codec.pairs, d)
     if spec.codec.kind == "codec":
         shapes |= {"decode": (d, k)} if stage > 0 else {}
         shapes |= {"encode": (k, d)} if not last else {}
@@ -187,8 +189,8 @@ def _graph_bytes(spec: ModelSpec, stage: int) -> int:
     layer = FLOAT * (norms + attention + 2 * m.ffn) + product * (2 * d + m.ffn) + (LOW * d if low else 0)
     if kind == "reparam" and not last:
         layer += 2 * product * k
-    ends = FLOAT * d if kind == "codec" and spec.codec.conv else 0
-    ends += product * ((k if stage > 0 else 0) + (0 if last else d)) if kind != "dense" else 0
+    ends = FLOAT * d if kind in ("codec", "control") and spec.codec.conv else 0
+    ends += product * ((k if stage > 0 else 0) + (0 if last else d)) if not spec.codec.whole else 0
     if last:
         ends += FLOAT * d + product * d + FLOAT * m.vocab_size
     return len(spec.cuts()[stage]) * layer + ends + 16
@@ -214,8 +216,9 @@ def _tables_bytes(spec: ModelSpec, stage: int) -> int:
     """What is known and not trained: rotations, and a reparametrised model's table and basis."""
     m = spec.model
     tables = FLOAT * m.context * m.head_dim
-    if spec.codec.kind == "reparam":
-        tables += FLOAT * (m.vocab_size * m.width + m.width * spec.codec.k * (1 + len(spec.cuts()[stage])))
+    if spec.codec.subspace:
+        bases = 1 + (len(spec.cuts()[stage]) if spec.codec.kind == "reparam" else 0)
+        tables += FLOAT * (m.vocab_size * m.width + m.width * spec.codec.k * bases)
     return tables
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.core.errors import Conflict, Invalid
+from tessera.models.codec import shared_basis
 from tessera.models.config import OptimizerConfig
 from tessera.models.stage import Stage
 
@@ -71,11 +72,11 @@ class Muon:
         momentum = c.momentum_start + (c.momentum - c.momentum_start) * warm
         rate = c.muon_rate * factor
         batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for name, parameter in self.named.items():
-            grad = _gradient(name, parameter)
-            buffer = self.momentum[name].lerp_(grad, 1 - momentum)
-            nesterov = grad.lerp(buffer, momentum)
-            parameter.mul_(1 - rate * c.muon_decay)
+        grads, buffers = [_gradient(n, p) for n, p in self.named.items()], list(self.momentum.values())
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        torch._foreach_mul_(list(self.named.values()), 1 - rate * c.muon_decay)
+        updates = torch._foreach_lerp(grads, buffers, momentum)
+        for (name, parameter), nesterov in zip(self.named.items(), updates, strict=True):
             if self._pieces is not None:
                 whole = self._turned(self._pieces.whole(name, nesterov), self._rows[name])
                 parameter.add_(self._pieces.own(name, whole), alpha=-rate)
@@ -127,12 +128,15 @@ class StageOptimizer:
         matrices = {n: p for n, p in named.items() if n.startswith("layers.") and n.rsplit(".", 1)[1] in _MATRICES}
         self._muon = Muon(matrices, stage.fused_rows(), config, stage.spec.model.compute == "bfloat16", pieces)
         self._others = {n: p for n, p in named.items() if n not in matrices}
-        groups = [
-            {"params": [p], "lr": (r := _rate(n, config))[0], "peak": r[0], "weight_decay": r[1]}
-            for n, p in self._others.items()
-        ]
+        alike: dict[tuple[float, float], list[nn.Parameter]] = {}  # one call for each group, not for each parameter
+        for name, parameter in self._others.items():
+            alike.setdefault(_rate(name, config), []).append(parameter)
+        groups = [{"params": ps, "lr": rate, "peak": rate, "weight_decay": d} for (rate, d), ps in alike.items()]
         self._adam = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         self._parameters = list(named.values())
+        held = stage.spec.codec.kind == "ssn" and not stage.last
+        self._basis = shared_basis(stage.spec).to(stage.device) if held else None
+        self._pieces = pieces
 
     @torch.no_grad()
     def step(self, step: int, tokens: int, sums: Mapping[str, Tensor] | None = None) -> None:
@@ -155,7 +159,20 @@ class StageOptimizer:
             group["lr"] = group["peak"] * factor
         self._adam.step()
         self._muon.step(step, factor)
+        if self._basis is not None:
+            self._project(self._basis)
         self.clear()
+
+    def _project(self, basis_Dk: Tensor) -> None:
+        """Back onto span(U): the columns of the layers' output matrices, and the rows of the token table."""
+        for name, parameter in self._muon.named.items():
+            if name.endswith((".out", ".down")):
+                whole = parameter if self._pieces is None else self._pieces.whole(name, parameter)
+                whole = basis_Dk @ (basis_Dk.T @ whole)
+                parameter.copy_(whole if self._pieces is None else self._pieces.own(name, whole))
+        for name, parameter in self._others.items():
+            if name.endswith(".rows"):
+                parameter.copy_(parameter @ basis_Dk @ basis_Dk.T)
 
     def clear(self) -> None:
         """Forgets all gradients."""
@@ -198,7 +215,7 @@ def _rate(name: str, config: OptimizerConfig) -> tuple[float, float]:
     last = name.rsplit(".", 1)[-1]
     if last == "head":
         return config.head_rate, config.adam_decay
-    if last in ("rows", "taps"):
+    if last in ("rows", "taps", "pairs"):
         return config.table_rate, config.adam_decay
     if last in ("encode", "decode"):
         return config.code_rate, 0.0

@@ -9,7 +9,7 @@ from tessera.models.config import CodecConfig, ModelConfig, ModelSpec, Optimizer
 
 __all__ = ["DEFAULT_BATCH", "TINY_BATCH", "Batch", "Compute", "Kind", "default_spec", "preset_codec", "tiny_spec"]
 
-Kind = Literal["codec", "reparam", "dense"]
+Kind = Literal["codec", "reparam", "ssn", "control", "dense"]
 Compute = Literal["float32", "bfloat16"]
 
 
@@ -33,10 +33,10 @@ TINY_BATCH = Batch(sequences=2, length=32, microbatches=4, steps=20)
 
 def preset_codec(kind: Kind, k: int) -> CodecConfig:
     """The usual settings of each kind; `k` matters to codec and reparam."""
-    if kind == "dense":
-        return CodecConfig(kind="dense", wire="bfloat16")
-    if kind == "reparam":
-        return CodecConfig(kind="reparam", k=k, wire="bfloat16", conv=False)
+    if kind in ("dense", "control"):
+        return CodecConfig(kind=kind, wire="bfloat16")
+    if kind in ("reparam", "ssn"):
+        return CodecConfig(kind=kind, k=k, wire="bfloat16", conv=False)
     return CodecConfig(kind="codec", k=k)
 
 

@@ -1,8 +1,9 @@
 """Messages as bytes: what crosses a boundary, in either direction, and nothing else.
 
 A message is a tensor [B, T, width]; shape and direction are known from the name of the microbatch, so the bytes
-carry no header and their number is exact. int8 layout: B·T bfloat16 scales, then B·T·width codes in [-127, 127].
-Float layouts: the numbers, little-endian. Bytes from a peer are checked for size, finiteness and range.
+carry no header and their number is exact. Layout of n-bit codes (int4 to int8): B·T bfloat16 scales, then B·T·width
+codes in [-L, L], L = 2^(n-1) - 1, each as n bits, two's complement, the highest bit first, without gaps. Float layouts:
+the numbers, little-endian. Bytes from a peer are checked for size, finiteness and range.
 
 Legend: B sequences, T tokens, W numbers for each token.
 """
@@ -14,14 +15,16 @@ import math
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.core.errors import Invalid
-from tessera.models.config import SCALE_BYTES, ModelSpec
+from tessera.models.config import CODE_BITS, SCALE_BYTES, ModelSpec
 from tessera.models.noise import uniform
 from tessera.models.numbers import (
     LEVELS,
     TINY,
+    Number,
     from_bfloat16,
     pack_numbers,
     round_up_to_bfloat16,
@@ -29,7 +32,7 @@ from tessera.models.numbers import (
     unpack_numbers,
 )
 
-__all__ = ["Wire", "quantise", "step_sizes"]
+__all__ = ["Wire"]
 
 
 class Wire:
@@ -38,7 +41,15 @@ class Wire:
     def __init__(self, spec: ModelSpec) -> None:
         self.width = spec.message_width
         self.number = spec.codec.wire
+        self._bits = CODE_BITS.get(self.number, 0)
+        self._levels = 2 ** (self._bits - 1) - 1 if self._bits else LEVELS
+        self._floats: Number = "bfloat16" if self.number == "bfloat16" else "float32"  # where there are no codes
         self._token_bytes = spec.message_bytes_per_token()
+
+    @property
+    def coded(self) -> bool:
+        """Whether messages are integer codes with a scale for each token."""
+        return self._bits > 0
 
     def size(self, batch: int, length: int) -> int:
         """Exact bytes of a message of `batch` × `length` tokens."""
@@ -48,7 +59,7 @@ class Wire:
         """The bytes of a message.
 
         Args:
-            noise: a name for the rounding noise. With one, int8 rounds up or down at random, so that the mean is
+            noise: a name for the rounding noise. With one, codes round up or down at random, so that the mean is
                 exact (gradients); equal names give equal bytes. Without, to the nearest code (activations).
 
         Raises: Invalid: a number that is not finite, that is, training diverged.
@@ -56,9 +67,9 @@ class Wire:
         x_BTW = x_BTW.detach().to("cpu", torch.float32)
         if not bool(torch.isfinite(x_BTW).all()):
             raise Invalid("a message holds numbers that are not finite: the training diverged, lower its rates")
-        if self.number == "int8":
-            return self._pack_int8(x_BTW, noise)
-        return pack_numbers(x_BTW, self.number)
+        if self._bits:
+            return self._pack_codes(x_BTW, noise)
+        return pack_numbers(x_BTW, self._floats)
 
     def unpack(self, data: bytes, batch: int, length: int) -> Float[Tensor, "B T W"]:
         """The float32 message in `data`. Raises: Invalid for a wrong size, or numbers that no `pack` writes."""
@@ -66,43 +77,55 @@ class Wire:
         if len(data) != expected:
             raise Invalid(f"a message of {batch} x {length} tokens has {expected} bytes, not {len(data)}")
         shape = (batch, length, self.width)
-        if self.number == "int8":
-            return self._unpack_int8(data, shape)
-        return unpack_numbers(data, math.prod(shape), self.number).reshape(shape)
+        if self._bits:
+            return self._unpack_codes(data, shape)
+        return unpack_numbers(data, math.prod(shape), self._floats).reshape(shape)
 
     def scales(self, data: bytes, batch: int, length: int) -> Float[Tensor, "B T 1"]:
-        """One step of each token's codes, in an int8 message whose size is right. Not checked further."""
+        """One step of each token's codes, in a message of codes whose size is right. Not checked further."""
         return from_bfloat16(data[: batch * length * SCALE_BYTES]).reshape(batch, length, 1)
 
-    def _pack_int8(self, x_BTW: Tensor, noise: tuple[object, ...] | None) -> bytes:
-        scale = step_sizes(x_BTW)
-        code = quantise(x_BTW, scale, noise).to(torch.int8)
-        return to_bfloat16(scale) + code.contiguous().numpy().tobytes()
+    def step_sizes(self, x_BTW: Float[Tensor, "B T W"]) -> Float[Tensor, "B T 1"]:
+        """The scale that `pack` gives each token: a bfloat16 number with which no code exceeds the largest."""
+        scale = round_up_to_bfloat16(x_BTW.abs().amax(-1, keepdim=True) / self._levels)
+        return torch.where(scale < TINY, 0.0, scale)
 
-    def _unpack_int8(self, data: bytes, shape: tuple[int, int, int]) -> Tensor:
+    def quantise(
+        self, x_BTW: Float[Tensor, "B T W"], scale_BT1: Float[Tensor, "B T 1"], noise: tuple[object, ...] | None
+    ) -> Float[Tensor, "B T W"]:
+        """x in whole steps of `scale`, within the codes' range; 0 where the scale is. `noise` is as in `pack`."""
+        x = torch.where(scale_BT1 > 0, x_BTW / scale_BT1, 0.0)
+        code = x.round_() if noise is None else x.add_(torch.from_numpy(uniform(tuple(x.shape), *noise))).floor_()
+        return code.clamp_(-self._levels, self._levels)  # 127 + 0.9999999 rounds to 128 in float32
+
+    def _pack_codes(self, x_BTW: Tensor, noise: tuple[object, ...] | None) -> bytes:
+        scale = self.step_sizes(x_BTW)
+        code = self.quantise(x_BTW, scale, noise).to(torch.int8)
+        return to_bfloat16(scale) + _to_bits(code.contiguous().numpy().ravel(), self._bits)
+
+    def _unpack_codes(self, data: bytes, shape: tuple[int, int, int]) -> Tensor:
         cut = math.prod(shape[:2]) * SCALE_BYTES
         scale = self.scales(data, *shape[:2])
         if not bool(torch.isfinite(scale).all()) or bool(torch.signbit(scale).any()):
             raise Invalid("a message holds a scale that is negative or not finite")
-        code = np.frombuffer(data, np.int8, offset=cut)
-        if code.size and code.min() < -LEVELS:
-            raise Invalid("a message holds the code -128, which is never sent")
+        code = _from_bits(data[cut:], self._bits)
+        if code.size and code.min() < -self._levels:
+            raise Invalid(f"a message holds the code {-self._levels - 1}, which is never sent")
         x_BTW = torch.from_numpy(code.astype(np.float32)).reshape(shape) * scale
         if not bool(torch.isfinite(x_BTW).all()):
             raise Invalid("a message holds codes that overflow with their scale")
         return x_BTW
 
 
-def step_sizes(x_BTW: Float[Tensor, "B T W"]) -> Float[Tensor, "B T 1"]:
-    """The scale that `Wire.pack` gives each token: a bfloat16 number with which no code exceeds 127."""
-    scale = round_up_to_bfloat16(x_BTW.abs().amax(-1, keepdim=True) / LEVELS)
-    return torch.where(scale < TINY, 0.0, scale)
+def _to_bits(code: NDArray[np.int8], bits: int) -> bytes:
+    """Codes, `bits` each. Their number times `bits` is a multiple of 8."""
+    if bits == 8:
+        return code.tobytes()
+    return np.packbits(np.unpackbits(code.view(np.uint8)[:, None], axis=1)[:, 8 - bits :]).tobytes()
 
 
-def quantise(
-    x_BTW: Float[Tensor, "B T W"], scale_BT1: Float[Tensor, "B T 1"], noise: tuple[object, ...] | None
-) -> Float[Tensor, "B T W"]:
-    """x in whole steps of `scale`, in [-127, 127]; 0 where the scale is. `noise` is as in `Wire.pack`."""
-    x = torch.where(scale_BT1 > 0, x_BTW / scale_BT1, 0.0)
-    code = x.round_() if noise is None else x.add_(torch.from_numpy(uniform(tuple(x.shape), *noise))).floor_()
-    return code.clamp_(-LEVELS, LEVELS)  # 127 + 0.9999999 rounds to 128 in float32
+def _from_bits(data: bytes, bits: int) -> NDArray[np.int8]:
+    if bits == 8:
+        return np.frombuffer(data, np.int8)
+    high = np.packbits(np.unpackbits(np.frombuffer(data, np.uint8)).reshape(-1, bits), axis=1)[:, 0]
+    return high.view(np.int8) >> (8 - bits)  # the shift keeps the sign
