@@ -65,6 +65,7 @@ async def train(folder: Path) -> Ended:
     return ended
 
 
+@pytest.mark.slow
 def test_honest_workers_pass_every_audit(tmp_path: Path) -> None:
     ended = run_virtual(lambda: train(tmp_path))
     assert all(share > 0 for share in ended.shares)
@@ -92,6 +93,7 @@ def test_who_skips_a_layer_gets_no_shares_and_his_auditor_does(tmp_path: Path, m
         assert accused == {(ended.peers[CHEAT], "failed")}
 
 
+@pytest.mark.slow
 def test_who_shows_his_auditor_nothing_gets_no_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve = Auditing.serve
 

@@ -29,7 +29,7 @@ async def replace_node(run: World, stage: int, seed: int) -> Node:
     return await run.add(stage, seed)
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, 3))])
 def test_a_dead_stage_comes_back_exactly_within_one_interval(stage: int, tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path) as run:
