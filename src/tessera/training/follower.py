@@ -201,6 +201,7 @@ class Follower:
             return
         self.term, self._parts, self._ready = max(self.term, term), None, True
         await self.work.open(term, step)
+        log.info("session_started", term=term, step=step)
 
     async def _jump(self, step: int) -> None:
         """Go on with the others' step: rounds will bring us together."""
