@@ -118,6 +118,7 @@ def test_a_leaver_who_stays_after_all_keeps_his_seat(tmp_path: Path) -> None:
             await anyio.sleep(3)  # nobody comes: he works on
             assert not leaver.over.is_set()
             make_wish(folder_of(leaver), "work")
+            run.host.phase = "training"
             await run.settled()
             assert run.host.roster().past == ()
             assert run.host.roster().peers[1] == leaver.home.peer_key.id
