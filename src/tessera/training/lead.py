@@ -22,6 +22,7 @@ import structlog
 
 from tessera.core.errors import Misbehaviour, Unavailable
 from tessera.core.ids import PeerId
+from tessera.models.memory import in_flight_depth
 from tessera.training.control import Message
 from tessera.training.crew import Crew, Member, read_state
 from tessera.training.deadlines import Deadline
@@ -42,7 +43,6 @@ LINK_TRIES = 3  # before the lower worker is left out, if his stage has another
 LEFT_OUT_S = 30.0
 PREPARE_TRIES = 3
 KEPT = 15  # checkpoints that a worker is believed to hold; one that is gone costs a question
-MAX_IN_FLIGHT = 256  # microbatches of one step, as many as a trainer holds
 
 
 class StepLost(Unavailable):
@@ -57,12 +57,12 @@ class LeadEvents(Protocol):
 
 
 class Lead:
-    """Leads `manifest`'s run in terms above `after_term`. `run` returns never; it raises when somebody else leads.
+    """Leads `manifest`'s run in the terms that `next_term` gives. `run` never returns; it raises when another leads.
 
     Args:
         majority: whether these workers are enough for nobody else to be able to lead.
         exact: workers of one stage exchange their gradients in every step.
-        gathered: look for newer seats and addresses.
+        refresh: look for newer seats and addresses.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Lead:
     async def _train_step(self) -> None:
         now, count = self._now(), self._manifest.schedule.microbatches
         workers = [[m.peer for m in self._crew.of_stage(s) if m.works(now)] for s in self._stages]
-        self._plan = plan = StepPlan(count, workers, self._router, min(count, MAX_IN_FLIGHT))
+        self._plan = plan = StepPlan(count, workers, self._router, in_flight_depth(count))
         self._losses = {}
         begun, attempt = now, 0
         self._last_done = {peer: now for stage in workers for peer in stage}
