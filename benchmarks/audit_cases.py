@@ -25,9 +25,10 @@ from tessera.models.config import CodecConfig, ModelConfig, ModelSpec
 from tessera.models.replay import Snapshot, pack_gradients, pack_loss
 from tessera.models.trainer import StageTrainer
 from tessera.training.audit import draw
-from tessera.training.audit_commitment import Commitment, Direction, check_microbatches, payloads_digest
+from tessera.training.audit_commitment import Commitment, Direction, check_microbatches
 from tessera.training.audit_evidence import Evidence, Flow, flow_role
 from tessera.training.audit_log import AuditLog
+from tessera.training.receipts import payloads_digest
 
 RUN = RunId("ab" * 32)
 SEQUENCES, LENGTH, MICROBATCHES = 4, 64, 4

@@ -29,11 +29,12 @@ from tessera.p2p.calls import call, serve_calls
 from tessera.p2p.memory import run_virtual
 from tessera.p2p.transport import Transport
 from tessera.training.audit import AuditConfig, Verdict, settle_credit
-from tessera.training.audit_commitment import accepted, payloads_digest
+from tessera.training.audit_commitment import accepted
 from tessera.training.audit_evidence import Evidence
 from tessera.training.audit_judge import judge
 from tessera.training.audit_log import AUDIT, AuditLog
 from tessera.training.audit_service import Audited
+from tessera.training.receipts import payloads_digest
 
 Handler = Callable[[dict[str, Any]], tuple[dict[str, Any], bytes]]
 

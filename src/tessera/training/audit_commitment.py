@@ -16,6 +16,7 @@ from tessera.core.hashing import sha256
 from tessera.core.ids import PeerId, RunId, parse_peer_id
 from tessera.core.signing import PeerKey, verify_peer
 from tessera.training.audit import MAX_MICROBATCHES, check_place, hex_bytes
+from tessera.training.receipts import payloads_digest
 
 __all__ = [
     "MAX_FLOWS",
@@ -27,7 +28,6 @@ __all__ = [
     "accepted",
     "check_microbatches",
     "check_payloads",
-    "payloads_digest",
 ]
 
 Direction = Literal["forward", "backward"]
@@ -136,11 +136,6 @@ def accepted(receipts: Iterable[SignedReceipt], commitments: Iterable[Commitment
     promises = {(c.run_id, c.step, c.worker): c for c in commitments}
     named = ((r, promises.get((r.run_id, r.step, r.worker))) for r in receipts)
     return [receipt for receipt, promise in named if promise is not None and promise.names(receipt)]
-
-
-def payloads_digest(hashes: Mapping[int, bytes]) -> bytes:
-    """What a receipt's digest is: SHA-256 over index (2 bytes, big-endian) ‖ SHA-256(message), ascending."""
-    return sha256(*(index.to_bytes(2, "big") + hashes[index] for index in sorted(hashes)))
 
 
 def check_payloads(

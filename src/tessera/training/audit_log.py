@@ -35,9 +35,9 @@ from tessera.training.audit_commitment import (
     Sent,
     SignedReceipt,
     check_microbatches,
-    payloads_digest,
 )
 from tessera.training.audit_evidence import ROLES, Role
+from tessera.training.receipts import payloads_digest
 
 __all__ = ["AUDIT", "CHUNK_BYTES", "AuditLog", "serve_audits"]
 
