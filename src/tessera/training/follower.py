@@ -62,7 +62,7 @@ class Follower:
         every: steps of a round, after which the workers of the stage average a part of their state; 0 = they sum
             their gradients in each step instead.
         fetch: the state of another worker of our stage: his open step, and what his trainer saved.
-        committed: told after each step: its number and loss, and whether the run was loaded before it.
+        committed: told after each step: its number, and its loss where there is one.
     """
 
     def __init__(
@@ -98,6 +98,17 @@ class Follower:
         self._missed_commits: set[int] = set()
         self._loaded_at: int | None = None  # a checkpoint that was loaded, until the run has gone on from it
         self._syncing: anyio.CancelScope | None = None
+        self._handlers: dict[str, Callable[[Message], Awaitable[None]]] = {
+            "open": self._open,
+            "load": self._load,
+            "take": self._take,
+            "window": self._window,
+            "reset": self._reset,
+            "drop": self._drop,
+            "prepare": self._prepare,
+            "commit": self._commit,
+            "trained": self._on_trained,
+        }
 
     def state(self) -> Message:
         return {
@@ -159,17 +170,6 @@ class Follower:
     # --- orders -----------------------------------------------------------------------------------------------------
 
     def _hear(self, message: Message) -> None:
-        handlers: dict[str, Callable[[Message], Awaitable[None]]] = {
-            "open": self._open,
-            "load": self._load,
-            "take": self._take,
-            "window": self._window,
-            "reset": self._reset,
-            "drop": self._drop,
-            "prepare": self._prepare,
-            "commit": self._commit,
-            "trained": self._on_trained,
-        }
         op = message["op"]
         if op == "sync":
             self._begin_sync(message)
@@ -178,8 +178,8 @@ class Follower:
                 self._tasks.start_soon(self._restore)
         elif op == "alone":
             self.alone = message.get("alone") is True
-        elif op in handlers:
-            self.work.do(lambda: self._obey(handlers[op], message))
+        elif op in self._handlers:
+            self.work.do(lambda: self._obey(self._handlers[op], message))
         else:
             raise Misbehaviour(f"the lead says {str(op)[:40]!r}", evidence=self.lead)
 
