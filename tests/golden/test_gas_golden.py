@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from chain_gas import gas_table
 from chain_support import memory_chain
+from gas import CONTRACTS, gas_table
 
 
 @pytest.mark.anyio
 async def test_gas_stays_what_it_was(golden: Callable[[str, Any], None]) -> None:
-    golden("tests/golden/chain_gas.json", await gas_table(memory_chain().client()))
+    tables = {contract: await gas_table(contract, memory_chain().client()) for contract in CONTRACTS}
+    golden("tests/golden/gas.json", tables)

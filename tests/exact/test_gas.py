@@ -1,0 +1,21 @@
+"""LocalChain charges what other implementations charge: the same transactions on anvil use the same gas."""
+
+from __future__ import annotations
+
+import pytest
+
+from chain_support import anvil, fund_on_anvil, memory_chain
+from gas import CONTRACTS, PEOPLE, gas_table
+from tessera.chain.client import RpcChain
+from tessera.chain.rpc import HttpRpc
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("contract", CONTRACTS)
+async def test_receipts_use_the_same_gas_as_anvils(contract: str) -> None:
+    with anvil() as url:
+        fund_on_anvil(url, [person.account for person in PEOPLE])
+        rpc = HttpRpc(url)
+        on_anvil = await gas_table(contract, RpcChain(rpc))
+        await rpc.aclose()
+    assert await gas_table(contract, memory_chain().client()) == on_anvil
