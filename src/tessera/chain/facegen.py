@@ -169,7 +169,8 @@ def _python(kind: str) -> str:
         return f"Sequence[{_python(kind[:-2])}]"
     if kind.startswith(("uint", "int")):
         return "int"
-    return {"address": "Account", "bool": "bool", "string": "str"}.get(kind, "bytes")
+    kinds = {"address": "Account", "bool": "bool", "string": "str", "tuple": "tuple[object, ...]"}
+    return kinds.get(kind, "bytes")
 
 
 def _camel(name: str) -> str:

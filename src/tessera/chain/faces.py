@@ -15,7 +15,7 @@ from tessera.chain.types import Chain, Receipt
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
 
-__all__ = ["Coin", "ModelShare"]
+__all__ = ["Coin", "ModelShare", "Run"]
 
 
 class Coin(Contract):
@@ -193,27 +193,15 @@ class ModelShare(Contract):
         ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
     @dataclass(frozen=True, slots=True)
-    class Changed(Event):
-        number: int
-        joiner: Account
-        leaver: Account
-
-        TOPIC: ClassVar[bytes] = bytes.fromhex("ea6e56d650e030076630967b66b4873ccacb01c1848150665fed1efc5f5e241f")
-        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address", "address")
-        PLAIN: ClassVar[tuple[str, ...]] = ()
-        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
-
-    @dataclass(frozen=True, slots=True)
     class Posted(Event):
         epoch: int
         root: bytes
         shares: int
-        signers: int
 
-        TOPIC: ClassVar[bytes] = bytes.fromhex("40eb9076d35da94ec413ad3aa017e31b70529b1a23a20fc1b029bec924ac68ae")
+        TOPIC: ClassVar[bytes] = bytes.fromhex("a1f76143e7f1de78326f1fb1cc1d8d1c2f9ab37aa589d53ebd919721b644beed")
         INDEXED: ClassVar[tuple[str, ...]] = ("uint256",)
-        PLAIN: ClassVar[tuple[str, ...]] = ("bytes32", "uint256", "uint256")
-        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+        PLAIN: ClassVar[tuple[str, ...]] = ("bytes32", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
     @dataclass(frozen=True, slots=True)
     class Redeemed(Event):
@@ -246,10 +234,6 @@ class ModelShare(Contract):
         PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
         ORDER: ClassVar[tuple[int, ...]] = (0, 1)
 
-    class Change(NamedTuple):
-        joiner: Account
-        leaver: Account
-
     class Epoch(NamedTuple):
         root: bytes
         unredeemed: int
@@ -257,17 +241,10 @@ class ModelShare(Contract):
 
     @classmethod
     async def deploy(
-        cls,
-        chain: Chain,
-        key: AccountKey,
-        name: str,
-        symbol: str,
-        asset: Account,
-        run_id: bytes,
-        workers: Sequence[Account],
+        cls, chain: Chain, key: AccountKey, name: str, symbol: str, asset: Account, run_id: bytes, issuer: Account
     ) -> ModelShare:
         """Create a new one."""
-        return cls(chain, await chain.deploy(key, "model_share", name, symbol, asset, run_id, workers))
+        return cls(chain, await chain.deploy(key, "model_share", name, symbol, asset, run_id, issuer))
 
     async def index(self) -> int:
         return await self._call("2986c0e5", (), (), ("uint256",))
@@ -275,11 +252,9 @@ class ModelShare(Contract):
     async def remainder(self) -> int:
         return await self._call("a0684251", (), (), ("uint256",))
 
-    async def post(self, key: AccountKey, epoch: int, root: bytes, shares: int, signatures: Sequence[bytes]) -> Receipt:
-        """Admit an epoch of work. Anyone may send it; the signatures decide."""
-        return await self._send(
-            key, "fd98c1cc", ("uint256", "bytes32", "uint256", "bytes[]"), (epoch, root, shares, signatures)
-        )
+    async def post(self, key: AccountKey, epoch: int, root: bytes, shares: int) -> Receipt:
+        """Admit an epoch of work. Only the issuer can."""
+        return await self._send(key, "976fd2ed", ("uint256", "bytes32", "uint256"), (epoch, root, shares))
 
     async def redeem(
         self, key: AccountKey, epoch: int, holder: Account, shares: int, proof: Sequence[bytes]
@@ -288,30 +263,6 @@ class ModelShare(Contract):
         return await self._send(
             key, "e7ef921a", ("uint256", "address", "uint256", "bytes32[]"), (epoch, holder, shares, proof)
         )
-
-    async def change(
-        self, key: AccountKey, number: int, joiner: Account, leaver: Account, signatures: Sequence[bytes]
-    ) -> Receipt:
-        """Admit `joiner`, remove `leaver`, or both. Anyone may send it; the signatures decide."""
-        return await self._send(
-            key, "0b688ab0", ("uint256", "address", "address", "bytes[]"), (number, joiner, leaver, signatures)
-        )
-
-    async def worker_count(self) -> int:
-        """How many workers there are now: more than two thirds of them decide."""
-        return await self._call("003615c6", (), (), ("uint256",))
-
-    async def change_digest(self, number: int, joiner: Account, leaver: Account) -> bytes:
-        """The EIP-712 digest that workers sign to let somebody in or out."""
-        return await self._call("bfea8806", ("uint256", "address", "address"), (number, joiner, leaver), ("bytes32",))
-
-    async def digest(self, epoch: int, root: bytes, shares: int) -> bytes:
-        """The EIP-712 digest that workers sign to admit an epoch."""
-        return await self._call("35950098", ("uint256", "bytes32", "uint256"), (epoch, root, shares), ("bytes32",))
-
-    async def DOMAIN_SEPARATOR(self) -> bytes:
-        """The EIP-712 domain of this contract."""
-        return await self._call("3644e515", (), (), ("bytes32",))
 
     async def distribute(self, key: AccountKey) -> Receipt:
         """Spread what has arrived since the last time over all shares. Anyone may send it."""
@@ -360,17 +311,14 @@ class ModelShare(Contract):
     async def run_id(self) -> bytes:
         return await self._call("17e0c242", (), (), ("bytes32",))
 
+    async def issuer(self) -> Account:
+        return await self._call("1d143848", (), (), ("address",))
+
     async def name(self) -> str:
         return await self._call("06fdde03", (), (), ("string",))
 
     async def symbol(self) -> str:
         return await self._call("95d89b41", (), (), ("string",))
-
-    async def workers(self, arg0: int) -> Account:
-        return await self._call("f1a22dc2", ("uint256",), (arg0,), ("address",))
-
-    async def is_worker(self, arg0: Account) -> bool:
-        return await self._call("8ecb798e", ("address",), (arg0,), ("bool",))
 
     async def totalSupply(self) -> int:
         return await self._call("18160ddd", (), (), ("uint256",))
@@ -380,12 +328,6 @@ class ModelShare(Contract):
 
     async def allowance(self, arg0: Account, arg1: Account) -> int:
         return await self._call("dd62ed3e", ("address", "address"), (arg0, arg1), ("uint256",))
-
-    async def change_count(self) -> int:
-        return await self._call("dc90bdf8", (), (), ("uint256",))
-
-    async def changes(self, arg0: int) -> Change:
-        return self.Change(*await self._call("8d62c64e", ("uint256",), (arg0,), ("(address,address)",)))
 
     async def epoch_count(self) -> int:
         return await self._call("be1e5416", (), (), ("uint256",))
@@ -398,3 +340,360 @@ class ModelShare(Contract):
 
     async def held(self) -> int:
         return await self._call("a285aed7", (), (), ("uint256",))
+
+
+class Run(Contract):
+    """Who trains one model together, what they risk for it, and which epochs of their work become shares."""
+
+    ARTIFACT: ClassVar[str] = "run"
+
+    @dataclass(frozen=True, slots=True)
+    class Bonded(Event):
+        account: Account
+        peer: bytes
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("9548b764b3ce2dfa489efc4b0efe199c26b482f845c6c07eef2ca417ed1030ce")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address", "bytes32")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class Drawn(Event):
+        account: Account
+        stage: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("8c1b67e87f3112e697c917245ce572387b69385fedf29a6b61b7916ad469afa0")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address", "uint256")
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class Began(Event):
+        share: Account
+        workers: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("0d5e2f3a3422b1fcd4172cfaa2794f4815138862339ca290e4c4a5abd07f98e8")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class Changed(Event):
+        number: int
+        joiner: Account
+        leaver: Account
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("ea6e56d650e030076630967b66b4873ccacb01c1848150665fed1efc5f5e241f")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class Leaving(Event):
+        account: Account
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("df8440a63de6986871e9248709644cf37a19685b4301326f81e36de4b1da6098")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address",)
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0,)
+
+    @dataclass(frozen=True, slots=True)
+    class Left(Event):
+        account: Account
+        free_at: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("af65ecdc8a0d3ea90c8344c89e7001864fddf59dfdf41da2994463fe99049a59")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class Withdrawn(Event):
+        account: Account
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("7084f5476618d8e60b11ef0d7d3f06914655adb8793e28ff7f018d4c76d505d5")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class Proposed(Event):
+        epoch: int
+        attempt: int
+        root: bytes
+        shares: int
+        opens_at: int
+        signers: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("14ab47396894b60319e850dedc31ac849b1d4ac7ad42611a803dc9d93acafa9f")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "bytes32", "uint256", "uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5)
+
+    @dataclass(frozen=True, slots=True)
+    class Struck(Event):
+        epoch: int
+        attempt: int
+        evidence: bytes
+        signers: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("7f0c17b83a4827052640abfaab45054d6dc06839e296fc0a4f7e4b32d028307a")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "bytes32", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+
+    @dataclass(frozen=True, slots=True)
+    class Slashed(Event):
+        worker: Account
+        challenger: Account
+        evidence: bytes
+        amount: int
+        reward: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("23c5655ec4fa6cd89b113f0ea95b8e5b7d70993d61a577d90d9a4b9c5ee64002")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("bytes32", "uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
+
+    class Term(NamedTuple):
+        stages: int
+        most: int
+        stake: int
+        window_s: int
+        delay_s: int
+        reward_bps: int
+        epochs: int
+        early_bps: int
+        epoch_shares: int
+        invited: bool
+
+    class Member(NamedTuple):
+        status: int
+        stage: int
+        peer: bytes
+        bond: int
+        since: int
+        beacon: int
+
+    class Change(NamedTuple):
+        joiner: Account
+        leaver: Account
+
+    @classmethod
+    async def deploy(
+        cls, chain: Chain, key: AccountKey, asset: Account, run_id: bytes, terms: tuple[object, ...]
+    ) -> Run:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "run", asset, run_id, terms))
+
+    async def bond(
+        self,
+        key: AccountKey,
+        worker: Account,
+        peer: bytes,
+        valid_after: int,
+        valid_before: int,
+        v: int,
+        r: bytes,
+        s: bytes,
+    ) -> Receipt:
+        """Become a candidate. The stake comes by the worker's EIP-3009 authorization, so that he needs no gas."""
+        return await self._send(
+            key,
+            "7097a4cb",
+            ("address", "bytes32", "uint256", "uint256", "uint8", "bytes32", "bytes32"),
+            (worker, peer, valid_after, valid_before, v, r, s),
+        )
+
+    async def draw(self, key: AccountKey, account: Account) -> Receipt:
+        """Give a candidate his stage: one of the least served, by the hash of the block that took his bond. Anyone
+        may send it, from the next block on. When that hash is out of reach (after 256 blocks) a later one draws.
+        """
+        return await self._send(key, "47a59b74", ("address",), (account,))
+
+    async def begin(self, key: AccountKey, share: Account, founders: Sequence[Account]) -> Receipt:
+        """Start with these candidates, who serve every stage. Once, by the creator."""
+        return await self._send(key, "556dca79", ("address", "address[]"), (share, founders))
+
+    async def change(
+        self, key: AccountKey, number: int, joiner: Account, leaver: Account, signatures: Sequence[bytes]
+    ) -> Receipt:
+        """Admit `joiner`, let `leaver` go, or both. Anyone may send it; the signatures decide."""
+        return await self._send(
+            key, "0b688ab0", ("uint256", "address", "address", "bytes[]"), (number, joiner, leaver, signatures)
+        )
+
+    async def expire(self, key: AccountKey, candidate: Account) -> Receipt:
+        """Give up a candidate whom the workers have not taken in within an hour of his draw, or who was never drawn.
+        His bond is free after the delay. Anyone may send it.
+        """
+        return await self._send(key, "c8db233e", ("address",), (candidate,))
+
+    async def leave(self, key: AccountKey) -> Receipt:
+        """Say that one wants to leave: the next candidates are drawn to the caller's stage. He goes on working until
+        the others let him go by `change`, or until the delay is over and he goes by `exit`.
+        """
+        return await self._send(key, "d66d9e19", (), ())
+
+    async def exit(self, key: AccountKey) -> Receipt:
+        """Go without the others' signatures, a delay after `leave`. The bond is free after another delay."""
+        return await self._send(key, "e9fad8ee", (), ())
+
+    async def withdraw(self, key: AccountKey, account: Account) -> Receipt:
+        """Pay back the bond of who has left, to himself, when the delay is over. Anyone may send it."""
+        return await self._send(key, "51cff8d9", ("address",), (account,))
+
+    async def propose(
+        self, key: AccountKey, epoch: int, root: bytes, shares: int, signatures: Sequence[bytes]
+    ) -> Receipt:
+        """Propose an epoch of work. Anyone may send it; the signatures decide."""
+        return await self._send(
+            key, "b75d40d9", ("uint256", "bytes32", "uint256", "bytes[]"), (epoch, root, shares, signatures)
+        )
+
+    async def strike(
+        self,
+        key: AccountKey,
+        epoch: int,
+        root: bytes,
+        shares: int,
+        opens_at: int,
+        evidence: bytes,
+        signatures: Sequence[bytes],
+    ) -> Receipt:
+        """Strike out a waiting proposal. A third of the workers is enough: it costs nothing but another proposal."""
+        return await self._send(
+            key,
+            "1c70cb7d",
+            ("uint256", "bytes32", "uint256", "uint256", "bytes32", "bytes[]"),
+            (epoch, root, shares, opens_at, evidence, signatures),
+        )
+
+    async def post(self, key: AccountKey, epoch: int, root: bytes, shares: int, opens_at: int) -> Receipt:
+        """Make shares of the proposal whose challenge window is over. Anyone may send it."""
+        return await self._send(
+            key, "bcd086a7", ("uint256", "bytes32", "uint256", "uint256"), (epoch, root, shares, opens_at)
+        )
+
+    async def slash(
+        self, key: AccountKey, worker: Account, evidence: bytes, challenger: Account, signatures: Sequence[bytes]
+    ) -> Receipt:
+        """Take the bond of who failed an audit, or signed what is false: by more than two thirds of the other
+        workers.
+        """
+        return await self._send(
+            key, "d6247efb", ("address", "bytes32", "address", "bytes[]"), (worker, evidence, challenger, signatures)
+        )
+
+    async def contradict(
+        self,
+        key: AccountKey,
+        worker: Account,
+        subject: bytes,
+        content: bytes,
+        signature: bytes,
+        other: bytes,
+        other_signature: bytes,
+    ) -> Receipt:
+        """Take the bond of who signed two receipts that contradict each other: one subject, two contents. Anyone may
+        send it, and is rewarded; no worker's consent is needed.
+        """
+        return await self._send(
+            key,
+            "7c337d5b",
+            ("address", "bytes32", "bytes32", "bytes", "bytes32", "bytes"),
+            (worker, subject, content, signature, other, other_signature),
+        )
+
+    async def worker_count(self) -> int:
+        """How many workers there are now: more than two thirds of them decide."""
+        return await self._call("003615c6", (), (), ("uint256",))
+
+    async def cap(self, epoch: int) -> int:
+        """The most shares that an epoch can become."""
+        return await self._call("ff2ad8e4", ("uint256",), (epoch,), ("uint256",))
+
+    async def bond_nonce(self, worker: Account, peer: bytes) -> bytes:
+        """The nonce of the EIP-3009 authorization that pays a worker's stake."""
+        return await self._call("becd24c3", ("address", "bytes32"), (worker, peer), ("bytes32",))
+
+    async def epoch_digest(self, epoch: int, attempt: int, root: bytes, shares: int) -> bytes:
+        """The EIP-712 digest that workers sign to propose an epoch."""
+        return await self._call(
+            "f557318d", ("uint256", "uint256", "bytes32", "uint256"), (epoch, attempt, root, shares), ("bytes32",)
+        )
+
+    async def strike_digest(self, epoch: int, attempt: int, evidence: bytes) -> bytes:
+        """The EIP-712 digest that workers sign to strike a proposal."""
+        return await self._call("b952f20b", ("uint256", "uint256", "bytes32"), (epoch, attempt, evidence), ("bytes32",))
+
+    async def change_digest(self, number: int, joiner: Account, leaver: Account) -> bytes:
+        """The EIP-712 digest that workers sign to let somebody in or out."""
+        return await self._call("bfea8806", ("uint256", "address", "address"), (number, joiner, leaver), ("bytes32",))
+
+    async def slash_digest(self, worker: Account, evidence: bytes, challenger: Account) -> bytes:
+        """The EIP-712 digest that workers sign to take a bond."""
+        return await self._call(
+            "50efa9a2", ("address", "bytes32", "address"), (worker, evidence, challenger), ("bytes32",)
+        )
+
+    async def receipt_digest(self, subject: bytes, content: bytes) -> bytes:
+        """The EIP-712 digest of a receipt that can be held against its signer here."""
+        return await self._call("fd78e4bc", ("bytes32", "bytes32"), (subject, content), ("bytes32",))
+
+    async def DOMAIN_SEPARATOR(self) -> bytes:
+        """The EIP-712 domain of this contract."""
+        return await self._call("3644e515", (), (), ("bytes32",))
+
+    async def asset(self) -> Account:
+        return await self._call("38d52e0f", (), (), ("address",))
+
+    async def run_id(self) -> bytes:
+        return await self._call("17e0c242", (), (), ("bytes32",))
+
+    async def creator(self) -> Account:
+        return await self._call("02d05d3f", (), (), ("address",))
+
+    async def terms(self) -> Term:
+        return self.Term(
+            *await self._call(
+                "d5025625", (), (), ("(uint256,uint256,uint256,uint256,uint256,uint256,uint256,uint256,uint256,bool)",)
+            )
+        )
+
+    async def share(self) -> Account:
+        return await self._call("a8d5fd65", (), (), ("address",))
+
+    async def members(self, arg0: Account) -> Member:
+        return self.Member(
+            *await self._call("08ae4b0c", ("address",), (arg0,), ("(uint256,uint256,bytes32,uint256,uint256,uint256)",))
+        )
+
+    async def peers(self, arg0: bytes) -> Account:
+        return await self._call("8030b496", ("bytes32",), (arg0,), ("address",))
+
+    async def served(self, arg0: int) -> int:
+        return await self._call("32b1c5ce", ("uint256",), (arg0,), ("uint256",))
+
+    async def workers(self, arg0: int) -> Account:
+        return await self._call("f1a22dc2", ("uint256",), (arg0,), ("address",))
+
+    async def is_worker(self, arg0: Account) -> bool:
+        return await self._call("8ecb798e", ("address",), (arg0,), ("bool",))
+
+    async def bonded(self) -> int:
+        return await self._call("e88dc357", (), (), ("uint256",))
+
+    async def change_count(self) -> int:
+        return await self._call("dc90bdf8", (), (), ("uint256",))
+
+    async def changes(self, arg0: int) -> Change:
+        return self.Change(*await self._call("8d62c64e", ("uint256",), (arg0,), ("(address,address)",)))
+
+    async def attempt(self) -> int:
+        return await self._call("732b7a8d", (), (), ("uint256",))
+
+    async def pending(self) -> bytes:
+        return await self._call("e20ccec3", (), (), ("bytes32",))

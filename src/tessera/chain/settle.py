@@ -1,4 +1,4 @@
-"""Settlement, computed beside the chain: what workers sign, and the books of a share contract.
+"""The books of a share contract, computed beside the chain.
 
 `income_table` reads everything at the chain and raises unless the books balance to the last unit:
 
@@ -12,49 +12,12 @@ from dataclasses import dataclass
 
 from tessera.chain.faces import Coin, ModelShare
 from tessera.chain.types import Chain
-from tessera.core.errors import Invalid, Misbehaviour
-from tessera.core.hashing import keccak
-from tessera.core.ids import Account, RunId, parse_account, parse_run_id
+from tessera.core.errors import Misbehaviour
+from tessera.core.ids import Account
 
-__all__ = ["NOBODY", "IncomeTable", "change_digest", "epoch_digest", "income_table"]
+__all__ = ["IncomeTable", "income_table"]
 
 SCALE = 2**128  # as in contracts/modules/accrual.vy
-NOBODY = Account("0x" + "00" * 20)  # in a change of workers: nobody joins, or nobody leaves
-
-_DOMAIN_TYPE = keccak(b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)")
-_EPOCH_TYPE = keccak(b"Epoch(bytes32 runId,uint256 epoch,bytes32 root,uint256 shares)")
-_CHANGE_TYPE = keccak(b"Change(bytes32 runId,uint256 number,address joiner,address leaver)")
-_NAME, _VERSION = keccak(b"Tessera model share"), keccak(b"1")
-
-
-def epoch_digest(chain_id: int, share: Account, run_id: RunId, epoch: int, root: bytes, shares: int) -> bytes:
-    """The 32 bytes that a worker signs to admit an epoch: EIP-712, bound to this chain and this contract.
-
-    Equal to the contract's `digest(epoch, root, shares)`; computed here, because a signer must not ask others what it
-    signs. Raises `Invalid` for a number outside uint256 or a root that has not 32 bytes.
-    """
-    if len(root) != 32:
-        raise Invalid(f"a root has 32 bytes, not {len(root)}")
-    return _typed(chain_id, share, _EPOCH_TYPE, run_id, _word(epoch) + root + _word(shares))
-
-
-def change_digest(
-    chain_id: int, share: Account, run_id: RunId, number: int, joiner: Account = NOBODY, leaver: Account = NOBODY
-) -> bytes:
-    """The 32 bytes that a worker signs to let `joiner` in, or `leaver` out.
-
-    Equal to the contract's `change_digest(number, joiner, leaver)`.
-    """
-    accounts = b"".join(bytes(12) + bytes.fromhex(parse_account(account)[2:]) for account in (joiner, leaver))
-    return _typed(chain_id, share, _CHANGE_TYPE, run_id, _word(number) + accounts)
-
-
-def _typed(chain_id: int, share: Account, kind: bytes, run_id: RunId, fields: bytes) -> bytes:
-    """EIP-712: a struct of type `kind` whose first field is the run, bound to this chain and this contract."""
-    contract = bytes.fromhex(parse_account(share)[2:])
-    domain = keccak(_DOMAIN_TYPE + _NAME + _VERSION + _word(chain_id) + bytes(12) + contract)
-    run = bytes.fromhex(parse_run_id(run_id))
-    return keccak(b"\x19\x01" + domain + keccak(kind + run + fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +116,3 @@ def _sums(pairs: Iterable[tuple[Account, int]]) -> dict[Account, int]:
 
 def _topic(account: Account) -> bytes:
     return bytes(12) + bytes.fromhex(account[2:])
-
-
-def _word(number: int) -> bytes:
-    if type(number) is not int or not 0 <= number < 2**256:
-        raise Invalid(f"not a uint256: {number!r}")
-    return number.to_bytes(32, "big")
