@@ -7,18 +7,21 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tessera.chain.faces import Coin, ModelShare
+from tessera.chain import abi
+from tessera.chain.client import RpcChain
+from tessera.chain.consent import NOBODY, Consent
+from tessera.chain.face import decode_events
+from tessera.chain.faces import Coin, ModelShare, Run
 from tessera.chain.local import LocalChain
-from tessera.chain.settle import epoch_digest
-from tessera.chain.types import Chain
+from tessera.chain.types import Chain, Receipt
 from tessera.core.clock import FakeClock
 from tessera.core.hashing import keccak
 from tessera.core.ids import Account, RunId
@@ -38,31 +41,114 @@ def key(name: str) -> AccountKey:
 
 WORKERS = sorted((key(f"worker {i}") for i in range(4)), key=lambda k: int(k.account, 16))
 
+# Two stages, and no challenge window: what is proposed can be posted at once.
+TERMS = Run.Term(
+    stages=2, most=3, stake=1_000, window_s=0, delay_s=3_600, reward_bps=1_000,
+    epochs=1_000, early_bps=20_000, epoch_shares=2**96, invited=False,
+)  # fmt: skip
+
+
+def peer_of(worker: AccountKey) -> bytes:
+    """The ed25519 key under which a worker's node is found: always the same."""
+    return keccak(b"peer of " + worker.account.encode())
+
+
+def ascending(signers: Iterable[AccountKey]) -> list[AccountKey]:
+    """In the order in which the contract wants signatures."""
+    return sorted(signers, key=lambda k: int(k.account, 16))
+
+
+def split(signature: bytes) -> tuple[int, bytes, bytes]:
+    """v, r, s of 65 bytes."""
+    return signature[64], signature[:32], signature[32:64]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An epoch that waits out its challenge window. The first four fields are what `post` and `strike` take."""
+
+    epoch: int
+    root: bytes
+    shares: int
+    opens_at: int
+    tree: MerkleTree
+    receipt: Receipt
+
+    @property
+    def fields(self) -> tuple[int, bytes, int, int]:
+        return self.epoch, self.root, self.shares, self.opens_at
+
 
 @dataclass
 class World:
-    """A coin and a share contract for four workers."""
+    """A coin, a run and its share contract, for four workers with a bond each."""
 
     chain: Chain
     coin: Coin
+    run: Run
     share: ModelShare
     local: LocalChain | None = None
+    workers: list[AccountKey] = field(default_factory=lambda: list(WORKERS))  # the first of them sends
 
-    async def post(
-        self, shares: Mapping[Account, int], signers: Sequence[AccountKey] = tuple(WORKERS[:3])
-    ) -> MerkleTree:
-        """Admit an epoch with these leaves."""
-        epoch = await self.share.epoch_count()
+    async def consent(self) -> Consent:
+        """What this run's workers sign."""
+        return Consent(await self.chain.chain_id(), self.run.address, RUN_ID)
+
+    async def bond(self, worker: AccountKey, *, peer: bytes | None = None, sender: AccountKey | None = None) -> Receipt:
+        """`worker` bonds, by his signature; he gets the coins before."""
+        peer = peer or peer_of(worker)
+        stake, v, r, s = (await self.run.terms()).stake, 27, bytes(32), bytes(32)
+        if stake:
+            await self.coin.mint(worker, worker.account, stake)
+            v, r, s = split(await self.authorization(worker, peer, stake))
+        return await self.run.bond(sender or WORKERS[0], worker.account, peer, 0, 2**40, v, r, s)
+
+    async def authorization(self, worker: AccountKey, peer: bytes, amount: int, kind: str = "Receive") -> bytes:
+        """`worker`'s EIP-3009 signature over his stake."""
+        nonce = (await self.consent()).bond_nonce(worker.account, peer)
+        values = (worker.account, self.run.address, amount, 0, 2**40, nonce)
+        return await sign_payment(self.coin, worker, f"{kind}WithAuthorization", values)
+
+    async def candidate(self, worker: AccountKey) -> int:
+        """`worker` bonds and is drawn a stage, which is returned."""
+        await self.bond(worker)
+        receipt = await self.run.draw(WORKERS[0], worker.account)
+        (drawn,) = decode_events(Run.Drawn, self.run.address, receipt)
+        return drawn.stage
+
+    async def change(
+        self, *, joiner: Account = NOBODY, leaver: Account = NOBODY, signers: Sequence[AccountKey] | None = None
+    ) -> Receipt:
+        """One joins, one leaves, or both; signed by all workers."""
+        number = await self.run.change_count()
+        digest = (await self.consent()).change(number, joiner, leaver)
+        signatures = [k.sign_digest(digest) for k in ascending(self.workers if signers is None else signers)]
+        return await self.run.change(WORKERS[0], number, joiner, leaver, signatures)
+
+    async def propose(self, shares: Mapping[Account, int], signers: Sequence[AccountKey] | None = None) -> Proposal:
+        """Propose an epoch with these leaves, signed by all workers."""
+        epoch, attempt = await self.share.epoch_count(), await self.run.attempt()
         tree = MerkleTree([share_leaf(epoch, account, amount) for account, amount in shares.items()])
         total = sum(shares.values())
-        digest = epoch_digest(await self.chain.chain_id(), self.share.address, RUN_ID, epoch, tree.root, total)
-        await self.share.post(WORKERS[0], epoch, tree.root, total, [k.sign_digest(digest) for k in signers])
-        return tree
+        digest = (await self.consent()).epoch(epoch, attempt, tree.root, total)
+        signatures = [k.sign_digest(digest) for k in ascending(self.workers if signers is None else signers)]
+        receipt = await self.run.propose(WORKERS[0], epoch, tree.root, total, signatures)
+        (proposed,) = decode_events(Run.Proposed, self.run.address, receipt)
+        return Proposal(epoch, tree.root, total, proposed.opens_at, tree, receipt)
+
+    async def epoch(self, shares: Mapping[Account, int], signers: Sequence[AccountKey] | None = None) -> MerkleTree:
+        """Propose an epoch with these leaves, wait out its window, and post it."""
+        proposal = await self.propose(shares, signers)
+        window_s = (await self.run.terms()).window_s
+        if window_s:
+            await self.wait(window_s)
+        await self.run.post(WORKERS[0], *proposal.fields)
+        return proposal.tree
 
     async def give(self, shares: Mapping[Account, int]) -> None:
         """Admit an epoch and redeem all of it."""
         epoch = await self.share.epoch_count()
-        tree = await self.post(shares)
+        tree = await self.epoch(shares)
         for index, (account, amount) in enumerate(shares.items()):
             await self.share.redeem(WORKERS[0], epoch, account, amount, tree.proof(index))
 
@@ -71,12 +157,33 @@ class World:
         await self.coin.mint(WORKERS[0], self.share.address, amount)
         await self.share.distribute(WORKERS[0])
 
+    async def wait(self, seconds: int) -> None:
+        """Time passes on a development chain."""
+        assert isinstance(self.chain, RpcChain)
+        await self.chain.request("evm_increaseTime", [seconds])
 
-async def make_world(chain: Chain, local: LocalChain | None = None) -> World:
-    coin = await Coin.deploy(chain, WORKERS[0])
-    accounts = [k.account for k in WORKERS]
-    share = await ModelShare.deploy(chain, WORKERS[0], "Model A", "MDLA", coin.address, bytes.fromhex(RUN_ID), accounts)
-    return World(chain, coin, share, local)
+
+async def sign_payment(coin: Coin, payer: AccountKey, kind: str, values: tuple[object, ...]) -> bytes:
+    """`payer`'s EIP-3009 signature: `values` are from, to, value, validAfter, validBefore and nonce."""
+    kinds = ("address", "address", "uint256", "uint256", "uint256", "bytes32")
+    fields = "address from,address to,uint256 value,uint256 validAfter,uint256 validBefore,bytes32 nonce"
+    struct = keccak(keccak(f"{kind}({fields})".encode()) + abi.encode(kinds, values))
+    return payer.sign_digest(keccak(b"\x19\x01" + await coin.DOMAIN_SEPARATOR() + struct))
+
+
+async def make_world(
+    chain: Chain, local: LocalChain | None = None, terms: Run.Term = TERMS, founders: Sequence[AccountKey] = WORKERS
+) -> World:
+    """A run that has begun with `founders`, made by the first worker."""
+    creator = WORKERS[0]
+    coin = await Coin.deploy(chain, creator)
+    run = await Run.deploy(chain, creator, coin.address, bytes.fromhex(RUN_ID), terms)
+    share = await ModelShare.deploy(chain, creator, "Model A", "MDLA", coin.address, bytes.fromhex(RUN_ID), run.address)
+    world = World(chain, coin, run, share, local, list(founders))
+    for founder in founders:
+        await world.candidate(founder)
+    await run.begin(creator, share.address, [founder.account for founder in founders])
+    return world
 
 
 def memory_chain() -> LocalChain:
@@ -102,7 +209,8 @@ async def local_world() -> World:
         assert kept.local.revert(_snapshot.pop())
     _snapshot.append(kept.local.snapshot())
     chain = kept.local.client()
-    return World(chain, Coin(chain, kept.coin.address), ModelShare(chain, kept.share.address), kept.local)
+    coin, run, share = kept.coin.address, kept.run.address, kept.share.address
+    return World(chain, Coin(chain, coin), Run(chain, run), ModelShare(chain, share), kept.local)
 
 
 def anvil_binary() -> Path | None:

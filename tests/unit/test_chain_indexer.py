@@ -27,7 +27,7 @@ async def world() -> World:
     await world.share.distribute(WORKERS[0])
     await world.share.claim(key("holder"))
     await world.share.transfer(key("holder"), key("third").account, 2)
-    await world.post({OTHER: 6})
+    await world.epoch({OTHER: 6})
     return world
 
 

@@ -37,8 +37,8 @@ async def digest_of(world: World, epoch: int, root: bytes, shares: int) -> bytes
 
 async def test_an_epoch_needs_more_than_two_thirds_of_the_workers(world: World) -> None:
     with pytest.raises(Refused, match="too few signatures"):
-        await world.post({HOLDER: 10}, WORKERS[:2])
-    await world.post({HOLDER: 10}, WORKERS[:3])
+        await world.epoch({HOLDER: 10}, WORKERS[:2])
+    await world.epoch({HOLDER: 10}, WORKERS[:3])
     assert await world.share.epoch_count() == 1
 
 
@@ -144,10 +144,10 @@ async def test_an_epoch_has_between_one_and_2_128_shares(world: World, shares: i
 
 
 async def test_all_epochs_together_stay_below_2_128_shares(world: World) -> None:
-    await world.post({HOLDER: 2**128 - 2})
+    await world.epoch({HOLDER: 2**128 - 2})
     with pytest.raises(Invalid, match="too many shares"):
-        await world.post({HOLDER: 2})
-    await world.post({HOLDER: 1})
+        await world.epoch({HOLDER: 2})
+    await world.epoch({HOLDER: 1})
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ async def test_the_asset_must_be_a_contract() -> None:
 
 
 async def test_a_posted_epoch_counts_before_it_is_redeemed(world: World) -> None:
-    await world.post({HOLDER: 10, OTHER: 30})
+    await world.epoch({HOLDER: 10, OTHER: 30})
     assert await world.share.totalSupply() == 40
     assert await world.share.balanceOf(HOLDER) == 0
     assert (await world.share.epochs(0)).unredeemed == 40
@@ -182,7 +182,7 @@ async def test_a_posted_epoch_counts_before_it_is_redeemed(world: World) -> None
 
 async def test_redeeming_late_loses_nothing(world: World) -> None:
     who = [key(f"late {i}").account for i in range(7)]
-    tree = await world.post({account: i + 1 for i, account in enumerate(who)})
+    tree = await world.epoch({account: i + 1 for i, account in enumerate(who)})
     await world.earn(28_000)
     for i, account in enumerate(who):
         await world.share.redeem(key("stranger"), 0, account, i + 1, tree.proof(i))
@@ -200,8 +200,8 @@ async def test_a_leaf_is_redeemed_once(world: World) -> None:
 
 @pytest.mark.parametrize("change", ["epoch", "holder", "shares", "proof", "no epoch"])
 async def test_only_what_was_posted_can_be_redeemed(world: World, change: str) -> None:
-    tree = await world.post({HOLDER: 10, OTHER: 30})
-    await world.post({HOLDER: 11, OTHER: 30})
+    tree = await world.epoch({HOLDER: 10, OTHER: 30})
+    await world.epoch({HOLDER: 11, OTHER: 30})
     with pytest.raises(Invalid, match="bad proof"):
         await world.share.redeem(
             WORKERS[0],
@@ -214,7 +214,7 @@ async def test_only_what_was_posted_can_be_redeemed(world: World, change: str) -
 
 async def test_an_inner_node_of_the_tree_is_no_leaf(world: World) -> None:
     """A leaf is hashed twice: otherwise a node's two halves could be shown as somebody's shares."""
-    tree = await world.post({key(f"holder {i}").account: i + 1 for i in range(4)})
+    tree = await world.epoch({key(f"holder {i}").account: i + 1 for i in range(4)})
     with pytest.raises(Invalid, match="bad proof"):
         await world.share.redeem(WORKERS[0], 0, HOLDER, int.from_bytes(tree.proof(0)[1], "big"), tree.proof(0)[1:])
 
@@ -229,7 +229,7 @@ async def test_a_root_that_promises_too_much_pays_only_what_was_posted(world: Wo
 
 
 async def test_neither_nobody_nor_the_contract_can_hold_shares(world: World) -> None:
-    tree = await world.post({ZERO: 5, world.share.address: 5})
+    tree = await world.epoch({ZERO: 5, world.share.address: 5})
     for index, holder in enumerate([ZERO, world.share.address]):
         with pytest.raises(Invalid, match="bad holder"):
             await world.share.redeem(WORKERS[0], 0, holder, 5, tree.proof(index))
@@ -385,7 +385,7 @@ async def test_the_contract_says_what_it_is(world: World) -> None:
 
 
 async def test_the_books_balance_to_the_last_unit(world: World) -> None:
-    tree = await world.post({HOLDER: 7, OTHER: 5, key("absent").account: 9})
+    tree = await world.epoch({HOLDER: 7, OTHER: 5, key("absent").account: 9})
     await world.share.redeem(WORKERS[0], 0, HOLDER, 7, tree.proof(0))
     await world.earn(1_000)
     await world.share.claim(key("holder"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eth_abi import abi as eth_abi
@@ -12,7 +12,15 @@ from eth_abi.exceptions import DecodingError, EncodingError, ParseError
 from tessera.core.errors import Invalid
 from tessera.core.ids import parse_account
 
-__all__ = ["decode", "encode", "plain"]
+__all__ = ["decode", "encode", "plain", "type_of"]
+
+
+def type_of(item: Mapping[str, Any]) -> str:
+    """The type of an ABI entry's input or output as signatures write it: a struct is its fields in parentheses."""
+    kind: str = item["type"]
+    if kind.startswith("tuple"):
+        return "(" + ",".join(type_of(part) for part in item["components"]) + ")" + kind.removeprefix("tuple")
+    return kind
 
 
 def encode(types: Sequence[str], values: Sequence[Any]) -> bytes:

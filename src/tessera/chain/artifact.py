@@ -28,7 +28,7 @@ class Artifact:
     def init_code(self, *args: Any) -> bytes:
         """What a transaction carries to deploy it with these constructor arguments."""
         entry = next((item for item in self.abi if item["type"] == "constructor"), None)
-        types = [item["type"] for item in entry["inputs"]] if entry else []
+        types = [abi.type_of(item) for item in entry["inputs"]] if entry else []
         return self.bytecode + abi.encode(types, args)
 
 

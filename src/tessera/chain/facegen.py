@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from tessera.chain.abi import type_of
 from tessera.core.hashing import keccak
 
 __all__ = ["faces_source"]
@@ -107,12 +108,12 @@ def _method(group: list[Entry], docs: dict[str, Any]) -> str:
 
 def _invoke(entry: Entry, writes: bool) -> str:
     selector = keccak(_signature(entry["name"], entry["inputs"]).encode())[:4].hex()
-    types = tuple(_abi_type(item) for item in entry["inputs"])
+    types = tuple(type_of(item) for item in entry["inputs"])
     names = [_name(item) for item in entry["inputs"]]
     values = f"({', '.join(names)}{',' if len(names) == 1 else ''})"
     if writes:
         return f'await self._send(key, "{selector}", {types!r}, {values})'
-    call = f'await self._call("{selector}", {types!r}, {values}, {tuple(_abi_type(o) for o in entry["outputs"])!r})'
+    call = f'await self._call("{selector}", {types!r}, {values}, {tuple(type_of(o) for o in entry["outputs"])!r})'
     return f"self.{_struct_name(entry)}(*{call})" if _returns_struct(entry) else call
 
 
@@ -154,14 +155,7 @@ def _field(name: str) -> str:
 
 
 def _signature(name: str, inputs: Iterable[Entry]) -> str:
-    return f"{name}({','.join(_abi_type(item) for item in inputs)})"
-
-
-def _abi_type(item: Entry) -> str:
-    kind: str = item["type"]
-    if kind.startswith("tuple"):
-        return "(" + ",".join(_abi_type(part) for part in item["components"]) + ")" + kind.removeprefix("tuple")
-    return kind
+    return f"{name}({','.join(type_of(item) for item in inputs)})"
 
 
 def _python(kind: str) -> str:
