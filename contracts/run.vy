@@ -39,8 +39,10 @@ MAX_WORKERS: constant(uint256) = 128
 MAX_REWARD: constant(uint256) = 5_000  # bps: who proves his own fault must not get most of it back
 BPS: constant(uint256) = 10_000
 DAY: constant(uint256) = 86_400
-MAX_EPOCH_SHARES: constant(uint256) = 2**96  # the share contract holds 2**128: no proposal may be too large to post
+MAX_EPOCHS: constant(uint256) = 2**24
+MAX_EPOCH_SHARES: constant(uint256) = 2**96  # all epochs at 100 times the weight stay below the 2**128 of `model_share`
 CANDIDATE_S: constant(uint256) = 3_600  # how long the workers have to take a candidate in
+NOTHING: constant(bytes32) = keccak256("nothing waits")  # not zero: a slot that is never empty is cheaper to fill
 DOMAIN_NAME: constant(String[11]) = "Tessera run"
 DOMAIN_VERSION: constant(String[1]) = "1"
 EPOCH_TYPE: constant(bytes32) = keccak256(
@@ -114,15 +116,14 @@ terms: public(immutable(Terms))
 
 share: public(IShare)  # empty before `begin`
 members: public(HashMap[address, Member])
-peers: public(HashMap[bytes32, address])  # one peer, one account
+peers: public(HashMap[bytes32, address])  # of workers, past ones too: one peer, one account
 served: public(HashMap[uint256, uint256])  # by stage: who is there, or on his way there, and stays
 workers: public(DynArray[address, MAX_WORKERS])  # the present ones, in no lasting order
-is_worker: public(HashMap[address, bool])
 bonded: public(uint256)
 change_count: public(uint256)
 changes: public(HashMap[uint256, Change])
 attempt: public(uint256)  # proposals struck, over all epochs
-pending: public(bytes32)  # hash of what waits out its window; empty when nothing does
+waiting: bytes32  # hash of the proposal that waits out its window, or NOTHING
 
 
 event Bonded:
@@ -188,11 +189,14 @@ def __init__(asset_: IERC20, run_id_: bytes32, terms_: Terms):
     assert terms_.delay_s <= 365 * DAY, "run: delay above a year"
     assert terms_.reward_bps <= MAX_REWARD, "run: reward above half"
     assert terms_.early_bps >= BPS and terms_.early_bps <= 100 * BPS, "run: bad early weight"
-    assert terms_.epochs > 0 and terms_.epoch_shares <= MAX_EPOCH_SHARES, "run: bad schedule"
+    assert terms_.epochs > 0 and terms_.epochs <= MAX_EPOCHS, "run: bad schedule"
+    assert terms_.epoch_shares <= MAX_EPOCH_SHARES, "run: bad schedule"
+    assert terms_.invited or terms_.stake > 0, "run: open to all without a stake"
     asset = asset_
     run_id = run_id_
     creator = msg.sender
     terms = terms_
+    self.waiting = NOTHING
 
 
 # --- coming -----------------------------------------------------------------------------------------------------------
@@ -203,27 +207,22 @@ def bond(worker: address, peer: bytes32, valid_after: uint256, valid_before: uin
     """
     @notice Become a candidate. The stake comes by the worker's EIP-3009 authorization, so that he needs no gas.
     @dev The authorization's nonce is `bond_nonce`, and only its receiver, which is this contract, can use it: whoever
-         sees it first can do nothing with it but this. Without a stake the worker or the creator calls, and the
-         authorization is not looked at.
-    @param peer The ed25519 key of the worker's node.
+         sees it first can do nothing with it but this. Without a stake only the creator calls, because such a run is
+         invited, and the authorization is not looked at.
+    @param peer The ed25519 key of the worker's node. Somebody else may name it too, for nothing: the workers take in
+           the account that the peer itself names.
     """
     assert not terms.invited or msg.sender == creator, "run: only by invitation"
     assert self.members[worker].status == empty(Status) and worker != empty(address), "run: account had a seat"
     assert self.peers[peer] == empty(address) and peer != empty(bytes32), "run: peer had a seat"
     amount: uint256 = terms.stake
-    self.peers[peer] = worker
     self.members[worker] = Member(
         status=Status.BONDED, stage=0, peer=peer, bond=amount, since=block.timestamp, beacon=block.number
     )
     self.bonded += amount
     log Bonded(account=worker, peer=peer, amount=amount)
-    if amount == 0:
-        assert msg.sender in [worker, creator], "run: not the worker's call"
-        return
-    nonce: bytes32 = self._bond_nonce(worker, peer)
-    extcall IAsset(asset.address).receiveWithAuthorization(
-        worker, self, amount, valid_after, valid_before, nonce, v, r, s
-    )
+    if amount > 0:
+        self._collect(worker, peer, amount, valid_after, valid_before, v, r, s)
 
 
 @external
@@ -273,7 +272,7 @@ def change(number: uint256, joiner: address, leaver: address, signatures: DynArr
     @notice Admit `joiner`, let `leaver` go, or both. Anyone may send it; the signatures decide.
     @param number The next one: each change comes exactly once, in order, so that no signature serves twice.
     @param joiner A candidate with a stage; empty when nobody joins.
-    @param leaver A worker, but not the last one; empty when nobody leaves.
+    @param leaver A worker; empty when nobody leaves. The last one goes by `exit`.
     @param signatures 65 bytes r, s, v over `change_digest`, by ascending signer, from more than two thirds of the
            workers before the change.
     """
@@ -281,12 +280,12 @@ def change(number: uint256, joiner: address, leaver: address, signatures: DynArr
     assert joiner != leaver, "run: empty change"
     signers: uint256 = self._check_signatures(self._change_digest(number, joiner, leaver), signatures, empty(address))
     assert 3 * signers > 2 * len(self.workers), "run: too few signatures"
-    if joiner != empty(address):
-        self._admit(joiner)
     if leaver != empty(address):
-        assert len(self.workers) > 1, "run: last worker"
         self._remove(leaver)
         self._release(leaver)
+    if joiner != empty(address):
+        self._admit(joiner)
+    assert len(self.workers) > 0, "run: last worker"
     self._record(joiner, leaver)
 
 
@@ -294,11 +293,13 @@ def change(number: uint256, joiner: address, leaver: address, signatures: DynArr
 def expire(candidate: address):
     """
     @notice Give up a candidate whom the workers have not taken in within an hour of his draw, or who was never drawn.
-            His bond is free after the delay. Anyone may send it.
+            His bond is free after the delay. Anyone may send it; before `begin`, when candidates wait for each other,
+            only he or the creator.
     """
     member: Member = self.members[candidate]
     assert member.status in (Status.BONDED | Status.DRAWN), "run: no candidate"
     assert block.timestamp > member.since + CANDIDATE_S, "run: candidate may still be taken in"
+    assert self.share.address != empty(address) or msg.sender in [candidate, creator], "run: has not begun"
     if member.status == Status.DRAWN:
         self.served[member.stage] -= 1
     self._release(candidate)
@@ -323,12 +324,12 @@ def leave():
 @external
 def exit():
     """
-    @notice Go without the others' signatures, a delay after `leave`. The bond is free after another delay.
+    @notice Go without the others' signatures, a delay after `leave`. The bond is free after another delay. When the
+            last worker goes, the run is over: nothing can be proposed any more, and what has been posted goes on.
     """
     member: Member = self.members[msg.sender]
     assert member.status == Status.LEAVING, "run: has not announced to leave"
     assert block.timestamp >= member.since + terms.delay_s, "run: too early to leave alone"
-    assert len(self.workers) > 1, "run: last worker"
     self._remove(msg.sender)
     self._release(msg.sender)
     self._record(empty(address), msg.sender)
@@ -364,14 +365,14 @@ def propose(epoch: uint256, root: bytes32, shares: uint256, signatures: DynArray
     @param signatures Over `epoch_digest` with the present `attempt`, as for `change`.
     """
     assert self.share.address != empty(address), "run: has not begun"
-    assert self.pending == empty(bytes32), "run: a proposal is waiting"
+    assert self.waiting == NOTHING, "run: a proposal is waiting"
     assert epoch == staticcall self.share.epoch_count(), "run: not the next epoch"
     assert shares <= self._cap(epoch), "run: too many shares"
     digest: bytes32 = self._epoch_digest(epoch, self.attempt, root, shares)
     signers: uint256 = self._check_signatures(digest, signatures, empty(address))
     assert 3 * signers > 2 * len(self.workers), "run: too few signatures"
     opens_at: uint256 = block.timestamp + terms.window_s
-    self.pending = self._proposal(epoch, root, shares, opens_at)
+    self.waiting = self._proposal(epoch, root, shares, opens_at)
     log Proposed(
         epoch=epoch, attempt=self.attempt, root=root, shares=shares, opens_at=opens_at, signers=signers
     )
@@ -391,12 +392,12 @@ def strike(
     @param evidence The hash of what speaks against it.
     @param signatures Over `strike_digest` with the present `attempt`, as for `change`.
     """
-    assert self.pending == self._proposal(epoch, root, shares, opens_at), "run: not the waiting proposal"
+    assert self.waiting == self._proposal(epoch, root, shares, opens_at), "run: not the waiting proposal"
     assert block.timestamp < opens_at, "run: challenge window is over"
     attempt: uint256 = self.attempt
     signers: uint256 = self._check_signatures(self._strike_digest(epoch, attempt, evidence), signatures, empty(address))
-    assert 3 * signers >= len(self.workers), "run: too few signatures"
-    self.pending = empty(bytes32)
+    assert signers > 0 and 3 * signers >= len(self.workers), "run: too few signatures"
+    self.waiting = NOTHING
     self.attempt = attempt + 1
     log Struck(epoch=epoch, attempt=attempt, evidence=evidence, signers=signers)
 
@@ -406,9 +407,9 @@ def post(epoch: uint256, root: bytes32, shares: uint256, opens_at: uint256):
     """
     @notice Make shares of the proposal whose challenge window is over. Anyone may send it.
     """
-    assert self.pending == self._proposal(epoch, root, shares, opens_at), "run: not the waiting proposal"
+    assert self.waiting == self._proposal(epoch, root, shares, opens_at), "run: not the waiting proposal"
     assert block.timestamp >= opens_at, "run: challenge window is open"
-    self.pending = empty(bytes32)
+    self.waiting = NOTHING
     extcall self.share.post(epoch, root, shares)
 
 
@@ -420,15 +421,16 @@ def slash(
     worker: address, evidence: bytes32, challenger: address, signatures: DynArray[Bytes[65], MAX_WORKERS]
 ):
     """
-    @notice Take the bond of who failed an audit, or signed what is false: by more than two thirds of the other workers.
+    @notice Take the bond of who failed an audit, or signed what is false: by more than two thirds of the other workers,
+            and never by one alone, who would name himself as challenger.
     @param evidence The hash of the evidence, which the signers have checked.
     @param challenger Who brought it, and is rewarded.
     @param signatures Over `slash_digest`, as for `change`. The accused has no voice.
     """
     digest: bytes32 = self._slash_digest(worker, evidence, challenger)
     signers: uint256 = self._check_signatures(digest, signatures, worker)
-    others: uint256 = len(self.workers) - convert(self.is_worker[worker], uint256)
-    assert 3 * signers > 2 * others, "run: too few signatures"
+    others: uint256 = len(self.workers) - convert(self._is_worker(worker), uint256)
+    assert signers > 1 and 3 * signers > 2 * others, "run: too few signatures"
     self._slash(worker, evidence, challenger)
 
 
@@ -462,6 +464,25 @@ def worker_count() -> uint256:
     @notice How many workers there are now: more than two thirds of them decide.
     """
     return len(self.workers)
+
+
+@external
+@view
+def is_worker(account: address) -> bool:
+    """
+    @notice Whether `account` is one of them: also while he looks for another in his place.
+    """
+    return self._is_worker(account)
+
+
+@external
+@view
+def pending() -> bytes32:
+    """
+    @notice The hash of the proposal that waits out its window: of its number, root, shares and the time when it can be
+            posted. Empty when nothing waits.
+    """
+    return empty(bytes32) if self.waiting == NOTHING else self.waiting
 
 
 @external
@@ -540,11 +561,35 @@ def DOMAIN_SEPARATOR() -> bytes32:
 
 
 @internal
+def _collect(
+    worker: address, peer: bytes32, amount: uint256, valid_after: uint256, valid_before: uint256,
+    v: uint8, r: bytes32, s: bytes32
+):
+    """
+    @dev An asset without EIP-3009 may take the call for something else and answer nothing: the balance is looked at.
+    """
+    before: uint256 = staticcall asset.balanceOf(self)
+    nonce: bytes32 = self._bond_nonce(worker, peer)
+    extcall IAsset(asset.address).receiveWithAuthorization(
+        worker, self, amount, valid_after, valid_before, nonce, v, r, s
+    )
+    assert staticcall asset.balanceOf(self) == before + amount, "run: stake did not arrive"
+
+
+@internal
+@view
+def _is_worker(account: address) -> bool:
+    return self.members[account].status in (Status.WORKER | Status.LEAVING)
+
+
+@internal
 def _admit(account: address):
     assert self.members[account].status == Status.DRAWN, "run: no candidate with a stage"
     assert len(self.workers) < MAX_WORKERS, "run: too many workers"
+    peer: bytes32 = self.members[account].peer
+    assert self.peers[peer] == empty(address), "run: peer had a seat"
+    self.peers[peer] = account
     self.members[account].status = Status.WORKER
-    self.is_worker[account] = True
     self.workers.append(account)
 
 
@@ -553,8 +598,7 @@ def _remove(account: address):
     """
     @dev Off the list of workers: the last of it takes the empty place. The status is the caller's to set.
     """
-    assert self.is_worker[account], "run: not a worker"
-    self.is_worker[account] = False
+    assert self._is_worker(account), "run: not a worker"
     if self.members[account].status == Status.WORKER:
         self.served[self.members[account].stage] -= 1
     last: address = self.workers.pop()
@@ -586,7 +630,7 @@ def _slash(worker: address, evidence: bytes32, challenger: address):
     member: Member = self.members[worker]
     assert member.status in (Status.WORKER | Status.LEAVING | Status.LEFT), "run: no bond to take"
     assert challenger not in [empty(address), self], "run: bad challenger"
-    if self.is_worker[worker]:
+    if self._is_worker(worker):
         self._remove(worker)
         self._record(empty(address), worker)
     self.members[worker].status = Status.SLASHED
@@ -652,7 +696,7 @@ def _check_signatures(
     last: address = empty(address)
     for signature: Bytes[65] in signatures:
         signer: address = typed_data._signer_of(digest, signature)
-        assert self.is_worker[signer] and signer != without, "run: not a worker's signature"
+        assert self._is_worker(signer) and signer != without, "run: not a worker's signature"
         assert convert(signer, uint160) > convert(last, uint160), "run: signers not ascending"
         last = signer
     return len(signatures)

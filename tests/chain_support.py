@@ -171,6 +171,20 @@ async def sign_payment(coin: Coin, payer: AccountKey, kind: str, values: tuple[o
     return payer.sign_digest(keccak(b"\x19\x01" + await coin.DOMAIN_SEPARATOR() + struct))
 
 
+async def in_one_transaction(chain: Chain, sender: AccountKey, calls: Sequence[tuple[Account, bytes]]) -> Receipt:
+    """All calls, by a contract made for it; reverts with the reason of the first that fails."""
+    fail, offset = 48 * len(calls) + 1, 48 * len(calls) + 11
+    code = b""
+    for to, data in calls:
+        size = len(data).to_bytes(2, "big")
+        code += b"\x61" + size + b"\x61" + offset.to_bytes(2, "big") + b"\x60\0\x39"  # CODECOPY to 0
+        code += b"\x60\0\x60\0\x61" + size + b"\x60\0\x60\0\x73" + bytes.fromhex(to[2:]) + b"\x5a\xf1"  # CALL
+        code += b"\x15\x61" + fail.to_bytes(2, "big") + b"\x57"  # JUMPI when it answered 0
+        offset += len(data)
+    code += b"\0" + bytes.fromhex("5b3d600060003e3d5ffd")  # STOP; fail: REVERT with what came back
+    return await chain.send(sender, None, code + b"".join(data for _, data in calls))
+
+
 async def make_world(
     chain: Chain, local: LocalChain | None = None, terms: Run.Term = TERMS, founders: Sequence[AccountKey] = WORKERS
 ) -> World:
@@ -190,26 +204,25 @@ def memory_chain() -> LocalChain:
     return LocalChain(None, chain_id=CHAIN_ID, clock=FakeClock(NOW), dev=True)
 
 
-async def fresh_world() -> World:
+async def fresh_world(terms: Run.Term = TERMS) -> World:
     chain = memory_chain()
-    return await make_world(chain.client(), chain)
+    return await make_world(chain.client(), chain, terms)
 
 
-_first: list[World] = []
-_snapshot: list[int] = []
+_kept: dict[Run.Term, World] = {}
+_snapshots: dict[Run.Term, int] = {}
 
 
-async def local_world() -> World:
+async def local_world(terms: Run.Term = TERMS) -> World:
     """A world as after `fresh_world`: one is kept, and brought back by a snapshot, which is ten times faster."""
-    if not _first:
-        _first.append(await fresh_world())
-    kept = _first[0]
+    if terms not in _kept:
+        _kept[terms] = await fresh_world(terms)
+    kept = _kept[terms]
     assert kept.local
-    if _snapshot:
-        assert kept.local.revert(_snapshot.pop())
-    _snapshot.append(kept.local.snapshot())
-    chain = kept.local.client()
-    coin, run, share = kept.coin.address, kept.run.address, kept.share.address
+    if terms in _snapshots:
+        assert kept.local.revert(_snapshots[terms])
+    _snapshots[terms] = kept.local.snapshot()
+    chain, coin, run, share = kept.local.client(), kept.coin.address, kept.run.address, kept.share.address
     return World(chain, Coin(chain, coin), Run(chain, run), ModelShare(chain, share), kept.local)
 
 

@@ -15,7 +15,7 @@ def test_recompiling_gives_the_same_files() -> None:
 
 
 def test_each_artifact_names_its_sources_by_their_hash() -> None:
-    for name in ("coin", "model_share"):
+    for name in ("coin", "model_share", "run"):
         sources = artifact.load(name).sources
         assert f"{name}.vy" in sources
         assert sources == {

@@ -79,8 +79,8 @@ async def test_a_refusal_comes_as_the_error_that_says_what_to_do(chain: RpcChain
     assert caught.value.fields["reason"] == "coin: transfer amount exceeds balance"
     with pytest.raises(Invalid, match="model_share: bad proof"):
         await world.share.redeem(WORKERS[0], 0, key("holder").account, 1, [])
-    with pytest.raises(Conflict, match="not the next epoch"):
-        await world.share.post(WORKERS[0], 3, bytes(32), 1, [])
+    with pytest.raises(Conflict, match="not the waiting proposal"):
+        await world.run.post(WORKERS[0], 3, bytes(32), 1, 0)
 
 
 async def test_many_sends_of_one_account_each_count_once(chain: RpcChain) -> None:

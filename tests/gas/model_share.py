@@ -1,12 +1,10 @@
-"""The life of a model share: an epoch of sixteen holders, three changes of workers, income and its way out."""
+"""The life of a model share: an epoch of sixteen holders, income and its way out. How an epoch comes is in `run`."""
 
 from __future__ import annotations
 
-from chain_support import CHAIN_ID, RUN_ID, WORKERS, make_world
+from chain_support import WORKERS, make_world
 from gas import HOLDERS
-from tessera.chain.settle import NOBODY, change_digest, epoch_digest
 from tessera.chain.types import Chain, Receipt
-from tessera.core.merkle import MerkleTree, share_leaf
 
 
 async def table(chain: Chain) -> dict[str, int]:
@@ -20,20 +18,7 @@ async def table(chain: Chain) -> dict[str, int]:
     await coin.mint(sender, sender.account, 10**12)
     await coin.transfer(sender, HOLDERS[0].account, 1_000)  # so that its claim is one of an account with coins
     leaves = {holder.account: 10**18 * (i + 1) for i, holder in enumerate(HOLDERS)}
-    tree = MerkleTree([share_leaf(0, account, amount) for account, amount in leaves.items()])
-    total = sum(leaves.values())
-    digest = epoch_digest(CHAIN_ID, share.address, RUN_ID, 0, tree.root, total)
-    signatures = [worker.sign_digest(digest) for worker in WORKERS[:3]]
-    note("post", await share.post(sender, 0, tree.root, total, signatures))
-    joiner, leaver, signers = HOLDERS[15].account, WORKERS[3].account, WORKERS[:3]
-    for number, name, change in (
-        (0, "change: one joins", (joiner, NOBODY)),
-        (1, "change: one leaves", (NOBODY, joiner)),
-        (2, "change: one for another", (joiner, leaver)),
-    ):
-        digest = change_digest(CHAIN_ID, share.address, RUN_ID, number, *change)
-        present = WORKERS if number == 1 else signers
-        note(name, await share.change(sender, number, *change, [worker.sign_digest(digest) for worker in present]))
+    tree = await world.epoch(leaves)
     note("transfer of income", await coin.transfer(sender, share.address, 10**9 + 7))
     note("distribute", await share.distribute(sender))
     for index in (0, 1):

@@ -16,7 +16,7 @@ import pytest
 
 from chain_support import CHAIN_ID, NOW, WORKERS, key, make_world
 from tessera.chain.blocks import make_block
-from tessera.chain.faces import Coin
+from tessera.chain.faces import Coin, Run
 from tessera.chain.journal import Entry
 from tessera.chain.local import LocalChain
 from tessera.chain.nodes import Nodes
@@ -56,7 +56,8 @@ async def test_an_opened_chain_goes_on_where_it_ended(file: Path) -> None:
     with opened(file) as chain:
         assert chain.head == head
         assert [chain.block(n) for n in range(chain.head.number + 1)] == blocks
-        share = next(log.address for log in await chain.client().logs(None, [], 0) if log.block_number == 3)
+        (began,) = await chain.client().logs(None, [Run.Began.TOPIC], 0)
+        share = Run.Began.decode(began).share
         await Coin.deploy(chain.client(), WORKERS[1])
         assert (await income_table(chain.client(), share)).revenue == 100
     with opened(file) as chain:

@@ -173,14 +173,14 @@ async def test_calls_and_estimates_leave_no_trace() -> None:
     mint = Message(
         address(SENDER), address_of(world.coin), bytes.fromhex("40c10f19") + bytes(12) + b"\1" * 20 + b"\1" * 32
     )
-    before, outcomes = chain.state_root(), []
+    before, height, supply, outcomes = chain.state_root(), chain.head.number, await world.coin.totalSupply(), []
     for _ in range(3):
         outcomes.append((chain.call(mint), chain.estimate(mint)))
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert outcomes[0][0].ok
     assert chain.state_root() == before
-    assert chain.head.number == 2
-    assert await world.coin.totalSupply() == 0
+    assert chain.head.number == height
+    assert await world.coin.totalSupply() == supply
 
 
 async def test_an_estimate_is_the_least_gas_that_succeeds(world_with_shares: World) -> None:
@@ -296,13 +296,13 @@ async def test_a_snapshot_brings_everything_back() -> None:
     world = await local_world()
     chain = world.local
     assert chain
-    head, saved = chain.head, chain.snapshot()
+    head, saved, events = chain.head, chain.snapshot(), await world.coin.events(Coin.Transfer)
     receipt = await world.coin.mint(WORKERS[0], SENDER.account, 5)
     assert chain.revert(saved)
     assert chain.head == head
     assert await world.coin.balanceOf(SENDER.account) == 0
     assert chain.request("eth_getTransactionReceipt", [receipt.tx_hash]) is None
-    assert await world.coin.events(Coin.Transfer) == []
+    assert await world.coin.events(Coin.Transfer) == events
     assert not chain.revert(saved)
     await world.coin.mint(WORKERS[0], SENDER.account, 7)
     assert await world.coin.balanceOf(SENDER.account) == 7

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
-from eth_account import Account as EthAccount
-from eth_account.messages import encode_typed_data
 
-from chain_support import CHAIN_ID, ROOT, RUN_ID, WORKERS, World, key, local_world, make_world, memory_chain
+from chain_support import ROOT, RUN_ID, WORKERS, World, key, local_world, make_world
+from tessera.chain import abi
 from tessera.chain.face import decode_events
 from tessera.chain.faces import Coin, ModelShare
 from tessera.chain.reverts import REASONS
-from tessera.chain.settle import epoch_digest, income_table
+from tessera.chain.settle import income_table
+from tessera.chain.types import Chain, Receipt
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Refused, TesseraError
+from tessera.core.hashing import keccak
 from tessera.core.ids import Account
 from tessera.core.merkle import MerkleTree, share_leaf
+from tessera.core.signing import AccountKey
 
 pytestmark = pytest.mark.anyio
 ROOT_32 = b"\x07" * 32
 ZERO = Account("0x" + "00" * 20)
 HOLDER, OTHER = key("holder").account, key("other").account
+
+CREATION = bytes.fromhex("600d380380600d6000396000f3")  # makes a contract of the code behind it
+# Calls whom the last 20 bytes name with the bytes before, and answers or reverts as it does.
+PROXY = bytes.fromhex("60143603806000600037600060008260006000853560601c5af13d600060003e6027573d6000fd5b3d6000f3")
+POST = keccak(b"post(uint256,bytes32,uint256)")[:4]
 
 
 @pytest.fixture
@@ -28,146 +36,76 @@ async def world() -> World:
     return await local_world()
 
 
-async def digest_of(world: World, epoch: int, root: bytes, shares: int) -> bytes:
-    return epoch_digest(CHAIN_ID, world.share.address, RUN_ID, epoch, root, shares)
-
-
 # --- posting ----------------------------------------------------------------------------------------------------------
 
 
-async def test_an_epoch_needs_more_than_two_thirds_of_the_workers(world: World) -> None:
-    with pytest.raises(Refused, match="too few signatures"):
-        await world.epoch({HOLDER: 10}, WORKERS[:2])
-    await world.epoch({HOLDER: 10}, WORKERS[:3])
-    assert await world.share.epoch_count() == 1
+async def issued_by_hand(world: World) -> ByHand:
+    """A share that needs no run's consent, for what no run would let through."""
+    proxy = (await world.chain.send(WORKERS[0], None, CREATION + PROXY)).contract
+    assert proxy
+    share = await ModelShare.deploy(world.chain, WORKERS[0], "M", "M", world.coin.address, bytes.fromhex(RUN_ID), proxy)
+    return ByHand(world.chain, share.address, proxy)
 
 
-async def test_exactly_two_thirds_are_not_enough() -> None:
-    chain = memory_chain().client()
-    coin = await Coin.deploy(chain, WORKERS[0])
-    three = [k.account for k in WORKERS[:3]]
-    share = await ModelShare.deploy(chain, WORKERS[0], "M", "M", coin.address, bytes.fromhex(RUN_ID), three)
-    digest = await share.digest(0, ROOT_32, 5)
-    with pytest.raises(Refused, match="too few signatures"):
-        await share.post(WORKERS[0], 0, ROOT_32, 5, [k.sign_digest(digest) for k in WORKERS[:2]])
-    await share.post(WORKERS[0], 0, ROOT_32, 5, [k.sign_digest(digest) for k in WORKERS[:3]])
+class ByHand(ModelShare):
+    """A share whose issuer passes on what anybody sends: `post` goes through it."""
+
+    def __init__(self, chain: Chain, address: Account, proxy: Account) -> None:
+        super().__init__(chain, address)
+        self.proxy = proxy
+
+    async def post(self, key: AccountKey, epoch: int, root: bytes, shares: int) -> Receipt:
+        data = POST + abi.encode(("uint256", "bytes32", "uint256"), (epoch, root, shares))
+        return await self.chain.send(key, self.proxy, data + bytes.fromhex(self.address[2:]))
 
 
-async def test_anybody_may_carry_the_signatures_to_the_chain(world: World) -> None:
-    digest = await digest_of(world, 0, ROOT_32, 5)
-    receipt = await world.share.post(key("stranger"), 0, ROOT_32, 5, [k.sign_digest(digest) for k in WORKERS])
+async def test_only_the_issuer_posts(world: World) -> None:
+    for stranger in (WORKERS[0], key("stranger")):
+        with pytest.raises(Refused, match="not the issuer"):
+            await world.share.post(stranger, 0, ROOT_32, 5)
+
+
+async def test_a_posted_epoch_is_announced(world: World) -> None:
+    proposal = await world.propose({HOLDER: 5})
+    receipt = await world.run.post(key("stranger"), *proposal.fields)
     (posted,) = decode_events(ModelShare.Posted, world.share.address, receipt)
-    assert (posted.epoch, posted.root, posted.shares, posted.signers) == (0, ROOT_32, 5, 4)
-
-
-async def test_the_digest_is_what_eip_712_says(world: World) -> None:
-    epoch = {"runId": bytes.fromhex(RUN_ID), "epoch": 3, "root": ROOT_32, "shares": 99}
-    fields = [("runId", "bytes32"), ("epoch", "uint256"), ("root", "bytes32"), ("shares", "uint256")]
-    signable = encode_typed_data(
-        {"name": "Tessera model share", "version": "1", "chainId": CHAIN_ID, "verifyingContract": world.share.address},
-        {"Epoch": [{"name": name, "type": kind} for name, kind in fields]},
-        epoch,
-    )
-    signed = EthAccount.sign_message(signable, WORKERS[0].secret)
-    digest = await digest_of(world, 3, ROOT_32, 99)
-    assert bytes(signed.message_hash) == digest == await world.share.digest(3, ROOT_32, 99)
-    assert bytes(signed.signature) == WORKERS[0].sign_digest(digest)
-
-
-async def test_one_worker_cannot_count_twice(world: World) -> None:
-    digest = await digest_of(world, 0, ROOT_32, 5)
-    twice = [WORKERS[0].sign_digest(digest), *[WORKERS[1].sign_digest(digest)] * 2]
-    with pytest.raises(Invalid, match="signers not ascending"):
-        await world.share.post(WORKERS[0], 0, ROOT_32, 5, twice)
-
-
-async def test_signers_must_ascend(world: World) -> None:
-    digest = await digest_of(world, 0, ROOT_32, 5)
-    with pytest.raises(Invalid, match="signers not ascending"):
-        await world.share.post(WORKERS[0], 0, ROOT_32, 5, [k.sign_digest(digest) for k in reversed(WORKERS)])
-
-
-async def test_a_strangers_signature_does_not_count(world: World) -> None:
-    digest = await digest_of(world, 0, ROOT_32, 5)
-    four = sorted([*WORKERS[:3], key("stranger")], key=lambda k: int(k.account, 16))
-    with pytest.raises(Invalid, match="not a worker's signature"):
-        await world.share.post(WORKERS[0], 0, ROOT_32, 5, [k.sign_digest(digest) for k in four])
-
-
-@pytest.mark.parametrize("change", ["chain", "contract", "run", "epoch", "root", "shares"])
-async def test_a_signature_for_anything_else_does_not_count(world: World, change: str) -> None:
-    digest = epoch_digest(
-        CHAIN_ID + (change == "chain"),
-        OTHER if change == "contract" else world.share.address,
-        RUN_ID if change != "run" else type(RUN_ID)("66" * 32),
-        int(change == "epoch"),
-        ROOT_32 if change != "root" else bytes(32),
-        5 + (change == "shares"),
-    )
-    with pytest.raises(Invalid, match="not a worker's signature"):
-        await world.share.post(WORKERS[0], 0, ROOT_32, 5, [k.sign_digest(digest) for k in WORKERS])
-
-
-@pytest.mark.parametrize("shape", ["high s", "v 0", "64 bytes", "empty", "r 0"])
-async def test_a_malformed_signature_does_not_count(world: World, shape: str) -> None:
-    order = 0xFFFFFFFF_FFFFFFFF_FFFFFFFF_FFFFFFFE_BAAEDCE6_AF48A03B_BFD25E8C_D0364141
-    digest = await digest_of(world, 0, ROOT_32, 5)
-    good = [k.sign_digest(digest) for k in WORKERS]
-    r, s, v = good[0][:32], int.from_bytes(good[0][32:64], "big"), good[0][64]
-    bad = {
-        "high s": r + (order - s).to_bytes(32, "big") + bytes([55 - v]),  # the twin that ecrecover would accept
-        "v 0": good[0][:64] + bytes([v - 27]),
-        "64 bytes": good[0][:64],
-        "empty": b"",
-        "r 0": bytes(32) + good[0][32:],
-    }[shape]
-    with pytest.raises(Invalid, match="not a worker's signature"):
-        await world.share.post(WORKERS[0], 0, ROOT_32, 5, [bad, *good[1:]])
+    assert (posted.epoch, posted.root, posted.shares) == (0, proposal.root, 5)
 
 
 async def test_epochs_come_once_each_and_in_order(world: World) -> None:
+    share = await issued_by_hand(world)
     for epoch in (1, 2**256 - 1):
-        signatures = [k.sign_digest(await digest_of(world, epoch, ROOT_32, 5)) for k in WORKERS]
         with pytest.raises(Conflict, match="not the next epoch"):
-            await world.share.post(WORKERS[0], epoch, ROOT_32, 5, signatures)
-    signatures = [k.sign_digest(await digest_of(world, 0, ROOT_32, 5)) for k in WORKERS]
-    await world.share.post(WORKERS[0], 0, ROOT_32, 5, signatures)
+            await share.post(WORKERS[0], epoch, ROOT_32, 5)
+    await share.post(WORKERS[0], 0, ROOT_32, 5)
     with pytest.raises(Conflict, match="not the next epoch"):
-        await world.share.post(WORKERS[0], 0, ROOT_32, 5, signatures)
-
-
-@pytest.mark.parametrize(("shares", "reason"), [(0, "empty epoch"), (2**128, "too many shares")])
-async def test_an_epoch_has_between_one_and_2_128_shares(world: World, shares: int, reason: str) -> None:
-    signatures = [k.sign_digest(await digest_of(world, 0, ROOT_32, shares)) for k in WORKERS]
-    with pytest.raises(Invalid, match=reason):
-        await world.share.post(WORKERS[0], 0, ROOT_32, shares, signatures)
+        await share.post(WORKERS[0], 0, ROOT_32, 5)
 
 
 async def test_all_epochs_together_stay_below_2_128_shares(world: World) -> None:
-    await world.epoch({HOLDER: 2**128 - 2})
+    share = await issued_by_hand(world)
     with pytest.raises(Invalid, match="too many shares"):
-        await world.epoch({HOLDER: 2})
-    await world.epoch({HOLDER: 1})
+        await share.post(WORKERS[0], 0, ROOT_32, 2**128)
+    await share.post(WORKERS[0], 0, ROOT_32, 2**128 - 2)
+    with pytest.raises(Invalid, match="too many shares"):
+        await share.post(WORKERS[0], 1, ROOT_32, 2)
+    await share.post(WORKERS[0], 1, ROOT_32, 1)
 
 
-@pytest.mark.parametrize(
-    ("workers", "reason"),
-    [
-        ([], "no workers"),
-        ([WORKERS[0].account, ZERO], "bad worker"),
-        ([WORKERS[0].account, WORKERS[1].account, WORKERS[0].account], "worker named twice"),
-    ],
-)
-async def test_workers_are_some_accounts_each_once(workers: list[Account], reason: str) -> None:
-    chain = memory_chain().client()
-    coin = await Coin.deploy(chain, WORKERS[0])
-    with pytest.raises(Invalid, match=reason):
-        await ModelShare.deploy(chain, WORKERS[0], "M", "M", coin.address, bytes(32), workers)
+async def test_an_epoch_without_verified_work_is_one_too(world: World) -> None:
+    share = await issued_by_hand(world)
+    await share.post(WORKERS[0], 0, bytes(32), 0)
+    assert (await share.epoch_count(), await share.totalSupply()) == (1, 0)
+    await share.post(WORKERS[0], 1, ROOT_32, 5)
 
 
-async def test_the_asset_must_be_a_contract() -> None:
-    with pytest.raises(Invalid, match="asset is no contract"):
-        await ModelShare.deploy(memory_chain().client(), WORKERS[0], "M", "M", OTHER, bytes(32), [HOLDER])
+async def test_asset_and_issuer_must_be_contracts(world: World) -> None:
+    for asset, issuer, reason in (
+        (OTHER, world.run.address, "asset is no contract"),
+        (world.coin.address, OTHER, "issuer is no contract"),
+    ):
+        with pytest.raises(Invalid, match=reason):
+            await ModelShare.deploy(world.chain, WORKERS[0], "M", "M", asset, bytes(32), issuer)
 
 
 # --- redeeming --------------------------------------------------------------------------------------------------------
@@ -220,12 +158,11 @@ async def test_an_inner_node_of_the_tree_is_no_leaf(world: World) -> None:
 
 
 async def test_a_root_that_promises_too_much_pays_only_what_was_posted(world: World) -> None:
-    tree = MerkleTree([share_leaf(0, HOLDER, 50), share_leaf(0, OTHER, 50)])
-    signatures = [k.sign_digest(await digest_of(world, 0, tree.root, 60)) for k in WORKERS]
-    await world.share.post(WORKERS[0], 0, tree.root, 60, signatures)
-    await world.share.redeem(WORKERS[0], 0, HOLDER, 50, tree.proof(0))
+    share, tree = await issued_by_hand(world), MerkleTree([share_leaf(0, HOLDER, 50), share_leaf(0, OTHER, 50)])
+    await share.post(WORKERS[0], 0, tree.root, 60)
+    await share.redeem(WORKERS[0], 0, HOLDER, 50, tree.proof(0))
     with pytest.raises(Refused, match="epoch exhausted"):
-        await world.share.redeem(WORKERS[0], 0, OTHER, 50, tree.proof(1))
+        await share.redeem(WORKERS[0], 0, OTHER, 50, tree.proof(1))
 
 
 async def test_neither_nobody_nor_the_contract_can_hold_shares(world: World) -> None:
@@ -302,15 +239,13 @@ async def test_income_beyond_2_128_is_refused_and_claims_stay_open(world: World)
     assert await world.coin.balanceOf(HOLDER) == 50
 
 
-async def test_a_coin_that_fails_to_pay_reverts_the_claim() -> None:
+async def test_a_coin_that_fails_to_pay_reverts_the_claim(world: World) -> None:
     """The holder keeps the claim."""
-    chain = memory_chain()
-    client = chain.client()
-    liar = (await client.send(WORKERS[0], None, bytes.fromhex("600c600c600039600c6000f3" + LIAR))).contract
+    liar = (await world.chain.send(WORKERS[0], None, CREATION + LIAR)).contract
     assert liar
-    share = await ModelShare.deploy(client, WORKERS[0], "M", "M", liar, bytes.fromhex(RUN_ID), [WORKERS[0].account])
+    share = await issued_by_hand(replace(world, coin=Coin(world.chain, liar)))
     tree = MerkleTree([share_leaf(0, HOLDER, 1)])
-    await share.post(WORKERS[0], 0, tree.root, 1, [WORKERS[0].sign_digest(await share.digest(0, tree.root, 1))])
+    await share.post(WORKERS[0], 0, tree.root, 1)
     await share.redeem(WORKERS[0], 0, HOLDER, 1, [])
     await share.distribute(WORKERS[0])
     assert await share.claimable(HOLDER) == 1
@@ -320,7 +255,7 @@ async def test_a_coin_that_fails_to_pay_reverts_the_claim() -> None:
 
 
 # Answers whether the call is shorter than 68 bytes: 1 to balanceOf, false to transfer.
-LIAR = "6044361060005260206000f3"
+LIAR = bytes.fromhex("6044361060005260206000f3")
 
 
 # --- ERC-20 -----------------------------------------------------------------------------------------------------------
@@ -372,13 +307,10 @@ async def test_shares_cannot_be_lost_to_nobody_or_to_the_contract(world: World) 
 
 async def test_the_contract_says_what_it_is(world: World) -> None:
     share = world.share
-    facts = [await share.name(), await share.symbol(), await share.decimals(), await share.worker_count()]
-    assert facts == ["Model A", "MDLA", 18, 4]
+    assert [await share.name(), await share.symbol(), await share.decimals()] == ["Model A", "MDLA", 18]
     assert await share.asset() == world.coin.address
+    assert await share.issuer() == world.run.address
     assert await share.run_id() == bytes.fromhex(RUN_ID)
-    assert [await share.workers(i) for i in range(4)] == [k.account for k in WORKERS]
-    assert await share.is_worker(WORKERS[2].account)
-    assert not await share.is_worker(HOLDER)
 
 
 # --- the books --------------------------------------------------------------------------------------------------------
@@ -424,7 +356,7 @@ async def test_books_that_do_not_balance_are_evidence(world: World) -> None:
 
 async def test_every_reason_is_mapped_to_an_error() -> None:
     texts = [path.read_text("utf-8") for path in (ROOT / "contracts").rglob("*.vy")]
-    reasons = {reason for text in texts for reason in re.findall(r'"((?:coin|model_share): [^"]+)"', text)}
+    reasons = {reason for text in texts for reason in re.findall(r'"((?:coin|model_share|run): [^"]+)"', text)}
     assert reasons == set(REASONS)
     files = (ROOT / "tests" / "unit").glob("test_contract_*.py")
     tests = "".join(path.read_text("utf-8") for path in files).replace("\\", "")

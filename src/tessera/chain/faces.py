@@ -527,7 +527,8 @@ class Run(Contract):
 
     async def expire(self, key: AccountKey, candidate: Account) -> Receipt:
         """Give up a candidate whom the workers have not taken in within an hour of his draw, or who was never drawn.
-        His bond is free after the delay. Anyone may send it.
+        His bond is free after the delay. Anyone may send it; before `begin`, when candidates wait for each other,
+        only he or the creator.
         """
         return await self._send(key, "c8db233e", ("address",), (candidate,))
 
@@ -538,7 +539,9 @@ class Run(Contract):
         return await self._send(key, "d66d9e19", (), ())
 
     async def exit(self, key: AccountKey) -> Receipt:
-        """Go without the others' signatures, a delay after `leave`. The bond is free after another delay."""
+        """Go without the others' signatures, a delay after `leave`. The bond is free after another delay. When the
+        last worker goes, the run is over: nothing can be proposed any more, and what has been posted goes on.
+        """
         return await self._send(key, "e9fad8ee", (), ())
 
     async def withdraw(self, key: AccountKey, account: Account) -> Receipt:
@@ -581,7 +584,7 @@ class Run(Contract):
         self, key: AccountKey, worker: Account, evidence: bytes, challenger: Account, signatures: Sequence[bytes]
     ) -> Receipt:
         """Take the bond of who failed an audit, or signed what is false: by more than two thirds of the other
-        workers.
+        workers, and never by one alone, who would name himself as challenger.
         """
         return await self._send(
             key, "d6247efb", ("address", "bytes32", "address", "bytes[]"), (worker, evidence, challenger, signatures)
@@ -610,6 +613,16 @@ class Run(Contract):
     async def worker_count(self) -> int:
         """How many workers there are now: more than two thirds of them decide."""
         return await self._call("003615c6", (), (), ("uint256",))
+
+    async def is_worker(self, account: Account) -> bool:
+        """Whether `account` is one of them: also while he looks for another in his place."""
+        return await self._call("8ecb798e", ("address",), (account,), ("bool",))
+
+    async def pending(self) -> bytes:
+        """The hash of the proposal that waits out its window: of its number, root, shares and the time when it can be
+        posted. Empty when nothing waits.
+        """
+        return await self._call("e20ccec3", (), (), ("bytes32",))
 
     async def cap(self, epoch: int) -> int:
         """The most shares that an epoch can become."""
@@ -680,9 +693,6 @@ class Run(Contract):
     async def workers(self, arg0: int) -> Account:
         return await self._call("f1a22dc2", ("uint256",), (arg0,), ("address",))
 
-    async def is_worker(self, arg0: Account) -> bool:
-        return await self._call("8ecb798e", ("address",), (arg0,), ("bool",))
-
     async def bonded(self) -> int:
         return await self._call("e88dc357", (), (), ("uint256",))
 
@@ -694,6 +704,3 @@ class Run(Contract):
 
     async def attempt(self) -> int:
         return await self._call("732b7a8d", (), (), ("uint256",))
-
-    async def pending(self) -> bytes:
-        return await self._call("e20ccec3", (), (), ("bytes32",))
