@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from tessera.core.errors import Conflict, Invalid, Refused
+from tessera.core.errors import Conflict, Refused
 
 __all__ = ["Leaf", "ShareTwin"]
 
@@ -31,7 +31,6 @@ class ShareTwin:
     Invariants: supply = balances + unredeemed; distributed = paid + everything due.
     """
 
-    workers: set[str] = field(default_factory=set)
     balances: dict[str, int] = field(default_factory=dict)
     due: dict[str, Fraction] = field(default_factory=dict)
     leaves: list[Leaf] = field(default_factory=list)
@@ -52,22 +51,8 @@ class ShareTwin:
     def held(self) -> int:
         return self.distributed - self.paid
 
-    def change(self, joiner: str | None, leaver: str | None) -> None:
-        """One worker comes, one goes, or both. Raises `Invalid` for nobody, or for one who is here or not here already;
-        `Refused` where nobody would be left."""
-        if joiner == leaver:
-            raise Invalid("an empty change")
-        if joiner in self.workers or (leaver is not None and leaver not in self.workers):
-            raise Invalid("no such change")
-        after = (self.workers | {joiner}) - {leaver, None}
-        if not after:
-            raise Refused("the last worker cannot leave", rule="last_worker")
-        self.workers = {worker for worker in after if worker is not None}
-
     def post(self, shares: dict[str, int]) -> list[Leaf]:
-        """Admit an epoch. Raises `Invalid` for an empty one."""
-        if sum(shares.values()) <= 0:
-            raise Invalid("an epoch without shares")
+        """Admit an epoch; one without shares is one too."""
         posted = [Leaf(self.epochs, holder, amount) for holder, amount in shares.items()]
         self.leaves += posted
         self.epochs += 1
