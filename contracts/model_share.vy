@@ -63,10 +63,9 @@ struct Epoch:
 
 name: public(String[64])
 symbol: public(String[16])
-totalSupply: public(uint256)  # balances and unredeemed shares
 balanceOf: public(HashMap[address, uint256])
 allowance: public(HashMap[address, HashMap[address, uint256]])
-epoch_count: public(uint256)
+totals: uint256  # below 2**128: all shares, in balances and unredeemed; above: epochs. One slot, `post` changes both
 epochs: public(HashMap[uint256, Epoch])
 counted: public(HashMap[bytes32, bool])  # leaves already redeemed
 held: public(uint256)  # income distributed and not yet claimed
@@ -129,11 +128,11 @@ def post(epoch: uint256, root: bytes32, shares: uint256):
     @param shares The sum of all leaves; zero for an epoch in which nobody's work was verified.
     """
     assert msg.sender == issuer, "model_share: not the issuer"
-    assert epoch == self.epoch_count, "model_share: not the next epoch"
-    assert shares <= MAX_SUPPLY - self.totalSupply, "model_share: too many shares"
+    totals: uint256 = self.totals
+    assert epoch == totals // SCALE, "model_share: not the next epoch"
+    assert shares <= MAX_SUPPLY - totals % SCALE, "model_share: too many shares"
+    self.totals = totals + SCALE + shares
     self.epochs[epoch] = Epoch(root=root, unredeemed=shares, index=accrual.index)
-    self.epoch_count = epoch + 1
-    self.totalSupply += shares
     log Posted(epoch=epoch, root=root, shares=shares)
 
 
@@ -167,11 +166,12 @@ def distribute() -> uint256:
     @return What was spread; zero while there are no shares, and the money waits.
     """
     income: uint256 = self._arrived()
-    if income == 0 or self.totalSupply == 0:
+    supply: uint256 = self.totals % SCALE
+    if income == 0 or supply == 0:
         return 0
     assert self.held + income <= MAX_HELD, "model_share: too much income"
     self.held += income
-    accrual._accrue(income, self.totalSupply)
+    accrual._accrue(income, supply)
     log Distributed(income=income, index=accrual.index)
     return income
 
@@ -227,7 +227,25 @@ def undistributed() -> uint256:
     return self._arrived()
 
 
+@external
+@view
+def epoch_count() -> uint256:
+    """
+    @notice How many epochs have been posted: the number of the next one.
+    """
+    return self.totals // SCALE
+
+
 # --- ERC-20 -----------------------------------------------------------------------------------------------------------
+
+
+@external
+@view
+def totalSupply() -> uint256:
+    """
+    @notice All shares: balances, and what is posted and not yet redeemed.
+    """
+    return self.totals % SCALE
 
 
 @external

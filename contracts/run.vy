@@ -278,8 +278,11 @@ def change(number: uint256, joiner: address, leaver: address, signatures: DynArr
     """
     assert number == self.change_count, "run: not the next change"
     assert joiner != leaver, "run: empty change"
-    signers: uint256 = self._check_signatures(self._change_digest(number, joiner, leaver), signatures, empty(address))
-    assert 3 * signers > 2 * len(self.workers), "run: too few signatures"
+    digest: bytes32 = self._change_digest(number, joiner, leaver)
+    last: address = empty(address)
+    for signature: Bytes[65] in signatures:
+        last = self._next_signer(digest, signature, last, empty(address))
+    assert 3 * len(signatures) > 2 * len(self.workers), "run: too few signatures"
     if leaver != empty(address):
         self._remove(leaver)
         self._release(leaver)
@@ -368,13 +371,16 @@ def propose(epoch: uint256, root: bytes32, shares: uint256, signatures: DynArray
     assert self.waiting == NOTHING, "run: a proposal is waiting"
     assert epoch == staticcall self.share.epoch_count(), "run: not the next epoch"
     assert shares <= self._cap(epoch), "run: too many shares"
-    digest: bytes32 = self._epoch_digest(epoch, self.attempt, root, shares)
-    signers: uint256 = self._check_signatures(digest, signatures, empty(address))
-    assert 3 * signers > 2 * len(self.workers), "run: too few signatures"
+    attempt: uint256 = self.attempt
+    digest: bytes32 = self._epoch_digest(epoch, attempt, root, shares)
+    last: address = empty(address)
+    for signature: Bytes[65] in signatures:
+        last = self._next_signer(digest, signature, last, empty(address))
+    assert 3 * len(signatures) > 2 * len(self.workers), "run: too few signatures"
     opens_at: uint256 = block.timestamp + terms.window_s
     self.waiting = self._proposal(epoch, root, shares, opens_at)
     log Proposed(
-        epoch=epoch, attempt=self.attempt, root=root, shares=shares, opens_at=opens_at, signers=signers
+        epoch=epoch, attempt=attempt, root=root, shares=shares, opens_at=opens_at, signers=len(signatures)
     )
 
 
@@ -395,11 +401,14 @@ def strike(
     assert self.waiting == self._proposal(epoch, root, shares, opens_at), "run: not the waiting proposal"
     assert block.timestamp < opens_at, "run: challenge window is over"
     attempt: uint256 = self.attempt
-    signers: uint256 = self._check_signatures(self._strike_digest(epoch, attempt, evidence), signatures, empty(address))
-    assert signers > 0 and 3 * signers >= len(self.workers), "run: too few signatures"
+    digest: bytes32 = self._strike_digest(epoch, attempt, evidence)
+    last: address = empty(address)
+    for signature: Bytes[65] in signatures:
+        last = self._next_signer(digest, signature, last, empty(address))
+    assert last != empty(address) and 3 * len(signatures) >= len(self.workers), "run: too few signatures"
     self.waiting = NOTHING
     self.attempt = attempt + 1
-    log Struck(epoch=epoch, attempt=attempt, evidence=evidence, signers=signers)
+    log Struck(epoch=epoch, attempt=attempt, evidence=evidence, signers=len(signatures))
 
 
 @external
@@ -428,9 +437,11 @@ def slash(
     @param signatures Over `slash_digest`, as for `change`. The accused has no voice.
     """
     digest: bytes32 = self._slash_digest(worker, evidence, challenger)
-    signers: uint256 = self._check_signatures(digest, signatures, worker)
+    last: address = empty(address)
+    for signature: Bytes[65] in signatures:
+        last = self._next_signer(digest, signature, last, worker)
     others: uint256 = len(self.workers) - convert(self._is_worker(worker), uint256)
-    assert signers > 1 and 3 * signers > 2 * others, "run: too few signatures"
+    assert len(signatures) > 1 and 3 * len(signatures) > 2 * others, "run: too few signatures"
     self._slash(worker, evidence, challenger)
 
 
@@ -687,19 +698,15 @@ def _cap(epoch: uint256) -> uint256:
 
 @internal
 @view
-def _check_signatures(
-    digest: bytes32, signatures: DynArray[Bytes[65], MAX_WORKERS], without: address
-) -> uint256:
+def _next_signer(digest: bytes32, signature: Bytes[65], last: address, without: address) -> address:
     """
-    @dev Their number, all workers', strictly ascending: that none counts twice costs one comparison each.
+    @dev A worker's signature, by somebody above `last`: that nobody counts twice costs one comparison. The loop over
+         all is in each caller, because a list that is handed on is copied, for 120 gas a signature and 3,700 besides.
     """
-    last: address = empty(address)
-    for signature: Bytes[65] in signatures:
-        signer: address = typed_data._signer_of(digest, signature)
-        assert self._is_worker(signer) and signer != without, "run: not a worker's signature"
-        assert convert(signer, uint160) > convert(last, uint160), "run: signers not ascending"
-        last = signer
-    return len(signatures)
+    signer: address = typed_data._signer_of(digest, signature)
+    assert self._is_worker(signer) and signer != without, "run: not a worker's signature"
+    assert convert(signer, uint160) > convert(last, uint160), "run: signers not ascending"
+    return signer
 
 
 @internal

@@ -302,8 +302,9 @@ class Runs(RuleBasedStateMachine):
 
     @invariant()
     def shares_are_those_of_posted_epochs(self) -> None:
-        assert self.share.read("totalSupply") == sum(self.twin.posted)
-        assert self.share.read("epoch_count") == len(self.twin.posted) == len(self.roots)
+        epochs, shares = divmod(self.share.read("totals"), 2**128)
+        assert (epochs, shares) == (len(self.roots), sum(self.twin.posted))
+        assert len(self.roots) == len(self.twin.posted)
         for epoch, root in enumerate(self.roots):
             assert self.share.read("epochs", epoch) == int.from_bytes(root, "big")
             assert self.share.read("epochs", epoch, field=1) == self.twin.posted[epoch] <= self.twin.cap(epoch)

@@ -13,6 +13,7 @@ from chain_support import (
     RUN_ID,
     TERMS,
     WORKERS,
+    QuickChain,
     World,
     in_one_transaction,
     key,
@@ -61,7 +62,7 @@ async def served(world: World, stages: int = 2) -> list[int]:
 async def before_beginning(terms: Run.Term = TERMS) -> World:
     """A run that nobody has begun."""
     chain = memory_chain()
-    client = chain.client()
+    client = QuickChain(chain.client().rpc)
     coin = await Coin.deploy(client, WORKERS[0])
     run = await Run.deploy(client, WORKERS[0], coin.address, bytes.fromhex(RUN_ID), terms)
     share = await ModelShare.deploy(client, WORKERS[0], "M", "M", coin.address, bytes.fromhex(RUN_ID), run.address)

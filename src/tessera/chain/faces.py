@@ -290,6 +290,14 @@ class ModelShare(Contract):
         """What has arrived and waits for `distribute`."""
         return await self._call("eb72c8d8", (), (), ("uint256",))
 
+    async def epoch_count(self) -> int:
+        """How many epochs have been posted: the number of the next one."""
+        return await self._call("be1e5416", (), (), ("uint256",))
+
+    async def totalSupply(self) -> int:
+        """All shares: balances, and what is posted and not yet redeemed."""
+        return await self._call("18160ddd", (), (), ("uint256",))
+
     async def transfer(self, key: AccountKey, receiver: Account, amount: int) -> Receipt:
         """Hand over shares. What they have earned so far stays with the sender."""
         return await self._send(key, "a9059cbb", ("address", "uint256"), (receiver, amount))
@@ -320,17 +328,11 @@ class ModelShare(Contract):
     async def symbol(self) -> str:
         return await self._call("95d89b41", (), (), ("string",))
 
-    async def totalSupply(self) -> int:
-        return await self._call("18160ddd", (), (), ("uint256",))
-
     async def balanceOf(self, arg0: Account) -> int:
         return await self._call("70a08231", ("address",), (arg0,), ("uint256",))
 
     async def allowance(self, arg0: Account, arg1: Account) -> int:
         return await self._call("dd62ed3e", ("address", "address"), (arg0, arg1), ("uint256",))
-
-    async def epoch_count(self) -> int:
-        return await self._call("be1e5416", (), (), ("uint256",))
 
     async def epochs(self, arg0: int) -> Epoch:
         return self.Epoch(*await self._call("c6b61e4c", ("uint256",), (arg0,), ("(bytes32,uint256,uint256)",)))
