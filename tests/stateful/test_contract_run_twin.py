@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -27,7 +28,7 @@ from tessera.chain.consent import NOBODY, Consent
 from tessera.core.errors import Refused
 from tessera.core.hashing import keccak
 from tessera.core.signing import AccountKey
-from tessera.incentives.run_twin import RunTwin, Status
+from tessera.incentives.run_twin import Member, RunTwin, Status
 
 ACTORS = [key(f"actor {i}") for i in range(16)]
 BY_NAME = {actor.account: actor for actor in ACTORS}
@@ -101,6 +102,7 @@ class Runs(RuleBasedStateMachine):
         )
         self.twin = deepcopy(kept.twin)
         self.statuses = {actor.account: self.twin.status(actor.account) for actor in ACTORS}
+        self.seen: dict[str, Member] = {}
         self.proposed: tuple[Any, ...] = ()
         self.roots: list[bytes] = []
 
@@ -270,10 +272,13 @@ class Runs(RuleBasedStateMachine):
             assert status >= before
             assert status is before or before < Status.WITHDRAWN  # the end is the end
             self.statuses[name] = status
-            if member:
-                assert self.run.read("members", name, field=STAGE) == member.stage
-                assert self.run.read("members", name, field=SINCE) == member.since
-                assert self.run.read("members", name, field=BOND) == member.bond
+            if member and member != self.seen.get(name):
+                self.check(name, member)
+                self.seen[name] = replace(member)
+
+    def check(self, name: str, member: Member) -> None:
+        fields = [self.run.read("members", name, field=field) for field in (STATUS, STAGE, BOND, SINCE)]
+        assert fields == [member.status, member.stage, member.bond, member.since]
 
     @invariant()
     def what_is_counted_is_what_the_members_say(self) -> None:
@@ -284,7 +289,6 @@ class Runs(RuleBasedStateMachine):
         assert set(present) == {int(name, 16) for name in self.twin.workers}
         peers = [self.twin.members[name].peer for name in self.twin.workers]
         assert len(set(peers)) == len(peers)
-        assert all(self.run.read("peers", bytes.fromhex(peer)) == int(n, 16) for peer, n in self.twin.peers.items())
 
     @invariant()
     def money_is_conserved_and_nobody_has_anothers_bond(self) -> None:
@@ -314,9 +318,12 @@ class Runs(RuleBasedStateMachine):
         assert (self.run.read("attempt"), self.run.read("change_count")) == (self.twin.attempt, self.twin.changes)
 
     def teardown(self) -> None:
-        """At the end, the views say what the storage says."""
+        """At the end nobody's seat has changed unseen, and the views say what the storage says."""
         if not hasattr(self, "run"):
             return
+        for name, member in self.twin.members.items():
+            self.check(name, member)
+        assert all(self.run.read("peers", bytes.fromhex(peer)) == int(n, 16) for peer, n in self.twin.peers.items())
         assert self.run("worker_count") == len(self.twin.workers)
         assert all(self.run("is_worker", a.account) == (a.account in self.twin.workers) for a in ACTORS[:2])
         assert (self.run("pending") != bytes(32)) == (self.twin.pending is not None)
