@@ -11,7 +11,7 @@ from eth_account import Account as EthAccount
 
 import tessera.chain.local as local_module
 from chain_support import CHAIN_ID, NOW, WORKERS, World, fresh_world, key, local_world, memory_chain
-from tessera.chain.engine import GAS_LIMIT, Message
+from tessera.chain.engine import GAS_LIMIT, Message, Outcome
 from tessera.chain.faces import Coin
 from tessera.chain.local import LocalChain
 from tessera.chain.transactions import Transaction, sign
@@ -192,6 +192,26 @@ async def test_an_estimate_is_the_least_gas_that_succeeds(world_with_shares: Wor
     assert outcome.ok
     assert chain.call(replace(claim, gas=gas)).ok
     assert not chain.call(replace(claim, gas=gas - 1)).ok
+
+
+async def test_an_estimate_ends_when_somebody_else_is_first_meanwhile(
+    world_with_shares: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What succeeds in the first run fails in every later one: a transaction of others came in between."""
+    chain = world_with_shares.local
+    assert chain
+    claim = Message(address(key("holder")), address_of(world_with_shares.share), bytes.fromhex("4e71d92d"))
+    good, runs = chain.call(claim), list[int]()
+    bad = chain.call(replace(claim, gas=good.gas_needed - 1))
+    assert (good.ok, bad.ok) == (True, False)
+
+    def call(message: Message, number: int | None = None) -> Outcome:
+        runs.append(message.gas)
+        return good if len(runs) == 1 else bad
+
+    monkeypatch.setattr(chain, "call", call)
+    assert chain.estimate(claim) == (0, bad)
+    assert len(runs) < 1_000
 
 
 async def test_a_call_is_what_the_transaction_then_does(world_with_shares: World) -> None:

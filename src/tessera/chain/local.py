@@ -201,7 +201,9 @@ class LocalChain:
         if not best.ok:
             return 0, best
         low, high = best.gas_needed, best.gas_needed
-        while not self.call(replace(message, gas=high), number).ok:
+        while not (again := self.call(replace(message, gas=high), number)).ok:
+            if high >= message.gas:  # somebody was first: what succeeded a moment ago never will
+                return 0, again
             low, high = high + 1, min(message.gas, high + high // 32)
         while low < high:  # the answer is in [low, high]
             middle = (low + high) // 2
