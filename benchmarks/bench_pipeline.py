@@ -142,7 +142,7 @@ async def run_stage(pipe: Connection, stage: int, seeds: list[bytes], warm: int,
         pipe.send(transport.record().to_text())
         records = [PeerRecord.from_text(text) for text in pipe.recv()]
         seats = tuple(Seat(number, record, account, bytes(65)) for number, record in enumerate(records))
-        roster = Roster(described.run_id, STAGES, seats, account, account)
+        roster = Roster(described.run_id, STAGES, seats, account, account, account)
         exchange = Exchange(transport, key, described.run_id, dict, limit_bytes=trainer.gradient_bytes)
         with tempfile.TemporaryDirectory() as folder:
             book = ReceiptBook(Path(folder) / "book.sqlite")

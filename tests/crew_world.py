@@ -209,7 +209,7 @@ class CrewWorld:
     def roster(self) -> Roster:
         seats = sorted(self._seats.items(), key=lambda item: (item[1].stage, item[0]))
         share = self.nodes[0].account.account
-        return Roster(self.manifest.run_id, self.manifest.model.stages, tuple(s for _, s in seats), share, share)
+        return Roster(self.manifest.run_id, self.manifest.model.stages, tuple(s for _, s in seats), share, share, share)
 
     @asynccontextmanager
     async def alive(self) -> AsyncIterator[anyio.abc.TaskGroup]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,18 +11,21 @@ from typing import Any
 
 import anyio
 
+from tessera.chain.authorization import authorize
 from tessera.chain.client import RpcChain
-from tessera.chain.faces import ModelShare
+from tessera.chain.consent import Consent
+from tessera.chain.faces import Coin, ModelShare, Run
 from tessera.chain.local import LocalChain
 from tessera.chain.rpc import BytesRpc
 from tessera.core import encoding
-from tessera.core.clock import Clock, FakeClock
+from tessera.core.clock import Clock
 from tessera.core.errors import Unavailable
-from tessera.core.ids import Account
+from tessera.core.ids import Account, PeerId
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.p2p.calls import call
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock
 from tessera.p2p.transport import PeerRecord
+from tessera.training.bond import peer_bytes
 from tessera.training.book import ReceiptBook, SeatBook
 from tessera.training.gate import Gate, GateConfig
 from tessera.training.home import Home
@@ -36,6 +39,7 @@ from tessera.training.receipts import Receipt
 from tessera.training.roster import Roster, Seat, seat_binding
 from tessera.training.seating import Seated, WorkerConfig
 from tessera.training.sensors import FakeSensors, Sensors
+from tessera.training.terms import terms_of
 from tessera.training.worker import Worker
 from training_world import account_keys, all_receipts, peer_keys
 
@@ -50,13 +54,6 @@ def make_seat(manifest: Manifest, stage: int, record: PeerRecord, account: Accou
     return Seat(stage, record, account.account, seat_binding(manifest.run_id, record.id, stage, account))
 
 
-class InOrder(random.Random):
-    """Draws the first: so that tests know who sits where."""
-
-    def choice(self, seq: Any) -> Any:
-        return seq[0]
-
-
 @dataclass
 class Ledger:
     """An embedded chain that answers at once, without threads, unless it is `away`."""
@@ -67,7 +64,7 @@ class Ledger:
     chain: RpcChain = field(init=False)
 
     def __post_init__(self) -> None:
-        self.local = LocalChain(None, chain_id=self.manifest.chain_id, clock=FakeClock())
+        self.local = LocalChain(None, chain_id=self.manifest.chain_id, clock=VirtualClock())
         self.chain = RpcChain(BytesRpc(self.exchange))
 
     async def exchange(self, body: bytes) -> bytes:
@@ -79,9 +76,31 @@ class Ledger:
     async def coin(self) -> Account:
         return await self.chain.deploy(OPERATOR, "coin")
 
-    async def share(self, coin: Account, accounts: list[Account]) -> Account:
+    async def deploy_run(self, coin: Account) -> Run:
         run_id = bytes.fromhex(self.manifest.run_id)
-        return await self.chain.deploy(OPERATOR, "model_share", "small", "TSRA", coin, run_id, accounts)
+        return await Run.deploy(self.chain, OPERATOR, coin, run_id, terms_of(self.manifest))
+
+    async def bond(self, run: Run, account: AccountKey, peer: PeerId) -> int:
+        """As a joiner with his host; the stage that is drawn."""
+        stake, coin = self.manifest.settlement.stake_units, Coin(self.chain, await run.asset())
+        await coin.mint(OPERATOR, account.account, stake)
+        nonce = Consent(self.manifest.chain_id, run.address, self.manifest.run_id).bond_nonce(
+            account.account, peer_bytes(peer)
+        )
+        paid = await authorize(coin, account, run.address, stake, valid_before=2**40, nonce=nonce)
+        await run.bond(OPERATOR, account.account, peer_bytes(peer), 0, paid.valid_before, *paid.vrs)
+        await run.draw(OPERATOR, account.account)
+        return (await run.members(account.account)).stage
+
+    async def begin(self, members: Sequence[tuple[AccountKey, PeerId]]) -> tuple[Run, ModelShare]:
+        """A run that these have begun, at whatever stages were drawn for them."""
+        coin, run_id = await self.coin(), bytes.fromhex(self.manifest.run_id)
+        run = await self.deploy_run(coin)
+        for account, peer in members:
+            await self.bond(run, account, peer)
+        share = await ModelShare.deploy(self.chain, OPERATOR, "small", "TSRA", coin, run_id, run.address)
+        await run.begin(OPERATOR, share.address, [account.account for account, _ in members])
+        return run, share
 
 
 # --- keepers ----------------------------------------------------------------------------------------------------------
@@ -112,6 +131,7 @@ class Settlement:
     network: MemoryNetwork
     roster: Roster
     settlers: list[Settler]
+    run: Run
     share: ModelShare
 
     async def ask(
@@ -141,14 +161,14 @@ async def settlement(
     count = stages + companions
     keys, accounts = peer_keys(count), account_keys(count)
     ledger = Ledger(manifest)
-    share = await ledger.share(await ledger.coin(), [account.account for account in accounts])
+    run, share = await ledger.begin([(accounts[i], keys[i].id) for i in range(count)])
     network = MemoryNetwork(random.Random(0), delay_s=0.01, clock=VirtualClock())
     receipts = all_receipts(manifest, keys[:stages], range(manifest.schedule.steps))
     async with AsyncExitStack() as stack:
         transports = [await stack.enter_async_context(network.start(key)) for key in keys]
         seats = [make_seat(manifest, i if i < stages else 0, transports[i].record(), accounts[i]) for i in range(count)]
         seats.sort(key=lambda seat: seat.stage)
-        roster = Roster(manifest.run_id, stages, tuple(seats), share, share)
+        roster = Roster(manifest.run_id, stages, tuple(seats), run.address, share.address, await run.asset())
         settlers = []
         for i in range(count):
             book = ReceiptBook(folder / f"keeper-{i}.sqlite")
@@ -167,11 +187,12 @@ async def settlement(
                     book=book,
                     roster=lambda: roster,
                     steps_done=lambda i=i: settlers[i].steps_done,
+                    clock=network.clock,
                 ),
                 manifest.schedule.steps,
             )
             settlers.append(settler)
-        yield Settlement(manifest, ledger, network, roster, settlers, ModelShare(ledger.chain, share))
+        yield Settlement(manifest, ledger, network, roster, settlers, run, share)
 
 
 async def settle_all(settlers: Iterable[Settler]) -> None:
@@ -189,6 +210,7 @@ class Hosted:
 
     manifest: Manifest
     ledger: Ledger
+    coin: Account
     host: RunHost
     book: SeatBook
     host_transport: MemoryTransport
@@ -207,14 +229,20 @@ class Hosted:
             (seat if name in seat else request)[name] = value
         return request
 
-    async def look(self, peer: int) -> int:
-        """The stage that the host offers."""
+    async def look(self, peer: int) -> list[int]:
+        """The stages of which the host says that one may be drawn."""
         reply, _ = await self.ask(peer, JOIN, self.request(peer, op="look"))
-        return int(reply["stage"])
+        return [int(stage) for stage in reply["stages"]]
+
+    async def bond(self, peer: int, account: Account | None = None, **changes: Any) -> Any:
+        """The stage that is drawn; None while a stake is still to come."""
+        mine = {"op": "bond", "account": account or self.accounts[peer].account, "authorization": None}
+        reply, _ = await self.ask(peer, JOIN, {**self.request(peer), **mine, **changes})
+        return reply["stage"]
 
     async def join(self, peer: int, **changes: Any) -> int:
-        """The stage that the host gives."""
-        stage = await self.look(peer) if "invitation" not in changes and "run_id" not in changes else 0
+        """The stage that is drawn and taken."""
+        stage = await self.bond(peer) if "invitation" not in changes and "run_id" not in changes else 0
         request = self.request(peer, stage, **changes)
         reply, body = await self.ask(peer, JOIN, request)
         assert body == self.manifest.canonical
@@ -228,7 +256,7 @@ class Hosted:
 
 @asynccontextmanager
 async def hosted(
-    manifest: Manifest, folder: Path, ledger: Ledger | None = None, rng: random.Random | None = None
+    manifest: Manifest, folder: Path, ledger: Ledger | None = None, coin: Account | None = None
 ) -> AsyncIterator[Hosted]:
     """`folder` keeps the host's state: a second time, it is the same host after a restart."""
     count = manifest.model.stages * manifest.replicas + 1
@@ -241,21 +269,20 @@ async def hosted(
         peers = [await stack.enter_async_context(network.start(key)) for key in keys]
         book = seat_book(folder)
         stack.callback(book.close)
+        coin = coin or await ledger.coin()
         host = RunHost(
             manifest,
             transport=transport,
             chain=ledger.chain,
-            coin=await ledger.coin(),
+            coin=coin,
             operator=OPERATOR,
             book=book,
             on_report=lambda seat, report: reports.append((seat, report)),
             pace=lambda: (0, 0.0),
             clock=network.clock,
-            rng=rng or InOrder(),
-            key=HOST_KEY,
         )
-        host.serve()
-        yield Hosted(manifest, ledger, host, book, transport, peers, keys, accounts, reports)
+        await host.open()
+        yield Hosted(manifest, ledger, coin, host, book, transport, peers, keys, accounts, reports)
 
 
 def seat_book(folder: Path) -> SeatBook:

@@ -25,7 +25,7 @@ from tessera.training.manifest import DataRecipe, DataSet, Manifest, Schedule
 from tessera.training.roster import Roster, Seat
 from tessera.training.rpc_link import serve_rpc
 from tessera.training.seating import Seated
-from training_run import HOST_KEY, OPERATOR, InOrder, Ledger, invitation_to, make_worker, seat_book
+from training_run import HOST_KEY, OPERATOR, Ledger, invitation_to, make_worker, seat_book
 from training_world import DATA_OWNER, small_manifest
 
 STAGES, STEPS = 4, 15
@@ -103,13 +103,14 @@ class WholeRun:
             self.host = self.new_host()
             serve_blobs(transport, BlobStore(self.folder / "blobs"))
             serve_rpc(transport, self.ledger.exchange)
-            self.host.serve()
+            await self.host.open()
             self.invitation = invitation_to(self.manifest, transport.record()).to_text()
             for number, worker in enumerate(self.workers):
                 tasks.start_soon(worker.live)
                 while len(self.host.seats) <= number:
                     await anyio.sleep(0.1)
             self.roster = await self.host.seat_everyone()
+            self.workers.sort(key=lambda life: self.roster.peers.index(life.home.peer_key.id))  # by stage
             yield tasks
             await self.host.close()
 
@@ -118,7 +119,6 @@ class WholeRun:
         return RunHost(
             self.manifest,
             transport=self.transport,
-            key=HOST_KEY,
             chain=self.ledger.chain,
             coin=self.coin,
             operator=OPERATOR,
@@ -126,7 +126,6 @@ class WholeRun:
             on_report=self._on_report,
             pace=lambda: (0, 0.0),
             clock=self.clock,
-            rng=InOrder(),
         )
 
     async def at_step(self, step: int) -> None:

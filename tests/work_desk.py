@@ -57,7 +57,7 @@ def roster() -> Roster:
         record = PeerRecord.sign(key, ("memory:x",), 2_000_000_000)
         seats.append(Seat(stage, record, account.account, seat_binding(MANIFEST.run_id, key.id, stage, account)))
     share = account_keys(1)[0].account
-    return Roster(MANIFEST.run_id, 3, tuple(sorted(seats, key=lambda seat: seat.stage)), share, share)
+    return Roster(MANIFEST.run_id, 3, tuple(sorted(seats, key=lambda seat: seat.stage)), share, share, share)
 
 
 class Desk:

@@ -34,7 +34,6 @@ def shares(done: Step, receipts: list[FlowReceipt]) -> list[int]:
     others = {worker_key(s).id: [auditor_key(s).id] for s in range(3)}
     credit = settle_credit(work, [], others, AuditConfig())
     leaves = compute_epoch(MANIFEST, 0, work_of(ACCOUNTS, [len(credit.paid[worker_key(s).id]) for s in range(3)]))
-    assert leaves is not None
     return [leaves.shares_of(account) for account in ACCOUNTS]
 
 

@@ -83,7 +83,6 @@ def test_a_forged_receipt_is_worth_nothing(forge: Callable[[int], Receipt], tmp_
             await settle_all(world.settlers)
             accounts = [key.account for key in account_keys()]
             leaves = compute_epoch(MANIFEST, 0, work_of(accounts, [3 * FULL, 2 * FULL, 3 * FULL, 3 * FULL]))
-            assert leaves is not None
             assert (await world.share.epochs(0)).root == leaves.root
 
     run_virtual(main)
@@ -103,7 +102,7 @@ def test_a_proposal_with_a_forged_receipt_gets_no_vote(tmp_path: Path) -> None:
 async def propose(world: Settlement, receipts: list[Receipt]) -> None:
     world.settlers[0].keeper.serve()
     body = encoding.encode({"receipts": [receipt.to_row() for receipt in receipts], "verdicts": []})
-    await world.ask(1, 0, {"op": "vote", "epoch": 0, "root": "00"}, body)
+    await world.ask(1, 0, {"op": "vote", "epoch": 0, "attempt": 0, "root": "00"}, body)
 
 
 def test_a_key_signs_receipts_and_nothing_else_with_a_receipts_words() -> None:

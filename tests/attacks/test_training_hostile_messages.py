@@ -83,7 +83,7 @@ def test_keepers_settle_beside_rubbish(tmp_path: Path) -> None:
                 with pytest.raises(Invalid):
                     await world.ask(0, 1, {"op": "receipts", "epoch": epoch})
             with pytest.raises(Invalid):
-                await world.ask(0, 1, {"op": "vote", "epoch": 0, "root": "00"}, bytes(1 << 20))
+                await world.ask(0, 1, {"op": "vote", "epoch": 0, "attempt": 0, "root": "00"}, bytes(1 << 20))
             record = world.roster.seats[1].record
             with pytest.raises(Refused):
                 await call(stranger, record, EPOCH, {"op": "vote", "epoch": 0}, timeout_s=5, reply_limit=SMALL)

@@ -27,15 +27,13 @@ def resigned(receipt: Receipt, *microbatches: int) -> Receipt:
 
 
 def leaves(microbatches: list[int]) -> EpochLeaves:
-    computed = compute_epoch(MANIFEST, 0, work_of(ACCOUNTS, microbatches))
-    assert computed is not None
-    return computed
+    return compute_epoch(MANIFEST, 0, work_of(ACCOUNTS, microbatches))
 
 
 async def propose(world: Settlement, proposer: int, voter: int, receipts: list[Receipt], root: bytes) -> None:
     world.settlers[voter].keeper.serve()
     body = encoding.encode({"receipts": [receipt.to_row() for receipt in receipts], "verdicts": []})
-    await world.ask(proposer, voter, {"op": "vote", "epoch": 0, "root": root.hex()}, body)
+    await world.ask(proposer, voter, {"op": "vote", "epoch": 0, "attempt": 0, "root": root.hex()}, body)
 
 
 @pytest.mark.parametrize("more", [(FULL,), (1023,), tuple(range(FULL, 1024))])

@@ -18,12 +18,13 @@ from tessera.core.signing import AccountKey, PeerKey
 from tessera.p2p.calls import call
 from tessera.p2p.memory import MemoryTransport, run_virtual
 from tessera.training.attendance import Attendance
-from tessera.training.membership import ABSENT_S, LAST_RECEIPTS, Membership
+from tessera.training.bond import Status
+from tessera.training.membership import ABSENT_S, LAST_ABSENT_S, LAST_RECEIPTS, Membership
 from tessera.training.proposal import Proposal, propose
 from tessera.training.protocols import MEMBERSHIP, SMALL
 from tessera.training.receipts import Receipt
-from tessera.training.roster import Roster, Seat, vouch
-from training_run import HOST_KEY, Settlement, make_seat, settlement
+from tessera.training.roster import Roster, Seat
+from training_run import Settlement, make_seat, settlement
 from training_world import account_keys, all_receipts, peer_keys, small_manifest
 
 MANIFEST = small_manifest(steps=3, epoch_steps=3, most_replicas=2)
@@ -73,30 +74,52 @@ class Club:
     leaving: set[int] = field(default_factory=set)
 
     async def vote(self, sender: MemoryTransport, body: bytes = b"[]", *, voter: int = 1, **request: Any) -> bytes:
-        asked = {"op": "vote", "number": 0, "joiner": None, "leaver": None, "voucher": "", **request}
-        record = self.world.roster.seats[voter].record
+        asked = {"op": "vote", "number": 0, "joiner": None, "leaver": None, **request}
+        record = self.world.settlers[voter].transport.record()
         reply, _ = await call(sender, record, MEMBERSHIP, asked, body, timeout_s=5, reply_limit=SMALL)
         return bytes.fromhex(reply["signature"])
 
     async def admit(self, transport: MemoryTransport, seat: Seat, account: AccountKey) -> None:
-        voucher = vouch(HOST_KEY, MANIFEST.run_id, seat)
-        proposal = Proposal(joiner=seat, voucher=voucher)
+        proposal = Proposal(joiner=seat)
         await propose(transport, self.world.ledger.chain, account, MANIFEST, self.roster, proposal)
         self.roster = replace(self.roster.admit(seat), changes=self.roster.changes + 1)
 
+    async def companion(self, transport: MemoryTransport) -> None:
+        """A joiner comes to the stage of worker 2."""
+        seat = await self.drawn(transport, beside=2)
+        await self.admit(transport, seat, JOINERS_ACCOUNT)
+
+    async def drawn(
+        self, transport: MemoryTransport, account: AccountKey = JOINERS_ACCOUNT, beside: int | None = None
+    ) -> Seat:
+        """A joiner's seat, bonded and drawn; at the stage of worker `beside`, who has said that he wants to leave."""
+        if beside is not None and (await self.run.members(ACCOUNTS[beside].account)).status == Status.WORKER:
+            await self.run.leave(ACCOUNTS[beside])
+        stage = await self.world.ledger.bond(self.run, account, transport.id)
+        return make_seat(MANIFEST, stage, transport.record(), account)
+
     @property
-    def share(self) -> Any:
-        return self.world.share
+    def run(self) -> Any:
+        return self.world.run
+
+
+async def drawn_roster(world: Settlement) -> Roster:
+    """The four, each at the stage that the contract has drawn."""
+    seats = []
+    for settler in world.settlers:
+        stage = (await world.run.members(settler.account_key.account)).stage
+        seats.append(make_seat(MANIFEST, stage, settler.transport.record(), settler.account_key))
+    return replace(world.roster, seats=tuple(sorted(seats, key=lambda seat: seat.stage)))
 
 
 @asynccontextmanager
 async def club(folder: Path) -> AsyncIterator[tuple[Club, MemoryTransport, MemoryTransport]]:
     async with (
-        settlement(MANIFEST, folder) as world,
+        settlement(MANIFEST, folder, held=lambda stage, receipt: False) as world,
         world.network.start(JOINER) as joiner,
         world.network.start(OTHER) as other,
     ):
-        found = Club(world, replace(world.roster, share=world.share.address))
+        found = Club(world, await drawn_roster(world))
         for number, settler in enumerate(world.settlers):
             found.seen.append(Seen())
             found.trainings.append(Fake())
@@ -110,7 +133,6 @@ async def club(folder: Path) -> AsyncIterator[tuple[Club, MemoryTransport, Memor
                     training=found.trainings[-1],
                     roster=lambda: found.roster,
                     attendance=found.seen[-1],
-                    host=HOST_KEY.id,
                     changed=anyio.lowlevel.checkpoint,
                     leaving=lambda number=number: number in found.leaving,
                 )
@@ -123,16 +145,16 @@ def seat_of(transport: MemoryTransport, stage: int = 0, account: AccountKey = JO
     return make_seat(MANIFEST, stage, transport.record(), account)
 
 
-def asked(seat: Seat, host: PeerKey = HOST_KEY) -> dict[str, Any]:
-    return {"joiner": seat.to_value(), "voucher": vouch(host, MANIFEST.run_id, seat).hex()}
+def asked(seat: Seat) -> dict[str, Any]:
+    return {"joiner": seat.to_value()}
 
 
-def test_who_was_given_a_seat_gets_in_and_signs_from_then_on(tmp_path: Path) -> None:
+def test_who_was_drawn_a_seat_gets_in_and_signs_from_then_on(tmp_path: Path) -> None:
     async def main() -> None:
         async with club(tmp_path) as (world, joiner, _):
-            await world.admit(joiner, seat_of(joiner), JOINERS_ACCOUNT)
-            assert await world.share.is_worker(JOINERS_ACCOUNT.account)
-            assert await world.share.worker_count() == 5
+            await world.admit(joiner, await world.drawn(joiner), JOINERS_ACCOUNT)
+            assert await world.run.is_worker(JOINERS_ACCOUNT.account)
+            assert await world.run.worker_count() == 5
 
     run_virtual(main)
 
@@ -140,18 +162,18 @@ def test_who_was_given_a_seat_gets_in_and_signs_from_then_on(tmp_path: Path) -> 
 def test_a_forged_admission_gets_no_signature(tmp_path: Path) -> None:
     async def main() -> None:
         async with club(tmp_path) as (world, joiner, other):
-            honest, stolen = seat_of(joiner), seat_of(other, account=OTHERS_ACCOUNT)
-            mine = {**asked(honest)}
+            with pytest.raises(Refused, match="the contract has not drawn stage 0"):
+                await world.vote(joiner, **asked(seat_of(joiner)))
+            honest = await world.drawn(joiner)
+            stolen = seat_of(other, honest.stage, OTHERS_ACCOUNT)
+            elsewhere = (honest.stage + 1) % 4
+            mine = asked(honest)
             bent: list[tuple[dict[str, Any], type[TesseraError], str]] = [
-                ({**mine, "voucher": ""}, Refused, "the host has not given this seat"),
-                ({**mine, "voucher": "00" * 64}, Refused, "the host has not given this seat"),
-                ({**mine, "voucher": "zz"}, Invalid, "64 bytes"),
-                ({**mine, "voucher": 7}, Invalid, "64 bytes"),
-                (asked(honest, host=JOINER), Refused, "the host has not given this seat"),
                 (asked(stolen), Refused, "a joiner asks for himself"),
-                ({**asked(stolen), "joiner": mine["joiner"]}, Refused, "the host has not given this seat"),
+                (asked(seat_of(joiner, elsewhere)), Refused, "has not drawn stage"),
+                (asked(seat_of(joiner, honest.stage, OTHERS_ACCOUNT)), Refused, "has not drawn stage"),
                 (asked(replace(honest, account=OTHERS_ACCOUNT.account)), Misbehaviour, "signed by"),
-                (asked(replace(honest, stage=1)), Misbehaviour, "signed by"),
+                (asked(replace(honest, stage=elsewhere)), Misbehaviour, "signed by"),
                 (asked(seat_of(joiner, 4)), Invalid, "stage 4 of 4"),
                 ({**mine, "joiner": {}}, Invalid, "a seat has the fields"),
                 ({**mine, "leaver": ACCOUNTS[0].account}, Invalid, "a joiner or a leaver"),
@@ -159,6 +181,8 @@ def test_a_forged_admission_gets_no_signature(tmp_path: Path) -> None:
                 ({**mine, "number": "0"}, Invalid, "a change has a number"),
                 ({"op": "admit"}, Invalid, "unknown operation"),
             ]
+            with pytest.raises(Refused, match="has not drawn stage"):  # his account, from another peer
+                await world.vote(other, **asked(seat_of(other, honest.stage)))
             for request, expected, message in bent:
                 with pytest.raises(expected, match=message):
                     await world.vote(joiner, **request)
@@ -170,7 +194,7 @@ def test_a_forged_admission_gets_no_signature(tmp_path: Path) -> None:
 def test_two_for_one_account_and_one_for_two_seats_get_no_signature(tmp_path: Path) -> None:
     async def main() -> None:
         async with club(tmp_path) as (world, joiner, other):
-            await world.admit(joiner, seat_of(joiner), JOINERS_ACCOUNT)
+            await world.admit(joiner, await world.drawn(joiner), JOINERS_ACCOUNT)
             for seat, sender in (
                 (seat_of(other, 1), other),  # the joiner's account, with another peer
                 (seat_of(joiner, 1, OTHERS_ACCOUNT), joiner),  # the joiner's peer, with another account
@@ -183,34 +207,29 @@ def test_two_for_one_account_and_one_for_two_seats_get_no_signature(tmp_path: Pa
     run_virtual(main)
 
 
-def test_a_full_stage_takes_nobody(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with club(tmp_path) as (world, joiner, other):
-            await world.admit(joiner, seat_of(joiner, 2), JOINERS_ACCOUNT)
-            with pytest.raises(Refused, match="stage 2 has 2 workers, as many as it may"):
-                await world.vote(other, number=1, **asked(seat_of(other, 2, OTHERS_ACCOUNT)))
-            assert await world.vote(other, number=1, **asked(seat_of(other, 3, OTHERS_ACCOUNT)))
-
-    run_virtual(main)
-
-
 def test_a_change_number_serves_once(tmp_path: Path) -> None:
     async def main() -> None:
         async with club(tmp_path) as (world, joiner, other):
+            first, second = await world.drawn(joiner), await world.drawn(other, OTHERS_ACCOUNT)
             for number in (1, -1, 2**70):
                 with pytest.raises(Conflict, match="is not the next one"):
-                    await world.vote(joiner, number=number, **asked(seat_of(joiner)))
-            mine = [await world.vote(joiner, voter=voter, **asked(seat_of(joiner))) for voter in range(4)]
-            await world.admit(other, seat_of(other, 1, OTHERS_ACCOUNT), OTHERS_ACCOUNT)
+                    await world.vote(joiner, number=number, **asked(first))
+            mine = [await world.vote(joiner, voter=voter, **asked(first)) for voter in range(4)]
+            await world.admit(other, second, OTHERS_ACCOUNT)
             ordered = [s for _, s in sorted(zip((int(a.account, 16) for a in ACCOUNTS), mine, strict=True))]
             with pytest.raises(Conflict, match="not the next change"):
-                await world.share.change(JOINERS_ACCOUNT, 0, JOINERS_ACCOUNT.account, "0x" + "00" * 20, ordered)
+                await world.run.change(JOINERS_ACCOUNT, 0, JOINERS_ACCOUNT.account, "0x" + "00" * 20, ordered)
             with pytest.raises(Invalid, match="not a worker's signature"):
-                await world.share.change(JOINERS_ACCOUNT, 1, JOINERS_ACCOUNT.account, "0x" + "00" * 20, ordered)
-            stale = replace(world.world.roster, share=world.share.address)
-            proposal = Proposal(joiner=seat_of(joiner))
+                await world.run.change(JOINERS_ACCOUNT, 1, JOINERS_ACCOUNT.account, "0x" + "00" * 20, ordered)
             with pytest.raises(Conflict, match="the workers have changed 1 times, we know of 0"):
-                await propose(joiner, world.world.ledger.chain, JOINERS_ACCOUNT, MANIFEST, stale, proposal)
+                await propose(
+                    joiner,
+                    world.world.ledger.chain,
+                    JOINERS_ACCOUNT,
+                    MANIFEST,
+                    replace(world.roster, changes=0),
+                    Proposal(first),
+                )
 
     run_virtual(main)
 
@@ -219,9 +238,13 @@ def test_nobody_is_driven_out_who_is_there(tmp_path: Path) -> None:
     async def main() -> None:
         async with club(tmp_path) as (world, joiner, other):
             attacker, victim = world.world.settlers[0].transport, ACCOUNTS[2].account
-            with pytest.raises(Refused, match="stage 2 has no other worker"):
+            world.seen[1].gone[KEYS[2].id] = LAST_ABSENT_S - 1  # the only one of his stage: he may take longer
+            with pytest.raises(Refused, match="was here 3599 s ago"):
                 await world.vote(attacker, leaver=victim)
-            await world.admit(joiner, seat_of(joiner, 2), JOINERS_ACCOUNT)
+            world.seen[1].gone[KEYS[2].id] = LAST_ABSENT_S
+            assert await world.vote(attacker, leaver=victim)
+            world.seen[1].gone.clear()
+            await world.companion(joiner)
             with pytest.raises(Refused, match="was here 0 s ago"):
                 await world.vote(attacker, number=1, leaver=victim)
             with pytest.raises(Refused, match="only this run's workers"):
@@ -243,7 +266,7 @@ def test_nobody_is_driven_out_who_is_there(tmp_path: Path) -> None:
 def test_who_has_not_answered_for_long_is_taken_off_by_those_who_see_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with club(tmp_path) as (world, joiner, _):
-            await world.admit(joiner, seat_of(joiner, 2), JOINERS_ACCOUNT)
+            await world.companion(joiner)
             for number in (0, 1):
                 world.seen[number].gone[KEYS[2].id] = 10 * ABSENT_S
             with pytest.raises(Unavailable, match="2 of 5 workers signed change 1, more than 2/3 needed"):
@@ -251,7 +274,7 @@ def test_who_has_not_answered_for_long_is_taken_off_by_those_who_see_it(tmp_path
             world.seen[3].gone[KEYS[2].id] = 10 * ABSENT_S
             with pytest.raises(Unavailable, match="3 of 5 workers"):
                 await world.members[0]._dismiss_absent()
-            assert await world.share.is_worker(ACCOUNTS[2].account)
+            assert await world.run.is_worker(ACCOUNTS[2].account)
 
     run_virtual(main)
 
@@ -264,7 +287,7 @@ def test_a_leaver_who_is_alone_stays(tmp_path: Path) -> None:
             with pytest.raises(Unavailable, match="1 of 4 workers signed"):
                 await world.members[2]._leave()
             assert (world.trainings[2].frozen, world.trainings[2].thawed) == (1, 1)
-            await world.admit(joiner, seat_of(joiner, 2), JOINERS_ACCOUNT)
+            await world.companion(joiner)
             world.trainings[2].ready = False  # another has come, but is not in step
             await world.members[2]._leave()
             assert world.trainings[2].frozen == 1
@@ -272,25 +295,25 @@ def test_a_leaver_who_is_alone_stays(tmp_path: Path) -> None:
             await world.members[2]._leave()
             assert world.members[2].left.is_set()
             assert (world.trainings[2].frozen, world.trainings[2].thawed) == (2, 1)
-            assert not await world.share.is_worker(ACCOUNTS[2].account)
+            assert not await world.run.is_worker(ACCOUNTS[2].account)
 
     run_virtual(main)
 
 
 def test_a_leavers_receipts_are_his_and_real(tmp_path: Path) -> None:
-    signed = [r for r in all_receipts(MANIFEST, KEYS, range(3)) if r.signer == KEYS[2].id]
-    forged = replace(signed[0], signature=bytes(64))
-    others = all_receipts(MANIFEST, KEYS, range(1))[:1]
-    inflated = replace(signed[0], microbatches=(0, 99)).signed_by(KEYS[2])
-    stranger = replace(signed[0], worker=JOINER.id).signed_by(KEYS[2])
-
     def body(receipts: list[Receipt]) -> bytes:
         return encoding.encode([receipt.to_row() for receipt in receipts])
 
     async def main() -> None:
         async with club(tmp_path) as (world, joiner, _):
             leaver = world.world.settlers[2].transport
-            await world.admit(joiner, seat_of(joiner, 2), JOINERS_ACCOUNT)
+            at_work = [next(key for key in KEYS if key.id == seat.peer) for seat in world.roster.seats]
+            signed = [r for r in all_receipts(MANIFEST, at_work, range(3)) if r.signer == KEYS[2].id]
+            forged = replace(signed[0], signature=bytes(64))
+            others = [r for r in all_receipts(MANIFEST, at_work, range(1)) if r.signer != KEYS[2].id][:1]
+            inflated = replace(signed[0], microbatches=(0, 99)).signed_by(KEYS[2])
+            stranger = replace(signed[0], worker=JOINER.id).signed_by(KEYS[2])
+            await world.companion(joiner)
             mine = {"number": 1, "leaver": ACCOUNTS[2].account}
             for wrong in ([forged], others, [inflated], [stranger]):
                 with pytest.raises(Misbehaviour):

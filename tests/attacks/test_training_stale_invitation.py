@@ -11,21 +11,24 @@ from typing import Any
 
 import pytest
 
+from tessera.chain.faces import ModelShare, Run
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Refused, Unavailable
-from tessera.core.ids import PeerId
+from tessera.core.ids import Account, PeerId
 from tessera.p2p.calls import serve_calls
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport, VirtualClock, run_virtual
 from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
 from tessera.training.home import Home
 from tessera.training.invitation import Invitation
-from tessera.training.manifest import Manifest
+from tessera.training.manifest import Manifest, Settlement
 from tessera.training.protocols import JOIN, RUN, SMALL
+from tessera.training.roster import Seat
 from tessera.training.rpc_link import serve_rpc
 from tessera.training.seating import Seated
+from tessera.training.terms import terms_of
 from tessera.training.worker import Worker
-from training_run import HOST_KEY, Ledger, hosted, invitation_to, make_seat, make_worker
+from training_run import HOST_KEY, OPERATOR, Ledger, hosted, invitation_to, make_seat, make_worker
 from training_world import account_keys, peer_keys, small_manifest
 
 MANIFEST = small_manifest()
@@ -117,13 +120,14 @@ def test_an_unknown_revoked_expired_or_used_up_one_opens_no_seat(tmp_path: Path)
             with pytest.raises(Refused, match="was taken back"):
                 await world.join(0, invitation="33" * 16)
             assert world.host.seats == []
-            assert await world.join(0, invitation="11" * 16) == 0
+            take = world.request(0, await world.bond(0, invitation="11" * 16))
+            await world.ask(0, JOIN, {**take, "invitation": "11" * 16})
             with pytest.raises(Refused, match="somebody copied it"):
                 await world.join(1, invitation="11" * 16)
             for shown in ("11" * 16, "33" * 16, "ff" * 16):  # a seat stays its peer's
-                assert await world.join(0, invitation=shown) == 0
+                assert (await world.ask(0, JOIN, {**take, "invitation": shown}))[0] == {"admitted": True}
             book.revoke_invitation("11" * 16)
-            assert await world.join(0, invitation="11" * 16) == 0
+            assert (await world.ask(0, JOIN, {**take, "invitation": "11" * 16}))[0] == {"admitted": True}
 
     run_virtual(main)
 
@@ -134,7 +138,7 @@ def test_looking_takes_nothing(tmp_path: Path) -> None:
             world.book.save_invitation("11" * 16, 1, 10**10)
             for peer in (0, 1):
                 reply, body = await world.ask(peer, JOIN, world.request(peer, op="look", invitation="11" * 16))
-                assert (reply["stage"], reply["returning"], body) == (0, False, MANIFEST.canonical)
+                assert (reply["stages"], reply["returning"], body) == ([0, 1, 2, 3], False, MANIFEST.canonical)
             assert world.host.seats == []
             assert world.book.invitation("11" * 16).users == ()
 
@@ -179,17 +183,21 @@ def fails_with(folder: Path, expected: type[Exception], match: str, *args: Any, 
     run_virtual(main)
 
 
-def seat_of(manifest: Manifest, stage: Any = 0, **taken: Any) -> Handler:
-    """A host that offers `stage`, and gives it."""
+NOWHERE = account_keys()[0].account
+
+
+def seat_of(manifest: Manifest, stages: Any = (0, 1), run: str = NOWHERE, coin: str = NOWHERE, **taken: Any) -> Handler:
+    """A host that offers `stages` in the contract `run`, says that the first is drawn, and gives it."""
     offer = {
-        "stage": stage, "returning": False, "phase": "seating", "step": 0, "tokens_per_s": 0.0,
-        "members": [],
+        "stages": stages, "run": run, "coin": coin, "returning": False, "phase": "seating", "step": 0,
+        "tokens_per_s": 0.0, "members": [],
     }  # fmt: skip
-    given = {"admitted": True, "voucher": "00" * 64, **taken}
+    given = {"admitted": True, **taken}
 
     def join(peer: PeerId, request: dict[str, Any], body: bytes) -> Answer:
         now = int(VirtualClock().time())
-        return ({**offer, "now": now} if request["op"] == "look" else given), manifest.canonical
+        answers = {"look": {**offer, "now": now}, "bond": {"stage": taken.get("stage", 0)}, "take": given}
+        return answers[request["op"]], manifest.canonical
 
     return join
 
@@ -209,16 +217,11 @@ def test_a_manifest_for_another_chain_than_the_invitations_is_refused(tmp_path: 
     fails_with(tmp_path, Misbehaviour, "for chain 31337, the invitation for 1", seat_of(MANIFEST), chain_id=1)
 
 
-@pytest.mark.parametrize("stage", [4, -1, "0", None, 0.5])
-def test_a_seat_that_does_not_exist_is_refused(stage: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [[4], [-1], ["0"], None, [0.5], []])
+def test_a_seat_that_does_not_exist_is_refused(stages: object, tmp_path: Path) -> None:
     fails_with(
-        tmp_path, Misbehaviour, "the host's offer cannot be read|the host offers stage", seat_of(MANIFEST, stage)
+        tmp_path, Misbehaviour, "the host's offer cannot be read|the host offers stage", seat_of(MANIFEST, stages)
     )
-
-
-@pytest.mark.parametrize("taken", [{"admitted": 1}, {"voucher": "00"}, {"voucher": None}])
-def test_a_seat_that_is_not_given_as_agreed_is_refused(taken: dict[str, Any], tmp_path: Path) -> None:
-    fails_with(tmp_path, Misbehaviour, "the host gives a seat with", seat_of(MANIFEST, **taken))
 
 
 def test_a_host_that_is_gone_is_looked_for_and_then_named(tmp_path: Path) -> None:
@@ -239,34 +242,102 @@ def test_a_host_that_is_gone_is_looked_for_and_then_named(tmp_path: Path) -> Non
     run_virtual(main)
 
 
-def test_a_contract_that_is_not_this_runs_is_not_worked_for(tmp_path: Path) -> None:
-    """The host names a share contract that it deployed for other workers, or for another run, or some other code."""
+def test_nothing_is_bonded_in_a_contract_that_is_not_this_runs(tmp_path: Path) -> None:
+    """The host names a run contract for another run, on other terms, in another coin, or some other code."""
+
+    async def main() -> None:
+        ledger, staked = Ledger(MANIFEST), small_manifest(settlement=Settlement(stake_units=5))
+        coin, other_coin, run_id = await ledger.coin(), await ledger.coin(), bytes.fromhex(MANIFEST.run_id)
+        home, terms = Home(tmp_path / "worker"), terms_of(MANIFEST)
+
+        async def deployed(coin: Account, run_id: bytes, terms: Run.Term) -> str:
+            return (await Run.deploy(ledger.chain, OPERATOR, coin, run_id, terms)).address
+
+        longer = terms._replace(delay_s=terms.delay_s + 1)
+        contracts = {
+            "is for run": await deployed(coin, bytes.fromhex(staked.run_id), terms),
+            "says delay_s 86401, the manifest 86400": await deployed(coin, run_id, longer),
+            "says stake 5, the manifest 0": await deployed(coin, run_id, terms_of(staked)),
+            "says most 7, the manifest 8": await deployed(coin, run_id, terms._replace(most=7)),
+            "takes": await deployed(other_coin, run_id, terms),
+            "are not contracts/run.vy's": coin,
+            "holds 0 bytes": home.account_key.account,
+        }
+        for message, run in contracts.items():
+            asked: list[str] = []
+
+            def join(peer: PeerId, request: dict[str, Any], body: bytes, run: str = run, asked: Any = asked) -> Answer:
+                asked.append(request["op"])
+                return seat_of(MANIFEST, run=run, coin=coin)(peer, request, body)
+
+            async with joining(tmp_path, join) as (worker, host):
+                serve_rpc(host, ledger.exchange)
+                with pytest.raises(Misbehaviour, match=message):
+                    await worker.run()
+            assert asked == ["look"]
+
+    run_virtual(main)
+
+
+def test_a_stage_that_the_contract_has_not_drawn_is_not_believed(tmp_path: Path) -> None:
+    async def main() -> None:
+        ledger = Ledger(MANIFEST)
+        coin, home = await ledger.coin(), Home(tmp_path / "worker")
+        run = await ledger.deploy_run(coin)
+        drawn = await ledger.bond(run, home.account_key, home.peer_key.id)
+        for stage in ((drawn + 1) % 4, None, "0"):
+            async with joining(tmp_path, seat_of(MANIFEST, run=run.address, coin=coin, stage=stage)) as (worker, host):
+                serve_rpc(host, ledger.exchange)
+                with pytest.raises(Misbehaviour, match="the host gives stage"):
+                    await worker.run()
+        second = await ledger.deploy_run(coin)
+        async with joining(tmp_path, seat_of(MANIFEST, run=second.address, coin=coin)) as (worker, host):
+            serve_rpc(host, ledger.exchange)
+            with pytest.raises(Misbehaviour, match="do not follow it"):
+                await worker.run()
+
+    run_virtual(main)
+
+
+def test_a_share_that_is_not_this_runs_is_not_worked_for(tmp_path: Path) -> None:
+    """The host names a share contract of another run, or that another contract issues, or other workers."""
 
     async def main() -> None:
         ledger = Ledger(MANIFEST)
-        keys, coin = peer_keys(), await ledger.coin()
-        others = account_keys()
-        foreign_run = Ledger(small_manifest(steps=5))
-        foreign_run.local, foreign_run.chain = ledger.local, ledger.chain
-        home = Home(tmp_path / "worker")
-        seats = [make_seat(MANIFEST, i, PeerRecord.sign(keys[i], ("memory:x",), 2e9), others[i]) for i in range(1, 4)]
-        mine = home.account_key
-        accounts = [mine.account, *(seat.account for seat in seats)]
-        contracts = {
-            "other workers": (await ledger.share(coin, [key.account for key in others]), "names other workers"),
-            "another run": (await foreign_run.share(coin, accounts), "is for run"),
-            "no share contract": (coin, "are not the share contract's"),
-            "no contract": (mine.account, "holds 0 bytes"),
+        keys, others, home = peer_keys(), account_keys(), Home(tmp_path / "worker")
+        mine, run_id = home.account_key, bytes.fromhex(MANIFEST.run_id)
+        run, share = await ledger.begin([(mine, home.peer_key.id), *((others[i], keys[i].id) for i in range(1, 4))])
+        coin, drawn = await run.asset(), (await run.members(mine.account)).stage
+        stages = [stage for stage in range(4) if stage != drawn]
+        mates = [
+            make_seat(MANIFEST, stages[i - 1], PeerRecord.sign(keys[i], ("memory:x",), 2e9), others[i])
+            for i in range(1, 4)
+        ]
+        stranger = make_seat(MANIFEST, stages[2], PeerRecord.sign(peer_keys(5)[4], ("memory:x",), 2e9), others[0])
+
+        async def issued(run_id: bytes, issuer: Account) -> Account:
+            share = await ModelShare.deploy(ledger.chain, OPERATOR, "small", "TSRA", coin, run_id, issuer)
+            return share.address
+
+        cases = {
+            "is for run": (await issued(bytes(32), run.address), mates),
+            "is issued by": (await issued(run_id, coin), mates),
+            "and the run contract issues": (await issued(run_id, run.address), mates),
+            "are not contracts/model_share.vy's": (coin, mates),
+            "names other workers": (share.address, [*mates[:2], stranger]),
         }
-        for share, message in contracts.values():
+        for message, (named, rest) in cases.items():
 
-            def roster(peer: PeerId, request: dict[str, Any], body: bytes, share: str = share) -> Answer:
-                record = PeerRecord.sign(home.peer_key, ("memory:x",), 2e9)
-                own = make_seat(MANIFEST, 0, record, mine)
-                rows = [seat.to_value() for seat in (own, *seats)]
-                return {"ready": True, "seats": rows, "share": share, "coin": coin, "past": [], "changes": 0}, b""
+            def roster(
+                peer: PeerId, request: dict[str, Any], body: bytes, named: str = named, rest: list[Seat] = rest
+            ) -> Answer:
+                own = make_seat(MANIFEST, drawn, PeerRecord.sign(home.peer_key, ("memory:x",), 2e9), mine)
+                rows = [seat.to_value() for seat in sorted((own, *rest), key=lambda seat: seat.stage)]
+                contracts = {"run": run.address, "share": named, "coin": coin}
+                return {"ready": True, "seats": rows, **contracts, "past": [], "changes": 0}, b""
 
-            async with joining(tmp_path, seat_of(MANIFEST), roster) as (worker, host):
+            host_says = seat_of(MANIFEST, run=run.address, coin=coin, stage=drawn)
+            async with joining(tmp_path, host_says, roster) as (worker, host):
                 serve_rpc(host, ledger.exchange)
                 with pytest.raises(Misbehaviour, match=message):
                     await worker.run()
@@ -278,9 +349,20 @@ def test_an_honest_answer_is_not_a_stale_one(tmp_path: Path) -> None:
     """The other side of these tests: the same door lets an honest host through to the next question."""
     asked: list[str] = []
 
-    def run(peer: PeerId, request: dict[str, Any], body: bytes) -> Answer:
+    def rosters(peer: PeerId, request: dict[str, Any], body: bytes) -> Answer:
         asked.append(request["op"])
         raise Conflict("far enough")
 
-    fails_with(tmp_path, Conflict, "far enough", seat_of(MANIFEST), run)
+    async def main() -> None:
+        ledger, home = Ledger(MANIFEST), Home(tmp_path / "worker")
+        coin = await ledger.coin()
+        run = await ledger.deploy_run(coin)
+        drawn = await ledger.bond(run, home.account_key, home.peer_key.id)
+        host_says = seat_of(MANIFEST, run=run.address, coin=coin, stage=drawn)
+        async with joining(tmp_path, host_says, rosters) as (worker, host):
+            serve_rpc(host, ledger.exchange)
+            with pytest.raises(Conflict, match="far enough"):
+                await worker.run()
+
+    run_virtual(main)
     assert asked == ["roster"]

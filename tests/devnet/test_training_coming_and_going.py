@@ -17,6 +17,7 @@ from tessera.training import attendance, membership
 from tessera.training.book import ReceiptBook
 from tessera.training.checkpoints import Checkpoints
 from tessera.training.epochs import compute_epoch
+from tessera.training.host import CANDIDATE_S
 from tessera.training.receipts import Receipt, credited
 from tessera.training.wishes import make_wish, read_wish
 from training_whole import STAGES, STEPS, Life, WholeRun, write_data
@@ -68,7 +69,6 @@ def expected_shares(run: WholeRun, lives: list[Life]) -> dict[str, int]:
         assert sum(map(len, credit.values())) == STAGES * len(steps) * schedule.microbatches  # nothing is lost
         work = [(seat.account, seat.stage, len(credit.get(seat.peer, ()))) for seat in roster.everyone]
         leaves = compute_epoch(run.manifest, epoch, work)
-        assert leaves is not None
         for account, count in leaves.leaves:
             shares[account] = shares.get(account, 0) + count
     return shares
@@ -128,7 +128,7 @@ def test_a_leaver_who_stays_after_all_keeps_his_seat(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_joiner_who_goes_away_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    """He dies before the workers' signatures reach the chain; the leaver works on, until the next one has come."""
+    """He dies once the contract has drawn his seat; the leaver works on, until another can be drawn to it."""
 
     async def main() -> None:
         run = WholeRun(write_data(tmp_path), tmp_path)
@@ -136,12 +136,11 @@ def test_a_joiner_who_goes_away_leaves_everything_as_it_was(tmp_path: Path) -> N
             leaver, first, second = run.workers[3], Life(run, STAGES), Life(run, STAGES + 1)
             await run.at_step(10)  # the first checkpoint
             await announced(leaver)
-            run.ledger.away = True
             tasks.start_soon(first.live)
-            await anyio.sleep(20)
+            while not run.host._candidates:
+                await anyio.sleep(0.01)
             await first.die()
-            run.ledger.away = False
-            await anyio.sleep(200)
+            await anyio.sleep(CANDIDATE_S + 1)
             assert not leaver.over.is_set()
             assert run.host.roster().changes == 0
             tasks.start_soon(second.live)
@@ -161,10 +160,12 @@ def test_a_worker_who_joins_and_stays_follows_the_first_of_his_stage(tmp_path: P
             tasks.start_soon(joiner.live)
             await run.settled()
             roster = run.host.roster()
-            assert [seat.stage for seat in roster.seats] == [0, 0, 1, 2, 3]
-            assert (roster.of_stage(0)[1].peer, roster.changes) == (joiner.home.peer_key.id, 1)
+            stage = roster.stage_of(joiner.home.peer_key.id)
+            assert stage is not None
+            assert [seat.stage for seat in roster.seats] == sorted([0, 1, 2, 3, stage])
+            assert (roster.of_stage(stage)[1].peer, roster.changes) == (joiner.home.peer_key.id, 1)
             await anyio.sleep(5)
-            assert await params(run, [joiner]) == await params(run, run.workers[:1])
+            assert await params(run, [joiner]) == await params(run, [run.workers[stage]])
             for life in run.workers:  # everybody has heard, and believes it
                 assert life.seated is not None
                 assert life.seated.roster.same_members(roster)
@@ -210,10 +211,11 @@ def test_what_the_leaver_signed_last_is_with_the_others_when_he_is_gone(tmp_path
     run_virtual(main)
 
 
-def test_who_is_gone_without_a_word_is_taken_off_the_list_when_another_has_come(
+def test_who_is_gone_without_a_word_is_taken_off_the_list_and_another_is_drawn_to_his_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, name, seconds in ((membership, "ABSENT_S", 30), (membership, "TURN_S", 5), (attendance, "ASK_S", 5)):
+    waits = ((membership, "LAST_ABSENT_S", 60), (membership, "TURN_S", 5), (attendance, "ASK_S", 5))
+    for module, name, seconds in waits:
         monkeypatch.setattr(module, name, float(seconds))
 
     async def main() -> None:
@@ -222,11 +224,15 @@ def test_who_is_gone_without_a_word_is_taken_off_the_list_when_another_has_come(
             lost, joiner = run.workers[0], Life(run, STAGES)
             await run.settled()
             await lost.die()
-            await anyio.sleep(60)
-            assert run.host.roster().past == ()  # he is the only one of his stage
-            tasks.start_soon(joiner.live)
+            await anyio.sleep(40)
+            assert run.host.roster().past == ()  # he is the only one of his stage, and has a little longer
             with anyio.fail_after(120):
                 while not run.host.roster().past:
+                    await anyio.sleep(1)
+            assert run.host.roster().of_stage(0) == ()
+            tasks.start_soon(joiner.live)
+            with anyio.fail_after(120):
+                while not run.host.roster().of_stage(0):
                     await anyio.sleep(1)
             roster = run.host.roster()
             assert [seat.peer for seat in roster.past] == [lost.home.peer_key.id]

@@ -96,8 +96,7 @@ def test_a_host_that_names_another_contract_is_not_followed(tmp_path: Path) -> N
             await run.at_step(1)
             victim = run.workers[1]
             await victim.die()
-            accounts = run.roster.accounts
-            run.host._share = await run.ledger.share(run.coin, accounts)
+            run.host._run_contract = (await run.ledger.deploy_run(run.coin)).address
             with pytest.raises(Misbehaviour, match="do not follow it"):
                 await victim.live()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tessera.p2p.memory import run_virtual
+from tessera.training import membership
 from tessera.training.checkpoints import Checkpoints
 from training_whole import STAGES, Life, WholeRun, write_data
 
@@ -36,7 +37,12 @@ def state_of(life: Life) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 0, 3])
-def test_a_stage_comes_back_to_the_byte_with_somebody_new(stage: int, tmp_path: Path) -> None:
+def test_a_stage_comes_back_to_the_byte_with_somebody_new(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "LAST_ABSENT_S", 60.0)
+    monkeypatch.setattr(membership, "TURN_S", 5.0)
+
     async def main() -> None:
         quiet = prepare(tmp_path / "quiet")
         async with quiet.open():
@@ -49,7 +55,9 @@ def test_a_stage_comes_back_to_the_byte_with_somebody_new(stage: int, tmp_path: 
             await run.at_step(14)
             await victim.die()
             shutil.rmtree(victim.home.path)
-            await anyio.sleep(100)  # nobody counts on him any more
+            with anyio.fail_after(300):
+                while not run.host.roster().past:  # his stage is free for the next who comes
+                    await anyio.sleep(1)
             tasks.start_soon(newcomer.live)
             with anyio.fail_after(1200):
                 while not (newcomer.seated and not newcomer.over.is_set()):

@@ -10,14 +10,15 @@ import pytest
 
 from tessera.chain.faces import Coin
 from tessera.cli import owners
-from tessera.devnet.access import OpenRun
+from tessera.devnet.access import OpenBond
 from tessera.p2p.memory import run_virtual
 from tessera.training import backup_stream
 from tessera.training.backup import take_backup
 from tessera.training.backup_restore import restore_backup
+from tessera.training.bond import recall_bond, remember_bond
 from tessera.training.book import ReceiptBook
-from tessera.training.epochs import EpochLeaves
 from tessera.training.home import Home
+from tessera.training.roster import remember_run
 from training_run import OPERATOR, Settlement, settle_all, settlement
 from training_world import small_manifest
 
@@ -40,7 +41,10 @@ def test_a_lost_workers_shares_are_redeemed_and_its_income_claimed(
             home = Home(tmp_path / "lost")
             home.keys.add("peer", lost.key.seed, replace=True)
             home.keys.add("account", lost.account_key.secret, replace=True)
-            book = ReceiptBook(home.run_folder(manifest.run_id) / "book.sqlite")
+            folder = home.run_folder(manifest.run_id)
+            remember_bond(folder, manifest, world.run.address)
+            remember_run(folder, manifest, world.roster)
+            book = ReceiptBook(folder / "book.sqlite")
             for epoch in range(manifest.schedule.epochs):
                 book.save_epoch(epoch, others[0].book.epoch(epoch) or "")
             take_backup(home, tmp_path / "backup", "correct horse battery")
@@ -49,7 +53,7 @@ def test_a_lost_workers_shares_are_redeemed_and_its_income_claimed(
 
             await coin.mint(OPERATOR, world.share.address, INCOME)
             restore_backup(tmp_path / "backup", tmp_path / "found", lambda: "correct horse battery")
-            monkeypatch.setattr(owners, "open_run", partial(_open_run, world))
+            monkeypatch.setattr(owners, "open_bond", partial(_open_bond, world))
             await owners.run_claim(tmp_path / "found", as_json=True)
             shares, total = await world.share.balanceOf(account), await world.share.totalSupply()
             claimed = await coin.balanceOf(account)
@@ -62,11 +66,8 @@ def test_a_lost_workers_shares_are_redeemed_and_its_income_claimed(
 
 
 @asynccontextmanager
-async def _open_run(world: Settlement, state_dir: Path) -> AsyncIterator[OpenRun]:
+async def _open_bond(world: Settlement, state_dir: Path) -> AsyncIterator[OpenBond]:
     """As `devnet.access` does it, without the way over a peer link."""
     home = Home.existing(state_dir)
-    book = ReceiptBook(home.run_folder(world.manifest.run_id) / "book.sqlite")
-    texts = [book.epoch(epoch) for epoch in range(world.manifest.schedule.epochs)]
-    book.close()
-    leaves = [EpochLeaves.from_text(text) for text in texts if text]
-    yield OpenRun(home, world.manifest, world.roster, world.ledger.chain, leaves)
+    folder = home.run_folder(world.manifest.run_id)
+    yield OpenBond(home, folder, world.manifest, world.ledger.chain, recall_bond(folder))

@@ -30,9 +30,7 @@ FULL = MANIFEST.schedule.microbatches  # of a step
 
 
 def leaves_of(epoch: int, microbatches: list[int] | None = None) -> EpochLeaves:
-    leaves = compute_epoch(MANIFEST, epoch, work_of(ACCOUNTS, microbatches or [3 * FULL] * 4))
-    assert leaves is not None
-    return leaves
+    return compute_epoch(MANIFEST, epoch, work_of(ACCOUNTS, microbatches or [3 * FULL] * 4))
 
 
 def body_of(receipts: list[Receipt]) -> bytes:
@@ -218,7 +216,7 @@ async def propose(world: Settlement, verdicts: list[Verdict], leaves: EpochLeave
     """Stage 1 asks the auditor for his signature."""
     rows = {"receipts": [r.to_row() for r in honest()], "verdicts": [v.to_row() for v in verdicts]}
     world.settlers[4].keeper.serve()
-    await world.ask(1, 4, {"op": "vote", "epoch": 0, "root": leaves.root.hex()}, encoding.encode(rows))
+    await world.ask(1, 4, {"op": "vote", "epoch": 0, "attempt": 0, "root": leaves.root.hex()}, encoding.encode(rows))
 
 
 def test_who_failed_an_audit_loses_the_epoch_and_no_other(tmp_path: Path) -> None:
@@ -291,7 +289,7 @@ def test_work_that_nobody_could_audit_is_not_paid_unless_audits_are_waived(tmp_p
 
 async def vote(world: Settlement, receipts: list[Receipt], *, epoch: int = 0, root: str = "") -> dict[str, Any]:
     """Stage 0 asks stage 1 for its signature."""
-    request = {"op": "vote", "epoch": epoch, "root": root or leaves_of(epoch).root.hex()}
+    request = {"op": "vote", "epoch": epoch, "attempt": 0, "root": root or leaves_of(epoch).root.hex()}
     world.settlers[1].keeper.serve()
     return (await world.ask(0, 1, request, body_of(receipts)))[0]
 
@@ -304,7 +302,7 @@ def test_a_voter_signs_what_it_computes_itself(tmp_path: Path) -> None:
     async def main() -> None:
         async with settlement(MANIFEST, tmp_path) as world:
             reply = await vote(world, honest())
-            digest = await world.share.digest(0, leaves_of(0).root, leaves_of(0).total)
+            digest = await world.run.epoch_digest(0, 0, leaves_of(0).root, leaves_of(0).total)
             assert bytes.fromhex(reply["signature"]) == account_keys()[1].sign_digest(digest)
 
     run_virtual(main)
@@ -335,7 +333,7 @@ def test_a_lying_proposer_gets_no_vote(tmp_path: Path) -> None:
             with pytest.raises(Invalid):
                 await vote(world, honest(), epoch=2, root="00")
             with pytest.raises(Invalid, match="holds receipts and verdicts"):
-                await world.ask(0, 1, {"op": "vote", "epoch": 0, "root": ""}, b"{}")
+                await world.ask(0, 1, {"op": "vote", "epoch": 0, "attempt": 0, "root": ""}, b"{}")
             assert world.settlers[1].book.epoch(0) is None
 
     run_virtual(main)

@@ -209,7 +209,9 @@ def test_an_epoch_pays_the_workers_their_basis_points_and_the_owners_theirs() ->
 
 
 def test_no_verified_work_makes_no_epoch() -> None:
-    assert compute_epoch(MANIFEST, 0, work_of(ACCOUNTS, [0] * 4)) is None
+    empty = compute_epoch(MANIFEST, 0, work_of(ACCOUNTS, [0] * 4))
+    assert (empty.leaves, empty.total, empty.root) == ((), 0, bytes(32))
+    assert EpochLeaves.from_text(empty.to_text()) == empty
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[0,[]]x", '[0,[["0x00",1]]]', "[0,[[1,2,3]]]", '["0",[]]'])

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from tessera.core.errors import Invalid, Misbehaviour, Missing, Refused
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.p2p.transport import PeerRecord
-from tessera.training.roster import Roster, Seat, check_voucher, vouch
+from tessera.training.roster import Roster, Seat
 from training_run import make_seat
 from training_world import account_keys, peer_keys, small_manifest
 
 MANIFEST = small_manifest()
 RUN = MANIFEST.run_id
+CONTRACT = AccountKey(b"\x50" * 32).account
 SHARE = AccountKey(b"\x51" * 32).account
 COIN = AccountKey(b"\x52" * 32).account
-HOST, STRANGER = PeerKey(b"\x53" * 32), PeerKey(b"\x54" * 32)
+STRANGER = PeerKey(b"\x54" * 32)
 
 
 def seat(stage: int, peer: PeerKey, account: AccountKey, expires: float = 2_000_000_000) -> Seat:
@@ -30,7 +31,7 @@ def seat(stage: int, peer: PeerKey, account: AccountKey, expires: float = 2_000_
 
 def roster(count: int = 4) -> Roster:
     seats = tuple(seat(i, key, account_keys()[i]) for i, key in enumerate(peer_keys(count)))
-    return Roster(RUN, count, seats, SHARE, COIN)
+    return Roster(RUN, count, seats, CONTRACT, SHARE, COIN)
 
 
 def newcomer(number: int, stage: int) -> Seat:
@@ -45,7 +46,7 @@ def admitted(before: Roster, *joiners: Seat) -> Roster:
 
 def dismissed(before: Roster, *leavers: Seat) -> Roster:
     for leaver in leavers:
-        before = replace(before.dismiss(leaver.account), changes=before.changes + 1)
+        before = replace(before.without(leaver.account), changes=before.changes + 1)
     return before
 
 
@@ -56,7 +57,7 @@ def test_a_joiner_is_the_last_of_his_stage() -> None:
     assert run.of_stage(1) == (roster().seats[1], first, second)
     assert run.holders(3) == [roster().seats[3].record, other.record]
     assert run.seat_of(second.peer) == second
-    assert (run.stage_of(first.peer), run.stage_of(HOST.id)) == (1, None)
+    assert (run.stage_of(first.peer), run.stage_of(STRANGER.id)) == (1, None)
 
 
 def test_who_has_left_is_known_and_holds_no_seat() -> None:
@@ -84,11 +85,18 @@ def test_one_account_and_one_peer_have_one_seat_ever() -> None:
             run.admit(again)
 
 
-def test_a_stage_keeps_one_worker() -> None:
-    with pytest.raises(Refused, match="stage 2 has no other worker"):
-        roster().dismiss(roster().accounts[2])
+def test_a_stage_that_was_left_empty_takes_the_next_who_comes() -> None:
+    lost = dismissed(roster(), roster().seats[2])
+    assert (lost.of_stage(2), lost.holders(2)) == ((), [])
+    assert Roster.from_value(RUN, 4, lost.to_value()) == lost
+    joiner = newcomer(0, 2)
+    again = admitted(lost, joiner)
+    assert again.of_stage(2) == (joiner,)
+    assert again.follows(roster())
     with pytest.raises(Missing):
-        roster().dismiss(SHARE)
+        roster().without(SHARE)
+    with pytest.raises(Misbehaviour, match="does not seat somebody at each of 4 stages"):
+        Roster.from_value(RUN, 4, {**lost.to_value(), "past": [], "changes": 0})
 
 
 def test_a_roster_follows_what_it_became_of_and_nothing_else() -> None:
@@ -102,6 +110,7 @@ def test_a_roster_follows_what_it_became_of_and_nothing_else() -> None:
     assert not before.follows(after)
     assert not later.follows(admitted(before, newcomer(5, 2)))  # who has come stays known
     assert not replace(before, share=COIN).follows(before)
+    assert not replace(before, run=COIN).follows(before)
     assert not replace(before, seats=after.seats).follows(before)  # somebody took a seat without a change
     assert not replace(later, past=later.past[::-1]).follows(dismissed(admitted(after), before.seats[1]))
     moved_on = replace(later, seats=tuple(replace(s, stage=3) if s == joiner else s for s in later.seats))
@@ -147,7 +156,8 @@ Bend = Callable[[dict[str, Any]], object]
         lambda value: value["past"].append(value["seats"][0]),
         lambda value: value["seats"].append(value["past"][0]),
         lambda value: value["seats"].reverse(),
-        lambda value: value["seats"].pop(),  # stage 3 is empty
+        lambda value: value.update(seats=[]),
+        lambda value: value.pop("run"),
         lambda value: value["seats"][1].update(stage=2),  # bound for another stage
         lambda value: value.update(seats=value["seats"] * 50),
         lambda value: value.update(past=value["past"] * 5000),
@@ -166,17 +176,3 @@ def test_a_past_seat_must_have_been_signed_for_too() -> None:
     value = replace(after, past=(replace(after.past[0], account=SHARE),)).to_value()
     with pytest.raises(Misbehaviour, match="signed by"):
         Roster.from_value(RUN, 4, value)
-
-
-def test_the_hosts_word_is_for_one_seat_in_one_run() -> None:
-    given_seat = newcomer(0, 1)
-    voucher = vouch(HOST, RUN, given_seat)
-    check_voucher(HOST.id, RUN, given_seat, voucher)
-    moved = replace(given_seat, record=PeerRecord.sign(PeerKey(b"\x64" * 32), ("memory:elsewhere",), 2e9))
-    check_voucher(HOST.id, RUN, moved, voucher)  # an address is no part of it
-    for wrong in (newcomer(1, 1), replace(given_seat, stage=2), replace(given_seat, account=SHARE)):
-        with pytest.raises(Refused, match="the host has not given this seat"):
-            check_voucher(HOST.id, RUN, wrong, voucher)
-    for key, run in ((STRANGER, RUN), (HOST, small_manifest(steps=5).run_id)):
-        with pytest.raises(Refused):
-            check_voucher(HOST.id, RUN, given_seat, vouch(key, run, given_seat))

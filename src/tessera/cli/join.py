@@ -26,6 +26,7 @@ from tessera.p2p.relay.bucket import parse_rate
 from tessera.p2p.relay.url import RelayUrl
 from tessera.training.gate import GateConfig
 from tessera.training.home import Home
+from tessera.training.joining import Offer
 from tessera.training.seating import WorkerConfig
 
 __all__ = ["JoinOptions", "parse_relay", "run_join", "show_preview"]
@@ -121,17 +122,34 @@ def show_preview(preview: Preview, console: Console) -> None:
     rows = [
         ("run", f"{manifest.name}  {manifest.run_id[:16]}…, {offer.phase}, step {offer.step:,} of "
                 f"{manifest.schedule.steps:,}"),
-        ("your seat", f"stage {offer.stage} of {manifest.model.stages}, {place}"),
+        ("your seat", _seat(offer, place)),
         ("memory", f"{preview.memory_bytes / 1e6:,.0f} MB for training it"),
         ("pace", f"{preview.forecast.tokens_per_s:,.0f} tokens/s expected{now} ({why}; {basis})"),
         ("time", f"{duration(preview.hours * 3600)} at that pace"),
         ("your part", f"{100 * preview.share:.1f} % of the model, if all that work is verified"),
-        ("stake", "none is asked for in this version; nothing of yours is at risk but your time"),
+        ("stake", _stake(offer)),
     ]  # fmt: skip
     table = Table(show_header=False, box=None)
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", value)
     console.print(table, highlight=False)
+
+
+def _seat(offer: Offer, place: str) -> str:
+    if len(offer.stages) == 1:
+        return f"stage {offer.stage} of {offer.manifest.model.stages}, {place}"
+    likely = ", ".join(map(str, offer.stages))
+    return (
+        f"one of stages {likely}, drawn when you join; measured as stage {offer.stage} of {offer.manifest.model.stages}"
+    )
+
+
+def _stake(offer: Offer) -> str:
+    settlement = offer.manifest.settlement
+    if settlement.stake_units == 0:
+        return "none is asked for; nothing of yours is at risk but your time"
+    back = duration(settlement.delay_s)
+    return f"{settlement.stake_units:,} units of {offer.coin}; back {back} after leaving, lost for failing an audit"
 
 
 def _ask() -> bool:

@@ -1,25 +1,30 @@
-"""`tessera shares` and `tessera claim`: what the chain says about owners, and pulling one's part."""
+"""`tessera shares` and `tessera claim`: what the chain says about owners, pulling one's part, and one's bond."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from tessera.chain.faces import ModelShare
+from tessera.chain.faces import ModelShare, Run
 from tessera.chain.settle import income_table
 from tessera.core.amount import Amount
+from tessera.core.errors import Missing
 from tessera.core.ids import Account
 from tessera.core.merkle import share_leaf
-from tessera.devnet.access import OpenRun, open_run
+from tessera.devnet.access import OpenBond, OpenRun, open_bond, open_run
+from tessera.training.bond import Status, bond_state
+from tessera.training.host import CANDIDATE_S
 from tessera.training.manifest import SHARE_WAD
 
 __all__ = ["run_claim", "run_shares"]
 
 COIN, DECIMALS = "tUSD", 6
+NO_MEMBER = Run.Member(Status.NOBODY, 0, bytes(32), 0, 0, 0)
 
 
 async def run_shares(state_dir: Path, as_json: bool) -> None:
@@ -52,23 +57,57 @@ async def run_shares(state_dir: Path, as_json: bool) -> None:
 
 
 async def run_claim(state_dir: Path, as_json: bool) -> None:
-    """Redeem every epoch that this directory knows, spread what has arrived, and claim."""
-    async with open_run(state_dir) as run:
-        key, share = run.home.account_key, ModelShare(run.chain, run.roster.share)
-        redeemed = await _redeem(run, share)
-        income = await income_table(run.chain, run.roster.share)
-        if income.undistributed > 0:
-            await share.distribute(key)
-        units = await share.claimable(key.account)
-        if units > 0:
-            await share.claim(key, key.account)
-        facts = {"account": key.account, "redeemed": redeemed, "claimed": units}
+    """Redeem every epoch that this directory knows, spread what has arrived, and claim; take back a bond that is free.
+
+    A joiner who never became a worker has no shares, and only his bond to take back.
+    """
+    async with open_bond(state_dir) as bond:
+        try:
+            redeemed, units = await _claim(bond.run())
+        except Missing:
+            redeemed = units = 0
+        facts = {"account": bond.home.account_key.account, "redeemed": redeemed, "claimed": units}
+        facts |= await _withdraw(bond, time.time())
     if as_json:
         print(json.dumps(facts))  # noqa: T201  the command's result
-    else:
-        Console().print(
-            f"{key.account}: redeemed {_wad(redeemed)} shares, claimed {_money(units)}", highlight=False, soft_wrap=True
-        )
+        return
+    console = Console()
+    pulled = f"redeemed {_wad(redeemed)} shares, claimed {_money(units)}"
+    console.print(f"{facts['account']}: {pulled}", highlight=False, soft_wrap=True)
+    if facts["withdrawn"]:
+        console.print(f"stake: {facts['withdrawn']:,} units are back", highlight=False)
+    elif facts["bonded"]:
+        console.print(f"stake: {facts['bonded']:,} units {facts['bond']}", highlight=False, soft_wrap=True)
+
+
+async def _claim(run: OpenRun) -> tuple[int, int]:
+    """Shares redeemed, units claimed."""
+    key, share = run.home.account_key, ModelShare(run.chain, run.roster.share)
+    redeemed = await _redeem(run, share)
+    income = await income_table(run.chain, run.roster.share)
+    if income.undistributed > 0:
+        await share.distribute(key)
+    units = await share.claimable(key.account)
+    if units > 0:
+        await share.claim(key, key.account)
+    return redeemed, units
+
+
+async def _withdraw(bond: OpenBond, now: float) -> dict[str, Any]:
+    """Take back what is free. On the way, have the contract let go whom the workers never took in, or never let go."""
+    if bond.contract is None:
+        return {"withdrawn": 0, "bonded": 0, "bond": bond_state(NO_MEMBER, 0)}
+    key, run, delay_s = bond.home.account_key, Run(bond.chain, bond.contract), bond.manifest.settlement.delay_s
+    member = await run.members(key.account)
+    if member.status in (Status.BONDED, Status.DRAWN) and now > member.since + CANDIDATE_S:
+        await run.expire(key, key.account)
+    elif member.status == Status.LEAVING and now >= member.since + delay_s:
+        await run.exit(key)
+    elif member.status == Status.LEFT and now >= member.since:
+        await run.withdraw(key, key.account)
+        return {"withdrawn": member.bond, "bonded": 0, "bond": "paid back"}
+    member = await run.members(key.account)
+    return {"withdrawn": 0, "bonded": member.bond, "bond": bond_state(member, delay_s)}
 
 
 async def _redeem(run: OpenRun, share: ModelShare) -> int:

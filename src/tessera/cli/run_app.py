@@ -30,16 +30,22 @@ def run_draft(
     codec: Annotated[str, typer.Option(help="codec, reparam or dense.")] = "codec",
     name: Annotated[str, typer.Option(help="The model's name.")] = "tessera-py",
     chain_id: Annotated[int, typer.Option(help="The chain that will hold the shares.")] = 8402,
+    stake: Annotated[int, typer.Option(help="Units of the coin that each worker bonds; 0 = none.")] = 0,
+    window: Annotated[int, typer.Option(help="Seconds in which a proposed epoch can be struck.")] = 0,
+    delay: Annotated[int, typer.Option(help="Seconds from leaving to the bond; more than the window.")] = 86_400,
+    early_weight: Annotated[
+        float, typer.Option(help="What the first epoch's work counts, 1 to 100; the last's: 1.")
+    ] = 1,
     state_dir: StateDir = default_state_dir("up"),
 ) -> None:
     """Prepare the text of a run and write its manifest, to read, edit and share before it is created."""
-    from tessera.cli.runs import draft_run
+    from tessera.cli.runs import draft_run, settlement_of
     from tessera.devnet.plan import UpConfig
 
     kind = choice("--codec", codec, ("codec", "reparam", "dense"))
     config = UpConfig(
         state_dir=state_dir, data=data, steps=steps, stages=stages, replicas=replicas, codec=kind, name=name,
-        seats=stages * replicas,
+        seats=stages * replicas, settlement=settlement_of(stake, window, delay, early_weight),
     )  # fmt: skip
     draft_run(out, config, chain_id)
 

@@ -7,6 +7,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,10 +17,19 @@ from tessera.core.ids import RunId, parse_run_id
 from tessera.devnet.plan import UpConfig, make_manifest
 from tessera.devnet.tables import MARK, hosted_tables
 from tessera.training.home import Home
-from tessera.training.manifest import Manifest
+from tessera.training.manifest import WHOLE_BPS, Manifest, Settlement
 from tessera.training.wishes import Wish, make_wish, read_wish
 
-__all__ = ["draft_run", "invite_to_run", "list_invitations", "list_runs", "revoke_invitation", "show_run", "wish_run"]
+__all__ = [
+    "draft_run",
+    "invite_to_run",
+    "list_invitations",
+    "list_runs",
+    "revoke_invitation",
+    "settlement_of",
+    "show_run",
+    "wish_run",
+]
 
 HOUR_S = 3600
 
@@ -43,6 +53,17 @@ def draft_run(out: Path, config: UpConfig, chain_id: int) -> None:
     except OSError as error:
         raise Invalid(f"cannot write {out}: {error.strerror}") from error
     Console().print(f"run {manifest.run_id}\nwritten to {out}", highlight=False)
+
+
+def settlement_of(stake: int, window_s: int, delay_s: int, early_weight: float) -> Settlement:
+    """As typed. Raises `Invalid` naming what is out of range."""
+    try:
+        return Settlement(
+            stake_units=stake, window_s=window_s, delay_s=delay_s, early_bps=round(early_weight * WHOLE_BPS)
+        )
+    except ValidationError as error:
+        what = error.errors()[0]
+        raise Invalid(f"{'.'.join(map(str, what['loc'])) or 'the terms'}: {what['msg']}") from error
 
 
 def list_runs(state_dir: Path, as_json: bool) -> None:
@@ -202,6 +223,7 @@ def _facts(manifest: Manifest) -> dict[str, object]:
         "tokens": schedule.steps * manifest.tokens_per_step,
         "flops_per_token": [spec.flops_per_token(stage) for stage in range(spec.stages)],
         "epochs": schedule.epochs,
+        **manifest.settlement.model_dump(),
         "allocation_bps": {
             "work": manifest.allocation.work,
             **{f"{owner.role} {owner.account}": owner.bps for owner in manifest.owners},

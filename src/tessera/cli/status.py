@@ -86,6 +86,7 @@ def run_status(state_dir: Path, as_json: bool) -> None:
         ("step", f"{status.step:,} of {status.steps:,}" + (f", {duration(left)} to go" if left else "")),
         ("audited", audited(status)),
         ("income", f"{status.claimable:,} units wait to be claimed"),
+        ("stake", f"{status.stake:,} units {status.bond}" if status.stake else "none"),
         ("earning", "yes" if verdict.earning else "no"),
         ("now", verdict.what),
         ("to do", verdict.advice or "nothing"),

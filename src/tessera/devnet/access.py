@@ -16,18 +16,20 @@ from tessera.chain.client import RpcChain
 from tessera.chain.rpc import HttpRpc
 from tessera.core.clock import SystemClock
 from tessera.core.errors import Conflict, Missing, TesseraError, Unavailable
+from tessera.core.ids import Account
 from tessera.core.signing import PeerKey
 from tessera.devnet.invitations import last_invitation
 from tessera.devnet.ledger import open_ledger
 from tessera.p2p.engines import engine_of, start_transport
+from tessera.training.bond import recall_bond
 from tessera.training.book import ReceiptBook
 from tessera.training.epochs import EpochLeaves
 from tessera.training.home import Home, write_atomic
-from tessera.training.manifest import Manifest
+from tessera.training.manifest import Manifest, load_manifest
 from tessera.training.roster import Roster, recall_run
 from tessera.training.rpc_link import peer_rpc
 
-__all__ = ["OpenRun", "open_run", "remember_urls", "up_urls"]
+__all__ = ["OpenBond", "OpenRun", "open_bond", "open_run", "remember_urls", "up_urls"]
 
 JOURNAL = "chain.sqlite"
 URLS = "up.json"
@@ -42,6 +44,26 @@ class OpenRun:
     roster: Roster
     chain: RpcChain
     leaves: list[EpochLeaves]  # of the epochs that this directory knows
+
+
+@dataclass(frozen=True)
+class OpenBond:
+    """The newest run that a state directory has bonded in or works for, and a way to its chain.
+
+    Attributes:
+        contract: that holds the bond, if there is one.
+    """
+
+    home: Home
+    folder: Path
+    manifest: Manifest
+    chain: RpcChain
+    contract: Account | None
+
+    def run(self) -> OpenRun:
+        """Raises `Missing` when we never became its worker."""
+        manifest, roster = recall_run(self.folder)
+        return OpenRun(self.home, manifest, roster, self.chain, _known_epochs(self.folder, manifest))
 
 
 def remember_urls(home: Home, urls: dict[str, str]) -> None:
@@ -60,18 +82,29 @@ def up_urls(state_dir: Path) -> dict[str, str]:
 @asynccontextmanager
 async def open_run(state_dir: Path) -> AsyncIterator[OpenRun]:
     """Raises `Missing` when the directory knows no run, `Unavailable` when its chain cannot be reached."""
+    async with open_bond(state_dir) as bond:
+        yield bond.run()
+
+
+@asynccontextmanager
+async def open_bond(state_dir: Path) -> AsyncIterator[OpenBond]:
+    """Raises as `open_run`, but not for a run that we only bonded in."""
     home = Home.existing(state_dir)
     runs = home.runs()
     if not runs:
         raise Missing(f"{state_dir} knows no run yet")
     folder = home.run_folder(runs[-1])
-    manifest, roster = recall_run(folder)
+    contract = recall_bond(folder)
+    if contract is None:
+        manifest, _ = recall_run(folder)
+    else:
+        manifest = load_manifest((folder / "manifest.json").read_bytes(), runs[-1])
     async with AsyncExitStack() as stack:
         if (state_dir / URLS).exists():
             chain = await _operators_chain(stack, home)
         else:
             chain = await _members_chain(stack, home)
-        yield OpenRun(home, manifest, roster, chain, _known_epochs(folder, manifest))
+        yield OpenBond(home, folder, manifest, chain, contract)
 
 
 async def _operators_chain(stack: AsyncExitStack, home: Home) -> RpcChain:

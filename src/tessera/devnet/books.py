@@ -9,7 +9,7 @@ import structlog
 
 from tessera.chain import abi
 from tessera.chain.client import RpcChain
-from tessera.chain.faces import ModelShare
+from tessera.chain.faces import ModelShare, Run
 from tessera.chain.indexer import ShareIndex
 from tessera.chain.settle import IncomeTable, income_table
 from tessera.core.ids import Account
@@ -60,7 +60,7 @@ class Books:
         self, chain: RpcChain, roster: Roster, transport: Transport, book: ReceiptBook, accounts: Sequence[Account]
     ) -> None:
         self._chain, self._roster, self._transport, self._book = chain, roster, transport, book
-        self._share = ModelShare(chain, roster.share)
+        self._share, self._run = ModelShare(chain, roster.share), Run(chain, roster.run)
         self._index = ShareIndex(None, chain, roster.share, roster.coin)  # small enough to read again at each start
         self._times: dict[int, float] = {}  # block -> seconds since 1970
         self._accounts = tuple(dict.fromkeys(accounts))
@@ -128,7 +128,7 @@ class Books:
         for fact in self._index.facts("posted"):
             if fact.epoch is not None and fact.epoch not in figures.signers:
                 figures.postings[fact.epoch] = fact.tx_hash
-                figures.signers[fact.epoch] = await self._signers(fact.tx_hash)
+                figures.signers[fact.epoch] = await self._signers(fact.epoch)
 
     async def _time_of(self, block: int) -> float:
         if block not in self._times:
@@ -142,12 +142,13 @@ class Books:
             self.figures.epochs.append(leaves)
             log.info("epoch_on_chain", epoch=epoch, shares=str(leaves.total))
 
-    async def _signers(self, tx_hash: str) -> tuple[str, ...]:
-        """The peers whose signatures the posting transaction carries, recovered from it."""
-        transaction = await self._chain.request("eth_getTransactionByHash", [tx_hash])
+    async def _signers(self, epoch: int) -> tuple[str, ...]:
+        """The peers who signed the proposal that was posted, recovered from its transaction."""
+        proposed = (await self._run.events(Run.Proposed, topics=[epoch.to_bytes(32, "big")]))[-1]
+        transaction = await self._chain.request("eth_getTransactionByHash", [proposed.log.tx_hash])
         data = bytes.fromhex(transaction["input"][2:])
-        epoch, root, shares, signatures = abi.decode(["uint256", "bytes32", "uint256", "bytes[]"], data[4:])
-        digest = await self._share.digest(epoch, root, shares)
+        *_, signatures = abi.decode(["uint256", "bytes32", "uint256", "bytes[]"], data[4:])
+        digest = await self._run.epoch_digest(epoch, proposed.attempt, proposed.root, proposed.shares)
         accounts = {recover_account(digest, signature) for signature in signatures}
         return tuple(seat.peer for seat in self._roster.everyone if seat.account in accounts)
 

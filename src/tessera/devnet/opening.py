@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from socket import socket
@@ -82,7 +81,6 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         host = RunHost(
             manifest,
             transport=transport,
-            key=home.peer_key,
             chain=ledger.chain,
             coin=coin,
             operator=people.operator,
@@ -90,11 +88,11 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
             on_report=board.report,
             pace=lambda: (board.step, board.tokens_per_s),
             clock=clock,
-            rng=random.SystemRandom(),
         )
         serve_blobs(transport, blobs)
         serve_rpc(transport, ledger.exchange)
-        host.serve()
+        tell("deploying the run contract")
+        await host.open()
         door = Door(home, seat_book, manifest.run_id, ledger.chain_id, transport.record(), clock, relays)
         invitation = door.standing(max(1, seats - own))
         if own:

@@ -23,12 +23,14 @@ from tessera.training.manifest import (
     Manifest,
     Part,
     Schedule,
+    Settlement,
 )
 
 __all__ = ["UpConfig", "make_manifest"]
 
 EPOCHS = 4  # payout periods in a run
 EVALUATIONS = 10  # validation points on the curve
+PLAY_SETTLEMENT = Settlement(stake_units=1_000_000, window_s=2, delay_s=60)  # 1 tUSD each; a show, not a safeguard
 MAX_RELAYS = 8  # as many as an invitation names
 
 
@@ -56,6 +58,7 @@ class UpConfig:
     database: str = field(default="", repr=False)  # URL of every table; "" = SQLite files in the state directory
     engine: Engine = "iroh"  # of the links; zmq inside a network of one's own
     blobs: str = field(default="", repr=False)  # fsspec URL where data and tokenizers lie; "" = the state directory
+    settlement: Settlement = PLAY_SETTLEMENT  # what each worker bonds, and how long an epoch can be disputed
     own_workers: int | None = None  # worker processes started here; None = for every seat that is not left open
 
     def __post_init__(self) -> None:
@@ -126,6 +129,7 @@ def make_manifest(config: UpConfig, text: Text, *, chain_id: int, data_owner: Ac
             evaluate_batches=max(1, VALIDATION_WINDOWS // batch.sequences),
             epoch_steps=-(-steps // EPOCHS),
         ),
+        settlement=config.settlement,
         allocation=Allocation(
             work=8_500, data=(Part(account=data_owner, bps=1_000),), creator=Part(account=creator, bps=500)
         ),

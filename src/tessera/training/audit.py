@@ -35,6 +35,7 @@ __all__ = [
     "Outcome",
     "Penalty",
     "Verdict",
+    "bond_lost",
     "draw",
     "settle_credit",
 ]
@@ -191,6 +192,30 @@ def settle_credit(
         provisional[worker] = work - lost if alone else frozenset()
         paid[worker] = work - lost if not alone else frozenset()
     return Credit(paid, withheld, provisional)
+
+
+def bond_lost(
+    verdicts: Iterable[Verdict], auditors: Mapping[PeerId, Collection[PeerId]]
+) -> dict[PeerId, tuple[Verdict, ...]]:
+    """By worker, the verdicts that cost him his bond: `failed`, at one place, and convicting there, by two auditors at
+    least. One word alone never takes a bond, nor does a worker who was away and showed nothing.
+
+    The first such place; verdicts by auditor.
+    """
+    failed = [verdict for verdict in verdicts if verdict.outcome == "failed"]
+    lost: dict[PeerId, tuple[Verdict, ...]] = {}
+    for worker, places in _convicted(failed, auditors).items():
+        for step, index in sorted(places, key=lambda place: (place[0], -1 if place[1] is None else place[1])):
+            at = {
+                v.draw.auditor: v
+                for v in failed
+                if (v.draw.worker, v.draw.step, v.draw.index) == (worker, step, index)
+                and v.draw.auditor in auditors[worker]
+            }
+            if len(at) >= 2:
+                lost[worker] = tuple(at[auditor] for auditor in sorted(at))
+                break
+    return lost
 
 
 def _convicted(

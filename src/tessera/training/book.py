@@ -253,6 +253,12 @@ class SeatBook:
             value = db.execute(select(_FACTS.c.value).where(_FACTS.c.name == name)).scalar()
         return None if value is None else str(value)
 
+    def facts(self, prefix: str) -> dict[str, str]:
+        """Those whose name begins so."""
+        with self._db.read() as db:
+            rows = db.execute(select(_FACTS).where(_FACTS.c.name.startswith(prefix, autoescape=True))).all()
+        return {row.name: row.value for row in rows}
+
     def save_fact(self, name: str, value: str) -> None:
         self._db.apply(lambda db: db.put(_FACTS, [{"name": name, "value": value}]))
 

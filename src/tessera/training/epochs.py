@@ -1,9 +1,11 @@
 """From receipts to shares. Every worker computes the same leaves from the same receipts, to the last unit.
 
-    work_w   = floor(verified_tokens_w · flops_per_token_w · 10^18 / 10^12)      one share for each 10^12 operations
+    work_w   = floor(verified_tokens_w · flops_per_token_w · weight · 10^18 / 10^12)
     owner_o  = floor(Σ work · bps_o / bps_work)
 
-so the workers keep their part of 10,000 and the owners' parts never round up against them.
+one share for each 10^12 operations at weight 1, and more for early ones where the manifest says so. The workers keep
+their part of 10,000, the owners' parts never round up against them, and no epoch exceeds the contract's cap. An epoch
+in which no work was verified has no leaves and the root zero: it is proposed all the same, so that the next can follow.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from tessera.core import encoding
 from tessera.core.errors import Invalid
 from tessera.core.ids import Account, parse_account
 from tessera.core.merkle import MerkleTree, share_leaf
-from tessera.training.manifest import SHARE_FLOPS, SHARE_WAD, Manifest
+from tessera.training.manifest import SHARE_FLOPS, SHARE_WAD, WHOLE_BPS, Manifest
+from tessera.training.terms import weight_bps
 
 __all__ = ["EpochLeaves", "compute_epoch"]
 
@@ -36,7 +39,8 @@ class EpochLeaves:
 
     @property
     def root(self) -> bytes:
-        return self._tree().root
+        """Zero when there are no leaves."""
+        return self._tree().root if self.leaves else bytes(32)
 
     def shares_of(self, account: Account) -> int:
         return dict(self.leaves).get(account, 0)
@@ -65,18 +69,19 @@ class EpochLeaves:
         return cls(epoch, leaves)
 
 
-def compute_epoch(manifest: Manifest, epoch: int, work: Iterable[tuple[Account, int, int]]) -> EpochLeaves | None:
-    """The leaves of `epoch`, or None when no work was verified.
+def compute_epoch(manifest: Manifest, epoch: int, work: Iterable[tuple[Account, int, int]]) -> EpochLeaves:
+    """The leaves of `epoch`; none when no work was verified.
 
     Args:
         work: for each worker, present or past, his account, his stage, and how many microbatches were credited to him.
     """
     shares: dict[Account, int] = {}
+    weight = weight_bps(manifest, epoch)
     for account, stage, microbatches in work:
         flops = microbatches * manifest.tokens_per_microbatch * manifest.model.flops_per_token(stage)
-        shares[account] = shares.get(account, 0) + flops * SHARE_WAD // SHARE_FLOPS
+        shares[account] = shares.get(account, 0) + flops * SHARE_WAD * weight // (SHARE_FLOPS * WHOLE_BPS)
     earned = sum(shares.values())
     for owner in manifest.owners:
         shares[owner.account] = shares.get(owner.account, 0) + earned * owner.bps // manifest.allocation.work
     leaves = tuple(sorted((account, count) for account, count in shares.items() if count > 0))
-    return EpochLeaves(epoch, leaves) if leaves else None
+    return EpochLeaves(epoch, leaves)

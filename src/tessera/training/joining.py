@@ -1,16 +1,18 @@
-"""Joining a run: first look, then take a seat. All that the host says is checked against the run id.
+"""Joining a run: first look, then bond, then take a seat. All that the host says is checked against the run id.
 
-look   what is there to do, and with whom       a stage is offered, nothing is taken
+look   what is there to do, and with whom       the stages that a draw may give now; nothing is taken
+bond   here is my stake                         the host passes it on, and the contract draws a stage
 take   give me a seat at that stage             the account's signature binds the stage with it
 
-Who comes before the run starts is a worker with that. Later, the seat is his when the workers have let him in.
+Before anything is bonded, the contract is checked: its code, its run, its asset, and its terms, which the manifest
+fixes. Each step may be repeated: who has bonded, and died, is given the same stage again. Who comes before the run
+starts is a worker with his seat. Later, it is his when the workers have let him in.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +21,22 @@ from typing import Annotated, Any, TypeVar
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tessera.chain.client import RpcChain
+from tessera.chain.faces import Run
 from tessera.core.clock import Clock
-from tessera.core.errors import Conflict, Invalid, Late, Misbehaviour, Unavailable
-from tessera.core.ids import RunId
+from tessera.core.errors import Invalid, Late, Misbehaviour, Unavailable
+from tessera.core.ids import Account, RunId, parse_account
 from tessera.p2p.calls import call
 from tessera.p2p.transport import Transport
+from tessera.training.bond import Status, pay_stake, peer_bytes, recall_bond, remember_bond
+from tessera.training.contract import check_run
 from tessera.training.gate import check_clock
 from tessera.training.home import Home
 from tessera.training.invitation import Invitation
 from tessera.training.manifest import MANIFEST_LIMIT, Manifest, load_manifest
-from tessera.training.protocols import CALL_S, JOIN, SMALL
+from tessera.training.protocols import CALL_S, JOIN, SMALL, WORK_S
 from tessera.training.roster import Seat, seat_binding
+from tessera.training.rpc_link import peer_rpc
 
 __all__ = ["HostLink", "Member", "Offer", "Pace", "Taken", "look", "machine_name", "parse_pace", "take_seat"]
 
@@ -37,9 +44,6 @@ T = TypeVar("T")
 
 CLOCK_LIMIT_S = 300.0  # more than that apart, and receipts, records and invitations expire at the wrong time
 RETRY_S = 1.0
-TAKE_TRIES = 5
-
-_VOUCHER = re.compile(r"[0-9a-f]{128}")
 
 
 Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
@@ -61,6 +65,12 @@ class Pace(BaseModel):
     cores: Annotated[int, Field(ge=1, le=65_536)] = 1
     threads: Annotated[int, Field(ge=1, le=65_536)] = 1
 
+    def of_stage(self, manifest: Manifest, measured: int, stage: int) -> Pace:
+        """What it is likely to be at another stage than it was measured on."""
+        times = manifest.model.flops_per_token(stage) / manifest.model.flops_per_token(measured)
+        seconds = {name: getattr(self, name) * times for name in ("forward_s", "backward_s", "step_s", "evaluate_s")}
+        return self.model_copy(update=seconds)
+
 
 class Member(BaseModel):
     """A seat that is taken."""
@@ -76,7 +86,9 @@ class _Reply(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    stage: int = Field(ge=0, lt=1024, strict=True)
+    stages: tuple[Annotated[int, Field(ge=0, lt=1024, strict=True)], ...] = Field(min_length=1, max_length=1024)
+    run: str = Field(max_length=64)
+    coin: str = Field(max_length=64)
     returning: bool
     phase: str = Field(max_length=16)
     step: int = Field(ge=0, lt=2**53)
@@ -90,7 +102,9 @@ class Offer:
     """What a joiner would do."""
 
     manifest: Manifest
-    stage: int
+    stages: tuple[int, ...]  # that a draw may give now; one alone where it is drawn
+    run: Account  # the contract that draws
+    coin: Account  # what is bonded
     returning: bool  # the seat is ours already
     phase: str
     step: int
@@ -98,8 +112,13 @@ class Offer:
     members: tuple[Member, ...]
 
     @property
+    def stage(self) -> int:
+        """The one that takes most, of those that a draw may give."""
+        return max(self.stages, key=self.manifest.model.flops_per_token)
+
+    @property
     def place(self) -> int:
-        """Which worker of the offered stage the joiner would be, from 1; meaningless for who returns."""
+        """Which worker of that stage the joiner would be, from 1; meaningless for who returns."""
         return 1 + sum(member.stage == self.stage for member in self.members)
 
 
@@ -115,11 +134,15 @@ class HostLink:
         self._patience_s = patience_s
 
     async def call(
-        self, protocol: str, request: dict[str, Any], *, reply_limit: int = SMALL
+        self, protocol: str, request: dict[str, Any], *, reply_limit: int = SMALL, timeout_s: float = CALL_S
     ) -> tuple[dict[str, Any], bytes]:
         """One try."""
         host = self.invitation.host
-        return await call(self.transport, host, protocol, request, timeout_s=CALL_S, reply_limit=reply_limit)
+        return await call(self.transport, host, protocol, request, timeout_s=timeout_s, reply_limit=reply_limit)
+
+    def chain(self) -> RpcChain:
+        """The run's chain, through the host."""
+        return RpcChain(peer_rpc(self.transport, lambda: self.invitation.host))
 
     async def patiently(self, action: Callable[[], Awaitable[T]]) -> T:
         """Try again while the host is away. Raises `Unavailable`, with what to do, when it stays away."""
@@ -146,43 +169,64 @@ async def look(host: HostLink) -> Offer:
         offer = _Reply.model_validate(reply)
     except ValidationError as error:
         raise Misbehaviour(f"the host's offer cannot be read: {error.errors()[0]['msg']}") from error
-    if offer.stage >= manifest.model.stages:
-        raise Misbehaviour(f"the host offers stage {offer.stage} of {manifest.model.stages}")
+    if max(offer.stages) >= manifest.model.stages:
+        raise Misbehaviour(f"the host offers stage {max(offer.stages)} of {manifest.model.stages}")
     check_clock(offer.now, host.clock.time(), CLOCK_LIMIT_S)
     return Offer(
-        manifest, offer.stage, offer.returning, offer.phase, offer.step, offer.tokens_per_s, offer.members,
+        manifest, offer.stages, parse_account(offer.run), parse_account(offer.coin), offer.returning, offer.phase,
+        offer.step, offer.tokens_per_s, offer.members,
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A seat, as the host gave it."""
+    """A seat, as the contract drew it and the host gave it."""
 
     manifest: Manifest
     seat: Seat
     admitted: bool  # else the workers are to let us in
-    voucher: bytes  # the host's word that it gave this seat, for them
 
 
 async def take_seat(host: HostLink, home: Home, pace: Pace | None) -> Taken:
-    """The seat that the host offers us, or that is ours already. Raises as `look` does."""
+    """Bond, and take the seat that is drawn; or the one that is ours already.
+
+    Args:
+        pace: measured on `Offer.stage`.
+
+    Raises: as `look`, `check_run` and `pay_stake` do; Misbehaviour for a stage that the contract has not drawn.
+    """
+    offer = await look(host)
     run_id, key = host.invitation.run_id, home.peer_key
-    for tries_left in reversed(range(TAKE_TRIES)):
-        offer = await look(host)
-        binding = seat_binding(run_id, key.id, offer.stage, home.account_key)
-        seat = Seat(offer.stage, host.transport.record(), home.account_key.account, binding)
-        request = {"op": "take", "seat": seat.to_value(), "pace": None if pace is None else pace.model_dump()}
-        try:
-            reply, manifest = await _ask(host, request)
-        except Conflict:  # others were faster, and another stage is offered now; or there is no seat, as `look` says
-            if not tries_left:
-                raise
-            continue
-        admitted, voucher = reply.get("admitted"), reply.get("voucher")
-        if type(admitted) is not bool or not isinstance(voucher, str) or _VOUCHER.fullmatch(voucher) is None:
-            raise Misbehaviour(f"the host gives a seat with {str(reply)[:60]}")
-        return Taken(manifest, seat, admitted, bytes.fromhex(voucher))
-    raise AssertionError("the last try returns or raises")
+    stage = await _bonded(host, home, offer)
+    binding = seat_binding(run_id, key.id, stage, home.account_key)
+    seat = Seat(stage, host.transport.record(), home.account_key.account, binding)
+    mine = None if pace is None else pace.of_stage(offer.manifest, offer.stage, stage).model_dump()
+    reply, manifest = await _ask(host, {"op": "take", "seat": seat.to_value(), "pace": mine})
+    admitted = reply.get("admitted")
+    if type(admitted) is not bool:
+        raise Misbehaviour(f"the host gives a seat with {str(reply)[:60]}")
+    return Taken(manifest, seat, admitted)
+
+
+async def _bonded(host: HostLink, home: Home, offer: Offer) -> int:
+    """The stage that is drawn for us, once the contract has our stake."""
+    manifest, key, chain = offer.manifest, home.account_key, host.chain()
+    await check_run(chain, manifest, offer.run, offer.coin)
+    folder = home.run_folder(manifest.run_id)
+    if (before := recall_bond(folder)) not in (None, offer.run):
+        raise Misbehaviour(f"the host names contract {offer.run}, we bonded in {before}: do not follow it")
+    remember_bond(folder, manifest, offer.run)
+    request: dict[str, Any] = {"op": "bond", "account": key.account, "authorization": None}
+    reply, _ = await _ask(host, request)
+    if reply.get("stage") is None:
+        paid = await pay_stake(chain, manifest, offer.run, offer.coin, key, host.transport.id, host.clock)
+        reply, _ = await _ask(host, {**request, "authorization": paid.to_value()})
+    member, stage = await Run(chain, offer.run).members(key.account), reply.get("stage")
+    if member.status not in (Status.DRAWN, Status.WORKER, Status.LEAVING) or stage != member.stage:
+        raise Misbehaviour(f"the host gives stage {str(stage)[:20]}, the contract says {member}")
+    if member.peer != peer_bytes(host.transport.id):
+        raise Misbehaviour(f"{key.account} is bonded for peer {member.peer.hex()[:16]}…, not for this one")
+    return member.stage
 
 
 def machine_name(run_id: RunId) -> str:
@@ -197,7 +241,7 @@ def machine_name(run_id: RunId) -> str:
 async def _ask(host: HostLink, request: dict[str, Any]) -> tuple[dict[str, Any], Manifest]:
     invitation = host.invitation
     question = {**request, "run_id": invitation.run_id, "invitation": invitation.id}
-    reply, body = await host.call(JOIN, question, reply_limit=MANIFEST_LIMIT + 16 * SMALL)
+    reply, body = await host.call(JOIN, question, reply_limit=MANIFEST_LIMIT + 16 * SMALL, timeout_s=WORK_S)
     manifest = load_manifest(body, invitation.run_id)
     if manifest.chain_id != invitation.chain_id:
         raise Misbehaviour(f"the manifest is for chain {manifest.chain_id}, the invitation for {invitation.chain_id}")

@@ -1,21 +1,27 @@
 """The keeper turns finished epochs into shares: every worker runs one, and none is in charge.
 
-For each epoch in order, the worker whose turn it is gathers all receipts, computes the leaves, asks the others to
-sign, and posts the root with more than two thirds of the signatures. When he does not manage in time, it is the next
-one's turn. A voter signs only what he computes himself from receipts whose signatures he has checked, only for an
-epoch that he has finished too, and only if no receipt that he holds is missing. He holds those for his own work and
-those that he signed for his neighbours, so leaving out a worker takes his neighbours' consent. Once posted, each worker
-redeems his own leaf.
+For each epoch in order, the worker whose turn it is gathers all receipts, computes the leaves, asks the others to sign,
+and proposes the root with more than two thirds of the signatures. When he does not manage in time, it is the next one's
+turn. A voter signs only what he computes himself from receipts whose signatures he has checked, only for an epoch that
+he has finished too, and only if no receipt that he holds is missing. He holds those for his own work and those that he
+signed for his neighbours, so leaving out a worker takes his neighbours' consent. An epoch without verified work is
+proposed empty.
+
+A proposal waits out the contract's challenge window; then anybody posts it, and each worker redeems his own leaf.
+Meanwhile every worker compares it with what he computes himself. Who finds another root, because evidence has come
+since or somebody signed what he should not, shows the others why; a third of them strikes it out, and it is proposed
+anew.
 
 Audits take credit away: verdicts that accuse somebody are gathered, checked and computed with in the same way. While a
 voter says that he holds more, or still audits, a proposer gathers again, as long as an audit may take: two thirds could
-else leave out the only auditor of a stage. A run whose manifest does not waive audits does not pay what nobody could
-audit: it is owed, and nothing settles it later yet.
+else leave out the only auditor of a stage. Who failed an audit by the word of two auditors loses his bond with it. A
+run whose manifest does not waive audits does not pay what nobody could audit: it is owed, and nothing settles it later
+yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from typing import Any, Protocol
 
 import anyio
@@ -23,23 +29,26 @@ import structlog
 from anyio import to_thread
 
 from tessera.chain.client import RpcChain
-from tessera.chain.faces import ModelShare
-from tessera.chain.settle import epoch_digest
+from tessera.chain.consent import Consent
+from tessera.chain.faces import ModelShare, Run
 from tessera.core import encoding
+from tessera.core.clock import Clock
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, Refused, TesseraError, Unavailable
+from tessera.core.hashing import sha256
 from tessera.core.ids import Account, PeerId
 from tessera.core.merkle import share_leaf
 from tessera.core.signing import AccountKey, recover_account
 from tessera.p2p.calls import call, serve_calls
 from tessera.p2p.transport import Transport
 from tessera.training.accusations import Accusations, limit_bytes, read_accusations
-from tessera.training.audit import Verdict, settle_credit
+from tessera.training.audit import Verdict, bond_lost, settle_credit
 from tessera.training.book import ReceiptBook
 from tessera.training.epochs import EpochLeaves, compute_epoch
 from tessera.training.manifest import Manifest
 from tessera.training.protocols import CALL_S, EPOCH, SMALL
 from tessera.training.receipts import Credit, Receipt, credited, why_not
 from tessera.training.roster import Roster, Seat
+from tessera.training.window import find_proposal, proposal_hash
 
 __all__ = ["Audits", "Keeper", "NoAudits", "known_leaves"]
 
@@ -48,6 +57,9 @@ log = structlog.get_logger()
 TURN_S = 20.0  # a proposer's time before it is the next worker's turn
 GATHER_S = 12.0  # how long a proposer waits for receipts that are still on their way
 POLL_S = 0.5
+POST_TURN_S = 1.0  # after a window, later each further worker posts, so that mostly one does
+LOOKS = 20  # at a waiting proposal, in a window; two a second at most
+DOUBT_S = 10.0  # before we ask the others again to strike
 RETRY_S = 2.0  # after a failed attempt, which may have sent every receipt to everybody
 LEAVES_LIMIT = 1 << 20  # bytes
 RECEIPT_BYTES = 800  # an upper bound for one receipt's row
@@ -85,6 +97,7 @@ class Keeper:
         steps_done: how many steps this worker has finished.
         roster: the present one; addresses may change while peers come and go.
         audits: ours; None: we audit nobody.
+        changed: told that the contract has taken a worker off its list.
     """
 
     def __init__(
@@ -97,15 +110,20 @@ class Keeper:
         book: ReceiptBook,
         roster: Callable[[], Roster],
         steps_done: Callable[[], int],
+        clock: Clock,
         audits: Audits | None = None,
+        changed: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint,
     ) -> None:
         self._manifest, self._transport, self._chain, self._key = manifest, transport, chain, account_key
         self._book, self._roster, self._steps_done = book, roster, steps_done
         self._audits: Audits = audits or NoAudits()
-        self.share = ModelShare(chain, roster().share)
+        self._clock, self._changed = clock, changed
+        self.share, self.run_contract = ModelShare(chain, roster().share), Run(chain, roster().run)
+        self._consent = Consent(manifest.chain_id, roster().run, manifest.run_id)
         audit = manifest.audit
         self._patience_s = GATHER_S + audit.attempts * (audit.answer_s + 1) if audit.rate_bps else 0.0
         self._proposed: dict[int, float] = {}  # when we first proposed an epoch
+        self._counted: dict[int, frozenset[Verdict]] = {}  # accusations in what we signed
         self._settled = 0  # epochs whose posted leaves we hold
         receipts = manifest.receipts_per_step * manifest.schedule.epoch_steps
         self._body_limit = 4096 + AGAIN * RECEIPT_BYTES * receipts + limit_bytes(manifest)
@@ -135,63 +153,154 @@ class Keeper:
     async def _settle(self, epoch: int) -> None:
         turn = 0
         while await self.share.epoch_count() <= epoch:
-            accounts = self._roster().accounts
-            if (epoch + turn) % len(accounts) == accounts.index(self._key.account):
+            if (waiting := await find_proposal(self.run_contract, epoch)) is not None:
+                await self._see_through(waiting)
+            elif (epoch + turn) % len(self._roster().seats) == self._my_place():
                 await self._propose(epoch)
-            elif not await self._posted_within(epoch, TURN_S):
+            elif not await self._proposed_within(epoch, TURN_S):
                 turn += 1
         leaves = await self._posted_leaves(epoch)
         self._settled = max(self._settled, epoch + 1)
         await self._redeem(leaves)
+        await self._slash(epoch)
 
     async def _propose(self, epoch: int) -> None:
-        """Gather, compute, collect signatures, post. Raises when too few sign."""
+        """Gather, compute, collect signatures, propose. Raises when too few sign."""
+        attempt = await self.run_contract.attempt()
         known = await self._gather(epoch)
         self._audits.review(known.receipts)
         known.accusations.add(self._accusations(epoch))
         leaves = self._compute(epoch, known)
-        signatures = {self._key.account: self._sign(leaves)}
-        body = known.to_body()
-        disputed: list[PeerId] = []
-        async with anyio.create_task_group() as tasks:
-            for seat in self._others():
-                tasks.start_soon(self._collect, seat, leaves, body, signatures, disputed)
+        request = {"op": "vote", "epoch": epoch, "attempt": attempt, "root": leaves.root.hex()}
+        digest = self._consent.epoch(epoch, attempt, leaves.root, leaves.total)
+        signatures, disputed = await self._collect(self._others(), digest, request, known.to_body())
         since = self._proposed.setdefault(epoch, anyio.current_time())
         if disputed and anyio.current_time() - since < self._patience_s:  # an auditor is slow, or found something
             raise Conflict(f"{disputed[0][:16]}… holds more of epoch {epoch}, or still audits it")
-        accounts = set(self._roster().accounts)
-        if 3 * len(signatures) <= 2 * len(accounts):
-            raise Unavailable(
-                f"{len(signatures)} of {len(accounts)} workers signed epoch {epoch}, more than 2/3 needed"
-            )
-        ordered = [signatures[account] for account in sorted(signatures, key=lambda a: int(a, 16))]
-        self._book.save_epoch(epoch, leaves.to_text())
+        count = len(self._roster().seats)
+        if 3 * len(signatures) <= 2 * count:
+            raise Unavailable(f"{len(signatures)} of {count} workers signed epoch {epoch}, more than 2/3 needed")
+        self._keep(leaves, known)
         try:
-            await self.share.post(self._key, epoch, leaves.root, leaves.total, ordered)
+            await self.run_contract.propose(self._key, epoch, leaves.root, leaves.total, signatures)
         except Conflict:
-            return  # somebody posted it first
-        log.info("epoch_posted", epoch=epoch, shares=str(leaves.total), signers=len(ordered))
+            return  # somebody proposed it first
+        log.info("epoch_proposed", epoch=epoch, shares=str(leaves.total), signers=len(signatures), attempt=attempt)
 
     async def _collect(
-        self,
-        seat: Seat,
-        leaves: EpochLeaves,
-        body: bytes,
-        signatures: dict[Account, bytes],
-        disputed: list[PeerId],
-    ) -> None:
-        """Ask one worker for his signature; a refusal is logged, not fatal, and noted when it may be over soon."""
-        request = {"op": "vote", "epoch": leaves.epoch, "root": leaves.root.hex()}
+        self, seats: Iterable[Seat], digest: bytes, request: dict[str, Any], body: bytes
+    ) -> tuple[list[bytes], list[PeerId]]:
+        """Our signature and those of `seats` who agree, as the contract wants them; and who may agree soon."""
+        signatures, disputed = {self._key.account: self._key.sign_digest(digest)}, list[PeerId]()
+
+        async def ask(seat: Seat) -> None:
+            try:
+                reply, _ = await self._ask(seat, request, body)
+                signature = bytes.fromhex(str(reply.get("signature", "")))
+                if recover_account(digest, signature) != seat.account:
+                    raise Misbehaviour(f"{seat.peer[:16]}… signed something else")
+                signatures[seat.account] = signature
+            except (TesseraError, ValueError) as error:  # a refusal is not fatal
+                if isinstance(error, Conflict):
+                    disputed.append(seat.peer)
+                facts = {"epoch": request["epoch"], "stage": seat.stage, "peer_id": seat.peer, "reason": str(error)}
+                log.warning("vote_missing", op=request["op"], **facts)
+
+        async with anyio.create_task_group() as tasks:
+            for seat in seats:
+                tasks.start_soon(ask, seat)
+        return [signatures[account] for account in sorted(signatures, key=lambda a: int(a, 16))], disputed
+
+    # --- the challenge window ---------------------------------------------------------------------------------------
+
+    async def _see_through(self, waiting: Run.Proposed) -> None:
+        """Watch a proposal until its window is over, strike it when it is wrong, and post it when it is not."""
+        pause_s = max(POLL_S, self._manifest.settlement.window_s / LOOKS)
+        doubted = -DOUBT_S
+        while await self.run_contract.pending() == proposal_hash(waiting):
+            if self._clock.time() >= waiting.opens_at:
+                await self._post(waiting)
+                return
+            if anyio.current_time() - doubted >= DOUBT_S and (known := await self._contrary(waiting)) is not None:
+                doubted = anyio.current_time()
+                await self._strike(waiting, known)
+            await anyio.sleep(min(pause_s, max(POLL_S, waiting.opens_at - self._clock.time())))
+
+    async def _post(self, waiting: Run.Proposed) -> None:
+        """Whoever's turn it is first; the others when he does not."""
+        late = (self._my_place() - waiting.epoch) % len(self._roster().seats)
+        if await self._posted_within(waiting.epoch, POST_TURN_S * late):
+            return
         try:
-            reply, _ = await self._ask(seat, request, body)
-            signature = bytes.fromhex(str(reply.get("signature", "")))
-            if recover_account(self._digest(leaves), signature) != seat.account:
-                raise Misbehaviour(f"{seat.peer[:16]}… signed something else")
-            signatures[seat.account] = signature
-        except (TesseraError, ValueError) as error:
-            if isinstance(error, Conflict):
-                disputed.append(seat.peer)
-            log.warning("vote_missing", epoch=leaves.epoch, stage=seat.stage, peer_id=seat.peer, reason=str(error))
+            await self.run_contract.post(self._key, waiting.epoch, waiting.root, waiting.shares, waiting.opens_at)
+        except Conflict:
+            return  # somebody posted it first
+        log.info("epoch_posted", epoch=waiting.epoch, shares=str(waiting.shares))
+
+    async def _contrary(self, waiting: Run.Proposed) -> _Known | None:
+        """What speaks against a waiting proposal; None when it is what we compute, or we cannot tell yet."""
+        epoch = waiting.epoch
+        if not self._due(epoch):
+            return None
+        text, counted = self._book.epoch(epoch), self._counted.get(epoch, frozenset())
+        agreed = text is not None and EpochLeaves.from_text(text).root == waiting.root
+        if agreed and counted.issuperset(self._accusations(epoch)):
+            return None
+        known = await self._gather(epoch)
+        self._audits.review(known.receipts)
+        known.accusations.add(self._accusations(epoch))
+        leaves = self._compute(epoch, known)
+        if leaves.root != waiting.root:
+            return known
+        self._keep(leaves, known)
+        return None
+
+    async def _strike(self, waiting: Run.Proposed, known: _Known) -> None:
+        """Show the others what speaks against a proposal, and strike it out when a third of all agrees."""
+        epoch, attempt, body = waiting.epoch, await self.run_contract.attempt(), known.to_body()
+        evidence = sha256(body)
+        request = {"op": "strike", "epoch": epoch, "attempt": attempt, "root": waiting.root.hex()}
+        digest = self._consent.strike(epoch, attempt, evidence)
+        signatures, _ = await self._collect(self._others(), digest, request, body)
+        if 3 * len(signatures) < len(self._roster().seats):
+            log.warning("strike_lacks_signatures", epoch=epoch, signers=len(signatures))
+            return
+        try:
+            await self.run_contract.strike(
+                self._key, epoch, waiting.root, waiting.shares, waiting.opens_at, evidence, signatures
+            )
+        except Conflict:
+            return  # somebody struck it first
+        log.warning("epoch_struck", epoch=epoch, attempt=attempt, root=waiting.root.hex(), signers=len(signatures))
+
+    # --- bonds ------------------------------------------------------------------------------------------------------
+
+    async def _slash(self, epoch: int) -> None:
+        """Take the bonds that the epoch's audits cost; what fails here is tried by others, or with the next fault."""
+        if self._manifest.settlement.stake_units == 0:
+            return
+        for peer, verdicts in bond_lost(self._accusations(epoch), self._auditors_of_all()).items():
+            seat = self._roster().seat_of(peer)
+            if seat is None or seat.account == self._key.account:
+                continue
+            await anyio.sleep(POST_TURN_S * self._my_place())
+            if not await self.run_contract.is_worker(seat.account):
+                continue
+            try:
+                await self._slash_one(epoch, seat, verdicts)
+            except TesseraError as error:
+                log.warning("bond_not_taken", peer_id=peer, code=error.code, reason=error.message)
+
+    async def _slash_one(self, epoch: int, accused: Seat, verdicts: Sequence[Verdict]) -> None:
+        body = encoding.encode([verdict.to_row() for verdict in verdicts])
+        evidence, challenger = sha256(body), self._account_of(verdicts[0].draw.auditor)
+        digest = self._consent.slash(accused.account, evidence, challenger)
+        others = [seat for seat in self._others() if seat is not accused]
+        request = {"op": "slash", "epoch": epoch, "worker": accused.peer}
+        signatures, _ = await self._collect(others, digest, request, body)
+        await self.run_contract.slash(self._key, accused.account, evidence, challenger, signatures)
+        log.warning("bond_taken", peer_id=accused.peer, stage=accused.stage, signers=len(signatures))
+        await self._changed()
 
     async def _gather(self, epoch: int) -> _Known:
         """All that any worker holds of the epoch, checked. Waits a little while some work is not verified."""
@@ -252,23 +361,34 @@ class Keeper:
 
     def _compute(self, epoch: int, known: _Known) -> EpochLeaves:
         everyone, audit = self._roster().everyone, self._manifest.audit
-        auditors = {seat.peer: self._auditors(seat) for seat in everyone}
-        credit = settle_credit(self._credit(epoch, known.receipts), known.accusations.verdicts, auditors, audit)
+        auditors, verdicts = self._auditors_of_all(), known.accusations.verdicts
+        credit = settle_credit(self._credit(epoch, known.receipts), verdicts, auditors, audit)
         paid = {
             peer: len(audited) + (len(credit.provisional[peer]) if audit.waived else 0)
             for peer, audited in credit.paid.items()
         }
         work = [(seat.account, seat.stage, paid.get(seat.peer, 0)) for seat in everyone]
-        leaves = compute_epoch(self._manifest, epoch, work)
-        if leaves is None:
-            raise Unavailable(f"no receipt proves any work in epoch {epoch} that its audits let pass")
-        return leaves
+        return compute_epoch(self._manifest, epoch, work)
 
-    def _auditors(self, seat: Seat) -> list[PeerId]:
-        """The others who hold a worker's stage now; nobody in a run without audits."""
-        if self._manifest.audit.rate_bps == 0:
-            return []
-        return [other.peer for other in self._roster().of_stage(seat.stage) if other.peer != seat.peer]
+    def _keep(self, leaves: EpochLeaves, known: _Known) -> None:
+        """What we sign, or would have signed."""
+        self._counted[leaves.epoch] = frozenset(known.accusations.verdicts)
+        self._book.save_epoch(leaves.epoch, leaves.to_text())
+
+    def _auditors_of_all(self) -> dict[PeerId, list[PeerId]]:
+        """The others who hold each worker's stage now; nobody in a run without audits."""
+        roster, audited = self._roster(), self._manifest.audit.rate_bps > 0
+        return {
+            seat.peer: [other.peer for other in roster.of_stage(seat.stage) if audited and other.peer != seat.peer]
+            for seat in roster.everyone
+        }
+
+    async def _proposed_within(self, epoch: int, seconds: float) -> bool:
+        with anyio.move_on_after(seconds):
+            while await self.share.epoch_count() <= epoch and await self.run_contract.pending() == bytes(32):
+                await anyio.sleep(POLL_S)
+            return True
+        return False
 
     async def _posted_within(self, epoch: int, seconds: float) -> bool:
         with anyio.move_on_after(seconds):
@@ -314,11 +434,18 @@ class Keeper:
             if text is None:
                 raise Missing(f"epoch {epoch} is not known here")
             return {"leaves": text}, b""
-        if op == "vote":
-            return {"signature": (await self._vote(epoch, str(request.get("root")), body)).hex()}, b""
-        raise Invalid(f"unknown operation {str(op)[:40]!r}")
+        if op == "slash":
+            return {"signature": (await self._vote_to_slash(str(request.get("worker")), body)).hex()}, b""
+        if op not in ("vote", "strike"):
+            raise Invalid(f"unknown operation {str(op)[:40]!r}")
+        attempt, root = request.get("attempt"), str(request.get("root"))
+        present = await self.run_contract.attempt()
+        if type(attempt) is not int or attempt != present:
+            raise Conflict(f"{present} proposals were struck, not {str(attempt)[:40]}: a signature serves one only")
+        vote = self._vote if op == "vote" else self._vote_to_strike
+        return {"signature": (await vote(epoch, attempt, root, body)).hex()}, b""
 
-    async def _vote(self, epoch: int, root: str, body: bytes) -> bytes:
+    async def _vote(self, epoch: int, attempt: int, root: str, body: bytes) -> bytes:
         """Our signature under the proposed root, if we compute the same from what leaves nothing of ours out."""
         if not self._due(epoch):
             raise Conflict(f"epoch {epoch} is not finished here: {self._steps_done()} steps are done, or not audited")
@@ -338,8 +465,38 @@ class Keeper:
             raise Misbehaviour(
                 f"epoch {epoch}: these receipts and verdicts give root {leaves.root.hex()[:16]}…, not {root[:16]}…"
             )
-        self._book.save_epoch(epoch, leaves.to_text())
-        return self._sign(leaves)
+        self._keep(leaves, proposed)
+        return self._key.sign_digest(self._consent.epoch(epoch, attempt, leaves.root, leaves.total))
+
+    async def _vote_to_strike(self, epoch: int, attempt: int, root: str, body: bytes) -> bytes:
+        """Our signature against the waiting proposal, if what is shown and what we hold give another root."""
+        waiting = await find_proposal(self.run_contract, epoch)
+        if not self._due(epoch) or waiting is None or waiting.root.hex() != root:
+            raise Conflict(f"epoch {epoch} does not wait with root {root[:16]}…, or is not finished here")
+        receipts, verdicts = await to_thread.run_sync(self._read, body, epoch, self._known(epoch).seen())
+        shown = _Known()
+        shown.add(receipts)
+        shown.accusations.add(verdicts)
+        shown.add(self._held(self._manifest.schedule.epoch_range(epoch)))
+        shown.accusations.add(self._accusations(epoch))
+        if self._compute(epoch, shown).root == waiting.root:
+            raise Refused(f"epoch {epoch} waits with the root that we compute too", rule="same_root")
+        return self._key.sign_digest(self._consent.strike(epoch, attempt, sha256(body)))
+
+    async def _vote_to_slash(self, worker: str, body: bytes) -> bytes:
+        """Our signature for taking a worker's bond, if these verdicts cost it."""
+        accused, stage_of = self._roster().seat_of(PeerId(worker)), self._roster().stage_by_peer
+        if accused is None:
+            raise Missing(f"{worker[:16]}… has no seat in this run")
+        rows = encoding.decode(body, limit_bytes(self._manifest) + SMALL)
+        verdicts = await to_thread.run_sync(read_accusations, self._manifest, stage_of, rows)
+        lost = bond_lost(verdicts, self._auditors_of_all()).get(accused.peer, ())
+        if self._manifest.settlement.stake_units == 0 or not lost or list(lost) != verdicts:
+            raise Refused(
+                "these verdicts cost nobody his bond: two auditors and more than half are needed", rule="bond"
+            )
+        challenger = self._account_of(verdicts[0].draw.auditor)
+        return self._key.sign_digest(self._consent.slash(accused.account, sha256(body), challenger))
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
@@ -364,17 +521,18 @@ class Keeper:
         limit = self._body_limit + SMALL
         return await call(self._transport, seat.record, EPOCH, request, body, timeout_s=CALL_S, reply_limit=limit)
 
-    def _digest(self, leaves: EpochLeaves) -> bytes:
-        manifest = self._manifest
-        share = self._roster().share
-        return epoch_digest(manifest.chain_id, share, manifest.run_id, leaves.epoch, leaves.root, leaves.total)
+    def _account_of(self, peer: PeerId) -> Account:
+        """A present worker's."""
+        seat = self._roster().seat_of(peer)
+        if seat is None:
+            raise Missing(f"{peer[:16]}… has no seat in this run")
+        return seat.account
 
-    def _sign(self, leaves: EpochLeaves) -> bytes:
-        return self._key.sign_digest(self._digest(leaves))
+    def _my_place(self) -> int:
+        return self._roster().accounts.index(self._key.account)
 
     def _my_seat(self) -> Seat:
-        roster = self._roster()
-        return roster.seats[roster.accounts.index(self._key.account)]
+        return self._roster().seats[self._my_place()]
 
     def _others(self) -> list[Seat]:
         return [seat for seat in self._roster().seats if seat.account != self._key.account]

@@ -27,6 +27,7 @@ __all__ = [
     "Owner",
     "Part",
     "Schedule",
+    "Settlement",
     "load_manifest",
 ]
 
@@ -37,8 +38,9 @@ SHARE_WAD = 10**18  # smallest units of one share
 MAX_OWNERS = 64
 MAX_WEIGHT = 1_000  # of a data set beside the others
 MAX_RECEIPTS = 50_000  # of one epoch: they travel to every voter in one message
-MAX_WORKERS = 128  # that a share contract takes
+MAX_WORKERS = 128  # that a run contract takes
 MOST_REPLICAS = 8
+DAY_S = 86_400
 CHECKPOINT_EVERY = 10  # steps
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
@@ -123,6 +125,26 @@ class DataRecipe(_Strict):
         return tuple(dict.fromkeys(Account(part.account) for part in self.sets))
 
 
+class Settlement(_Strict):
+    """What every worker puts at risk, and when an epoch of work becomes shares: the terms of the run's contract.
+
+    A proposed epoch waits out `window_s`, in which a third of the workers can strike it. Who has left gets his bond
+    back after `delay_s`. The weight of an epoch's work falls in equal steps from `early_bps` in the first to 10,000.
+    """
+
+    stake_units: Annotated[int, Field(ge=0, le=10**15)] = 0  # that each worker bonds, in the coin's smallest unit
+    window_s: Annotated[int, Field(ge=0, le=30 * DAY_S)] = 0
+    delay_s: Annotated[int, Field(ge=1, le=365 * DAY_S)] = DAY_S
+    reward_bps: Annotated[int, Field(ge=0, le=WHOLE_BPS // 2)] = 0  # of a lost bond, to who showed the fault
+    early_bps: Annotated[int, Field(ge=WHOLE_BPS, le=100 * WHOLE_BPS)] = WHOLE_BPS
+
+    @model_validator(mode="after")
+    def _bonds_outlast_the_window(self) -> Self:
+        if self.delay_s <= self.window_s:
+            raise ValueError(f"delay_s is {self.delay_s}, expected more than window_s, which is {self.window_s}")
+        return self
+
+
 class Schedule(_Strict):
     """How the work is cut: a step is `microbatches` of `sequences` windows of `length` tokens."""
 
@@ -170,7 +192,7 @@ class Owner:
 class Manifest(_Strict):
     """One run, complete."""
 
-    version: Literal[3] = 3
+    version: Literal[4] = 4
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\w .:/+-]+$")]
     chain_id: Annotated[int, Field(ge=1, lt=2**53)]
     model: ModelSpec
@@ -180,6 +202,7 @@ class Manifest(_Strict):
     schedule: Schedule
     averaging: AveragingConfig = AveragingConfig()
     audit: AuditConfig = AuditConfig()  # of stages with several workers; rate_bps 0: nobody is audited
+    settlement: Settlement = Settlement()
     allocation: Allocation
     pay_to: str = "share"
     price_units: Annotated[int, Field(ge=1, le=10**15)]
@@ -209,7 +232,7 @@ class Manifest(_Strict):
             raise ValueError(f"{self.replicas} replicas to begin with, and at most {self.most_replicas}")
         if self.replicas * self.model.stages > MAX_WORKERS:
             raise ValueError(
-                f"{self.model.stages} stages of {self.replicas} workers: a share contract takes {MAX_WORKERS} workers"
+                f"{self.model.stages} stages of {self.replicas} workers: a run contract takes {MAX_WORKERS} workers"
             )
         return self
 

@@ -1,10 +1,12 @@
 """One worker's part in who comes and goes: it signs for others, and goes itself when its owner wants to leave.
 
-It signs for a joiner with a seat that the host gave, where there is room and whose account and peer never had one; for
-a leaver whose stage has another worker; and against one who has not answered it for ten minutes.
+It signs for a joiner whose bonded seat the contract has drawn, and whose account and peer never had one; for a leaver
+whose stage has another worker; and against one who has not answered it for ten minutes, or an hour where he is the only
+one of his stage, for whom the next who comes can then be drawn.
 
-Until a change stands on the chain nothing has changed. Who leaves while he is the only one of his stage waits until
-another has come and is in step with him; what is not credited to him by then is done again, or credited to the other.
+Until a change stands on the chain nothing has changed. Who wants to leave says so to the contract, which draws the next
+who comes to his stage. Who leaves while he is the only one of his stage waits until another has come and is in step
+with him; what is not credited to him by then is done again, or credited to the other.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import structlog
 from anyio import to_thread
 
 from tessera.chain.client import RpcChain
-from tessera.chain.faces import ModelShare
+from tessera.chain.faces import Run
 from tessera.core import encoding
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, Refused, TesseraError
 from tessera.core.ids import Account, PeerId, parse_account
@@ -25,12 +27,13 @@ from tessera.core.signing import AccountKey
 from tessera.p2p.calls import serve_calls
 from tessera.p2p.transport import Transport
 from tessera.training.attendance import Attendance
+from tessera.training.bond import Status, peer_bytes
 from tessera.training.book import ReceiptBook
 from tessera.training.manifest import Manifest
 from tessera.training.proposal import Proposal, propose
 from tessera.training.protocols import MEMBERSHIP, SMALL
 from tessera.training.receipts import Receipt, why_not
-from tessera.training.roster import Roster, Seat, check_voucher
+from tessera.training.roster import Roster, Seat
 
 __all__ = ["ABSENT_S", "Membership", "Training"]
 
@@ -38,6 +41,7 @@ log = structlog.get_logger()
 
 LOOK_S = 1.0
 ABSENT_S = 600.0  # without an answer: then a worker may be taken off the list
+LAST_ABSENT_S = 3600.0  # the same, for the only one of a stage: his stage is lost with him
 TURN_S = 60.0  # later each further worker proposes that, so that mostly one does
 UNSIGNED_STEPS = 64  # whose receipts may not have reached everybody
 LAST_RECEIPTS = 1024  # of a leaver; more of those steps have been told to all by then
@@ -64,7 +68,6 @@ class Training(Protocol):
 
 class Membership:
     """Args:
-    host: whose word for a joiner counts.
     changed: tells the host, if it can be reached, that the contract has something new.
     leaving: whether our owner wants to leave.
     """
@@ -80,14 +83,13 @@ class Membership:
         training: Training,
         roster: Callable[[], Roster],
         attendance: Attendance,
-        host: PeerId,
         changed: Callable[[], Awaitable[None]],
         leaving: Callable[[], bool],
     ) -> None:
         self._manifest, self._transport, self._chain, self._key = manifest, transport, chain, account_key
         self._book, self._training, self._roster, self._attendance = book, training, roster, attendance
-        self._host, self._changed, self._leaving = host, changed, leaving
-        self._share = ModelShare(chain, roster().share)
+        self._changed, self._leaving = changed, leaving
+        self._run = Run(chain, roster().run)
         self.left = anyio.Event()  # we are no worker any more
 
     def serve(self) -> None:
@@ -110,7 +112,11 @@ class Membership:
     # --- going ------------------------------------------------------------------------------------------------------
 
     async def _leave(self) -> None:
-        if not await self._share.is_worker(self._key.account):  # it stood there when we came, or a reply was lost
+        status = (await self._run.members(self._key.account)).status
+        if status == Status.WORKER:
+            await self._run.leave(self._key)  # for good: who stays after all has a companion in the next who comes
+            log.info("leaving_announced")
+        if status > Status.LEAVING:  # it stood there when we came, or a reply was lost
             self.left.set()
         elif await self._training.may_leave():
             await self._training.freeze()
@@ -123,10 +129,10 @@ class Membership:
 
     async def _dismiss_absent(self) -> None:
         roster = self._roster()
-        patience_s = ABSENT_S + TURN_S * roster.accounts.index(self._key.account)
+        turn_s = TURN_S * roster.accounts.index(self._key.account)
         for seat in roster.seats:
-            alone = len(roster.of_stage(seat.stage)) == 1  # then another must come first
-            if not alone and seat.peer != self._transport.id and self._attendance.absent_s(seat.peer) > patience_s:
+            patience_s = _patience_s(roster, seat) + turn_s
+            if seat.peer != self._transport.id and self._attendance.absent_s(seat.peer) > patience_s:
                 log.info("dismissing", peer_id=seat.peer, stage=seat.stage)
                 await self._propose(Proposal(leaver=seat.account))
                 await self._changed()
@@ -157,14 +163,14 @@ class Membership:
         if type(number) is not int or (joiner is None) == (leaver is None):
             raise Invalid("a change has a number, and a joiner or a leaver")
         if joiner is not None:
-            proposal = Proposal(joiner=_check_joiner(self._manifest, self._host, roster, peer, joiner, request))
+            proposal = Proposal(joiner=await self._check_joiner(roster, peer, joiner))
         else:
             proposal = Proposal(leaver=self._check_leaver(roster, peer, parse_account(leaver)))
-        if not number == roster.changes == await self._share.change_count():
+        if not number == roster.changes == await self._run.change_count():
             raise Conflict(f"change {number} is not the next one, or we have not heard of the last: try again")
         if leaver is not None:
             self._book.add(await to_thread.run_sync(self._read_receipts, peer, body, roster))
-        return self._key.sign_digest(proposal.digest(self._manifest, roster.share, number))
+        return self._key.sign_digest(proposal.digest(self._manifest, roster.run, number))
 
     def _check_leaver(self, roster: Roster, peer: PeerId, leaver: Account) -> Account:
         asking, going = roster.seat_of(peer), next((s for s in roster.seats if s.account == leaver), None)
@@ -172,12 +178,30 @@ class Membership:
             raise Refused("only this run's workers say who leaves it", rule="seated")
         if going is None:
             raise Missing(f"{leaver} has no seat in this run")
-        roster.dismiss(leaver)
-        if asking is not going:
-            absent_s = self._attendance.absent_s(going.peer)
-            if going.peer == self._transport.id or absent_s < ABSENT_S:
-                raise Refused(f"{going.peer[:16]}… was here {absent_s:.0f} s ago", rule="absent")
+        if asking is going:
+            if len(roster.of_stage(going.stage)) == 1:
+                raise Refused(f"stage {going.stage} has no other worker", rule="last_of_stage")
+            return leaver
+        absent_s = self._attendance.absent_s(going.peer)
+        if going.peer == self._transport.id or absent_s < _patience_s(roster, going):
+            raise Refused(f"{going.peer[:16]}… was here {absent_s:.0f} s ago", rule="absent")
         return leaver
+
+    async def _check_joiner(self, roster: Roster, peer: PeerId, value: object) -> Seat:
+        """The seat that `peer` asks for. Raises `Refused` naming the rule, or `Misbehaviour` for a forged one."""
+        seat = Seat.from_value(value)
+        if seat.peer != peer:
+            raise Refused("a joiner asks for himself", rule="own_seat")
+        seat.check(self._manifest.run_id)
+        if seat.stage >= roster.stages:
+            raise Invalid(f"stage {seat.stage} of {roster.stages}")
+        roster.admit(seat)
+        member = await self._run.members(seat.account)
+        if (member.status, member.stage, member.peer) != (Status.DRAWN, seat.stage, peer_bytes(peer)):
+            raise Refused(
+                f"the contract has not drawn stage {seat.stage} for {seat.account} and its peer", rule="drawn"
+            )
+        return seat
 
     def _read_receipts(self, leaver: PeerId, body: bytes, roster: Roster) -> list[Receipt]:
         """What the leaver signed, checked. Cost: 0.1 ms for each; runs in a thread."""
@@ -193,22 +217,6 @@ class Membership:
         return receipts
 
 
-def _check_joiner(
-    manifest: Manifest, host: PeerId, roster: Roster, peer: PeerId, value: object, request: dict[str, Any]
-) -> Seat:
-    """The seat that `peer` asks for. Raises `Refused` naming the rule, or `Misbehaviour` for a forged one."""
-    seat = Seat.from_value(value)
-    if seat.peer != peer:
-        raise Refused("a joiner asks for himself", rule="own_seat")
-    seat.check(manifest.run_id)
-    try:
-        voucher = bytes.fromhex(str(request.get("voucher"))[:128])
-    except ValueError as error:
-        raise Invalid("a voucher is 64 bytes in hex") from error
-    check_voucher(host, manifest.run_id, seat, voucher)
-    if seat.stage >= roster.stages:
-        raise Invalid(f"stage {seat.stage} of {roster.stages}")
-    if len(roster.of_stage(seat.stage)) >= manifest.most_replicas:
-        raise Refused(f"stage {seat.stage} has {manifest.most_replicas} workers, as many as it may", rule="room")
-    roster.admit(seat)
-    return seat
+def _patience_s(roster: Roster, seat: Seat) -> float:
+    """How long a worker may give no answer and keep his seat."""
+    return LAST_ABSENT_S if len(roster.of_stage(seat.stage)) == 1 else ABSENT_S

@@ -1,6 +1,6 @@
 """A change of a run's workers: proposed by whom it concerns, signed by more than two thirds of them, put on the chain.
 
-    joiner  ─▶ every worker   may I come?   my seat, and the host's word that he gave it
+    joiner  ─▶ every worker   may I come?   my seat, which the contract drew
     leaver  ─▶ every worker   may I go?     what I signed last goes along: it would be lost with me
     anybody ─▶ every worker   has he gone?  nobody has heard of him for a while
 
@@ -16,8 +16,8 @@ import anyio
 import structlog
 
 from tessera.chain.client import RpcChain
-from tessera.chain.faces import ModelShare
-from tessera.chain.settle import NOBODY, change_digest
+from tessera.chain.consent import NOBODY, Consent
+from tessera.chain.faces import Run
 from tessera.core import encoding
 from tessera.core.errors import Conflict, Misbehaviour, TesseraError, Unavailable
 from tessera.core.ids import Account
@@ -39,19 +39,17 @@ class Proposal:
     """Who is to come, or who is to go."""
 
     joiner: Seat | None = None
-    voucher: bytes = b""  # the host's word for the joiner's seat
     leaver: Account | None = None
     last_signed: tuple[Receipt, ...] = ()  # by the leaver
 
-    def digest(self, manifest: Manifest, share: Account, number: int) -> bytes:
+    def digest(self, manifest: Manifest, run: Account, number: int) -> bytes:
         """What a worker signs."""
         joiner, leaver = NOBODY if self.joiner is None else self.joiner.account, self.leaver or NOBODY
-        return change_digest(manifest.chain_id, share, manifest.run_id, number, joiner, leaver)
+        return Consent(manifest.chain_id, run, manifest.run_id).change(number, joiner, leaver)
 
     def request(self, number: int) -> dict[str, Any]:
         joiner = None if self.joiner is None else self.joiner.to_value()
-        facts = {"joiner": joiner, "voucher": self.voucher.hex(), "leaver": self.leaver}
-        return {"op": "vote", "number": number, **facts}
+        return {"op": "vote", "number": number, "joiner": joiner, "leaver": self.leaver}
 
 
 async def propose(
@@ -62,11 +60,11 @@ async def propose(
     Raises: Conflict when `roster` is not the chain's, or somebody was first: ask for it again, then retry; Unavailable
     when too few sign.
     """
-    share = ModelShare(chain, roster.share)
-    number = await share.change_count()
+    run = Run(chain, roster.run)
+    number = await run.change_count()
     if number != roster.changes:
         raise Conflict(f"the workers have changed {number} times, we know of {roster.changes}")
-    digest = proposal.digest(manifest, roster.share, number)
+    digest = proposal.digest(manifest, roster.run, number)
     signatures: dict[Account, bytes] = {}
     body = encoding.encode([receipt.to_row() for receipt in proposal.last_signed])
     async with anyio.create_task_group() as tasks:
@@ -82,7 +80,7 @@ async def propose(
         )
     ordered = [signatures[account] for account in sorted(signatures, key=lambda a: int(a, 16))]
     joiner = NOBODY if proposal.joiner is None else proposal.joiner.account
-    await share.change(key, number, joiner, proposal.leaver or NOBODY, ordered)
+    await run.change(key, number, joiner, proposal.leaver or NOBODY, ordered)
     log.info("workers_changed", number=number, joiner=joiner, leaver=proposal.leaver or NOBODY, signers=len(ordered))
 
 

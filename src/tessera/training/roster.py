@@ -17,16 +17,15 @@ from tessera.core import encoding
 from tessera.core.errors import Invalid, Misbehaviour, Missing, Refused
 from tessera.core.hashing import keccak
 from tessera.core.ids import Account, PeerId, RunId, parse_account, parse_run_id
-from tessera.core.signing import AccountKey, PeerKey, recover_account, verify_peer
+from tessera.core.signing import AccountKey, recover_account
 from tessera.p2p.transport import PeerRecord
 from tessera.training.home import write_atomic
 from tessera.training.manifest import MAX_WORKERS, Manifest, load_manifest
 
-__all__ = ["Roster", "Seat", "check_voucher", "recall_run", "remember_run", "seat_binding", "vouch"]
+__all__ = ["Roster", "Seat", "recall_run", "remember_run", "seat_binding"]
 
 MAX_PAST = 4096  # workers who have left, in the life of a run
 ROSTER_LIMIT = 8 << 20  # bytes: a seat has about 1 kB
-VOUCHER = "voucher"  # what a host's signature under a seat is for
 
 
 def seat_binding(run_id: RunId, peer: PeerId, stage: int, key: AccountKey) -> bytes:
@@ -82,16 +81,17 @@ class Seat:
 @dataclass(frozen=True, slots=True)
 class Roster:
     """A run's workers as they are now, by stage and then in the order in which they were admitted; those who have left,
-    in the order in which they went; and where its shares and its coin are.
+    in the order in which they went; and where its contracts and its coin are.
 
     Attributes:
-        stages: of the run's model; each has one worker at least.
-        changes: how many of the share contract's changes led here.
+        stages: of the run's model; each has one worker at first. One that was left empty waits for the next who comes.
+        changes: how many of the run contract's changes led here.
     """
 
     run_id: RunId
     stages: int
     seats: tuple[Seat, ...]
+    run: Account
     share: Account
     coin: Account
     past: tuple[Seat, ...] = ()
@@ -144,13 +144,11 @@ class Roster:
             )
         return replace(self, seats=tuple(sorted((*self.seats, joiner), key=lambda seat: seat.stage)))
 
-    def dismiss(self, leaver: Account) -> Roster:
-        """The roster without `leaver`. Raises `Missing` for who has no seat, `Refused` for the last of a stage."""
+    def without(self, leaver: Account) -> Roster:
+        """The roster once `leaver` has gone. Raises `Missing` for who has no seat."""
         gone = next((seat for seat in self.seats if seat.account == leaver), None)
         if gone is None:
             raise Missing(f"{leaver} has no seat in this run")
-        if len(self.of_stage(gone.stage)) == 1:
-            raise Refused(f"stage {gone.stage} has no other worker", rule="last_of_stage")
         seats = tuple(seat for seat in self.seats if seat is not gone)
         return replace(self, seats=seats, past=(*self.past, gone))
 
@@ -174,8 +172,9 @@ class Roster:
 
         That these stand on the chain is checked by `contract.check_changes`.
         """
-        mine, theirs = (self.run_id, self.stages, self.share, self.coin), (other.run_id, other.stages, other.share)
-        if mine != (*theirs, other.coin) or self.changes < other.changes:
+        if any(getattr(self, name) != getattr(other, name) for name in ("run_id", "stages", "run", "share", "coin")):
+            return False
+        if self.changes < other.changes:
             return False
         gone = set(_names(self.past))
         stayed = [name for name in _names(other.seats) if name not in gone]
@@ -190,6 +189,7 @@ class Roster:
             "seats": [seat.to_value() for seat in self.seats],
             "past": [seat.to_value() for seat in self.past],
             "changes": self.changes,
+            "run": self.run,
             "share": self.share,
             "coin": self.coin,
         }
@@ -200,21 +200,21 @@ class Roster:
         if not isinstance(value, dict):
             raise Invalid(f"a roster is an object, not a {type(value).__name__}")
         rows, gone, changes = value.get("seats"), value.get("past"), value.get("changes")
-        if not isinstance(rows, list) or not stages <= len(rows) <= MAX_WORKERS:
-            raise Invalid(f"a roster of {stages} stages has {stages} to {MAX_WORKERS} seats")
+        if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_WORKERS:
+            raise Invalid(f"a roster has 1 to {MAX_WORKERS} seats")
         if not isinstance(gone, list) or len(gone) > MAX_PAST:
             raise Invalid(f"a roster has a list of at most {MAX_PAST} past seats")
         seats, past = (tuple(Seat.from_value(row) for row in part) for part in (rows, gone))
         if type(changes) is not int or not len(past) <= changes <= len(seats) + 2 * len(past):
             raise Invalid(f"{str(changes)[:40]} changes do not lead to {len(seats)} seats and {len(past)} past ones")
-        _check_seats(run_id, stages, seats, past)
-        share, coin = parse_account(value.get("share")), parse_account(value.get("coin"))
-        return cls(run_id, stages, seats, share, coin, past, changes)
+        _check_seats(run_id, stages, seats, past, begins=changes == 0)
+        run, share, coin = (parse_account(value.get(name)) for name in ("run", "share", "coin"))
+        return cls(run_id, stages, seats, run, share, coin, past, changes)
 
 
-def _check_seats(run_id: RunId, stages: int, seats: tuple[Seat, ...], past: tuple[Seat, ...]) -> None:
+def _check_seats(run_id: RunId, stages: int, seats: tuple[Seat, ...], past: tuple[Seat, ...], *, begins: bool) -> None:
     at, everyone = [seat.stage for seat in seats], (*seats, *past)
-    if at != sorted(at) or set(at) != set(range(stages)):
+    if at != sorted(at) or (begins and set(at) != set(range(stages))):
         raise Misbehaviour(f"the roster does not seat somebody at each of {stages} stages, in order")
     if len({seat.peer for seat in everyone}) != len(everyone):
         raise Misbehaviour("the roster names a peer twice: one peer, one seat, ever")
@@ -228,19 +228,6 @@ def _check_seats(run_id: RunId, stages: int, seats: tuple[Seat, ...], past: tupl
 
 def _names(seats: Iterable[Seat]) -> list[tuple[int, PeerId, Account]]:
     return [(seat.stage, seat.peer, seat.account) for seat in seats]
-
-
-def vouch(host: PeerKey, run_id: RunId, seat: Seat) -> bytes:
-    """The host's signature that says: I have given this seat, for an invitation. 64 bytes."""
-    return host.sign(VOUCHER, _voucher_message(run_id, seat))
-
-
-def check_voucher(host: PeerId, run_id: RunId, seat: Seat, voucher: bytes) -> None:
-    """Raises `Refused` unless `host` has given this seat."""
-    try:
-        verify_peer(host, VOUCHER, _voucher_message(run_id, seat), voucher)
-    except Invalid as error:
-        raise Refused(f"the host has not given this seat: {error}", rule="vouched") from error
 
 
 def remember_run(folder: Path, manifest: Manifest, roster: Roster) -> None:
@@ -261,7 +248,3 @@ def recall_run(folder: Path) -> tuple[Manifest, Roster]:
 
 def _binding_digest(run_id: RunId, peer: PeerId, stage: int) -> bytes:
     return keccak(b"tessera/seat\0" + encoding.encode({"run_id": run_id, "peer": peer, "stage": stage}))
-
-
-def _voucher_message(run_id: RunId, seat: Seat) -> bytes:
-    return encoding.encode({"run_id": run_id, "peer": seat.peer, "account": seat.account, "stage": seat.stage})

@@ -1,8 +1,8 @@
 """Sitting down: from an invitation to a stage that can be trained.
 
 Nothing that the host says is believed: the manifest must hash to the run id, blobs to their ids, every seat must be
-signed by its account, the share contract must be ours, for this run, with these workers, and whoever worked for one
-contract before is not moved to another.
+signed by its account, the contracts must be ours, for this run, on its terms, with these workers, and whoever worked
+for one contract before is not moved to another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tessera.models.trainer import StageTrainer
 from tessera.p2p.blobs import BlobStore, fetch, serve_blobs
 from tessera.p2p.transport import PeerRecord, Transport
 from tessera.training.checkpoints import Checkpoints
-from tessera.training.contract import check_share
+from tessera.training.contract import check_contracts
 from tessera.training.data import NamedBatches, open_batches
 from tessera.training.home import Home
 from tessera.training.joining import HostLink, Pace, Taken, take_seat
@@ -32,7 +32,6 @@ from tessera.training.manifest import Manifest
 from tessera.training.proposal import Proposal, propose
 from tessera.training.protocols import RUN
 from tessera.training.roster import ROSTER_LIMIT, Roster, recall_run, remember_run
-from tessera.training.rpc_link import peer_rpc
 
 __all__ = ["Seated", "Seating", "WorkerConfig"]
 
@@ -100,8 +99,8 @@ class Seating:
         log.info("seated", run_id=manifest.run_id, stage=stage, admitted=taken.admitted)
         roster = await self._wait_for_roster(manifest)
         _check_remembered(folder, roster)
-        chain = RpcChain(peer_rpc(self._transport, lambda: self._host.invitation.host))
-        await self._host.patiently(lambda: self._check_chain(manifest, roster, chain))
+        chain = self._host.chain()
+        await self._host.patiently(lambda: check_contracts(chain, manifest, roster))
         blobs = BlobStore(self._home.blobs, quota_bytes=self._home.blob_quota(self._config.quota_bytes))
         serve_blobs(self._transport, blobs)
         batches = await self._host.patiently(lambda: self._open_data(manifest, roster, blobs, folder))
@@ -129,17 +128,11 @@ class Seating:
                 told = taken
             await anyio.sleep(ASK_S)  # the host holds the question for a while; one that does not is no busy loop
 
-    async def _check_chain(self, manifest: Manifest, roster: Roster, chain: RpcChain) -> None:
-        found = await chain.chain_id()
-        if found != manifest.chain_id:
-            raise Misbehaviour(f"the host's chain has id {found}, the manifest says {manifest.chain_id}")
-        await check_share(chain, roster)
-
     async def _be_admitted(self, taken: Taken, chain: RpcChain) -> Roster:
         """Ask the workers until they let us in; the roster that names us."""
         deadline = anyio.current_time() + ADMISSION_S
         while (roster := await self._wait_for_roster(taken.manifest)).seat_of(self._transport.id) is None:
-            proposal = Proposal(joiner=taken.seat, voucher=taken.voucher)
+            proposal = Proposal(joiner=taken.seat)
             try:
                 await propose(self._transport, chain, self._home.account_key, taken.manifest, roster, proposal)
             except (Conflict, Late, Unavailable) as error:
@@ -147,7 +140,7 @@ class Seating:
                 if anyio.current_time() > deadline:
                     raise Late(f"the workers did not let us in within {ADMISSION_S:.0f} s: {error.message}") from error
             await anyio.sleep(ASK_S)  # the host sees it on the chain when it is asked for the roster
-        await check_share(chain, roster)
+        await check_contracts(chain, taken.manifest, roster)
         log.info("admitted", stage=taken.seat.stage, workers=len(roster.seats))
         return roster
 
@@ -201,7 +194,7 @@ def _check_remembered(folder: Path, roster: Roster) -> None:
         return
     if not roster.follows(before):
         raise Misbehaviour(
-            f"the host now names contract {roster.share} and {len(roster.seats)} workers; "
-            f"when this run was joined, they were {before.share} and others: do not follow it",
+            f"the host now names contract {roster.run} and {len(roster.seats)} workers; "
+            f"when this run was joined, they were {before.run} and others: do not follow it",
             evidence={"before": before.to_value(), "now": roster.to_value()},
         )

@@ -37,6 +37,8 @@ class WorkerStatus(BaseModel):
     trained: bool
     settled: bool
     claimable: int  # units of income that wait for us
+    stake: int = 0  # units that we have bonded
+    bond: str = ""  # what is of them
 
 
 def save_status(folder: Path, status: WorkerStatus) -> None:

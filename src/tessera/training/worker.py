@@ -13,7 +13,7 @@ import anyio
 import structlog
 from anyio import to_thread
 
-from tessera.chain.faces import ModelShare
+from tessera.chain.faces import ModelShare, Run
 from tessera.core.clock import Clock
 from tessera.core.errors import TesseraError
 from tessera.core.ids import Account
@@ -22,6 +22,7 @@ from tessera.training.attendance import Attendance
 from tessera.training.audit import Verdict
 from tessera.training.audit_records import AuditRecords
 from tessera.training.auditing import Auditing
+from tessera.training.bond import bond_state
 from tessera.training.book import ReceiptBook
 from tessera.training.contract import check_changes
 from tessera.training.copies import NoCopies, StageCopies, StageSnapshots
@@ -50,6 +51,7 @@ log = structlog.get_logger()
 
 REPORT_S = 0.5
 STATUS_S = 2.0
+BOND_S = 30.0  # between two looks at our bond
 REPORT_POINTS = 200  # losses in one report
 TELL_TRIES = 10
 STATE_ROOM = 2  # times our own state: what one of the same stage can be, its format allowed for
@@ -120,6 +122,7 @@ class Worker:
         self._closed = anyio.Event()
         self._settled = False
         self._claimable = 0
+        self._stake = (0, "")  # units, and what is of them
 
     @property
     def _account(self) -> Account:
@@ -143,6 +146,7 @@ class Worker:
                     await self._gate.wait_open()
                 tasks.start_soon(self._report, parts)
                 tasks.start_soon(self._show, parts)
+                tasks.start_soon(self._look_at_bond, parts)
                 tasks.start_soon(parts.pipeline.run)
                 tasks.start_soon(parts.seated.batches.keep_ahead)
                 tasks.start_soon(parts.news.run)
@@ -212,7 +216,9 @@ class Worker:
             book=book,
             roster=lambda: seated.roster,
             steps_done=lambda: pipeline.steps_done,
+            clock=self._clock,
             audits=auditing,
+            changed=self._tell_of_change,
         )
         attendance = Attendance(self._transport, lambda: seated.roster.records)
         membership = Membership(
@@ -224,7 +230,6 @@ class Worker:
             training=pipeline,
             roster=lambda: seated.roster,
             attendance=attendance,
-            host=self._host.invitation.host.id,
             changed=self._tell_of_change,
             leaving=lambda: read_wish(seated.folder) == "leave",
         )
@@ -360,7 +365,7 @@ class Worker:
                     log.info("run_closed")
                     self._closed.set()
                     return
-                if reply.get("phase") == "left" and not await parts.keeper.share.is_worker(self._account):
+                if reply.get("phase") == "left" and not await parts.keeper.run_contract.is_worker(self._account):
                     log.warning("dismissed", reason="the other workers have taken us off the list")
                     parts.membership.left.set()
                     return
@@ -402,13 +407,24 @@ class Worker:
                 log.error("roster_changed", reason="the host names other workers or another contract; ignored")
                 return
             if roster.changes > seated.roster.changes:
-                await check_changes(ModelShare(seated.chain, roster.share), roster, seated.roster)
+                await check_changes(Run(seated.chain, roster.run), roster, seated.roster)
                 remember_run(seated.folder, seated.manifest, roster)
                 log.info("workers_changed", workers=len(roster.seats), changes=roster.changes)
         except TesseraError as error:
             log.debug("roster_not_refreshed", code=error.code, reason=error.message)
             return
         seated.roster = roster.with_records(seated.roster.records)
+
+    async def _look_at_bond(self, parts: _Parts) -> None:
+        """Now and then, for `tessera status`."""
+        delay_s = parts.seated.manifest.settlement.delay_s
+        while True:
+            try:
+                member = await parts.keeper.run_contract.members(self._account)
+                self._stake = (member.bond, bond_state(member, delay_s))
+            except TesseraError as error:
+                log.debug("bond_not_read", code=error.code, reason=error.message)
+            await anyio.sleep(BOND_S)
 
     async def _show(self, parts: _Parts) -> None:
         """Keep the status file fresh, for `tessera status`."""
@@ -433,6 +449,8 @@ class Worker:
                 trained=pipeline.trained.is_set(),
                 settled=self._settled,
                 claimable=self._claimable,
+                stake=self._stake[0],
+                bond=self._stake[1],
             )
             try:
                 await to_thread.run_sync(save_status, parts.seated.folder, status)
