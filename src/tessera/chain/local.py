@@ -83,6 +83,7 @@ class LocalChain:
         self.chain_id, self.dev = chain_id, dev
         self._clock = clock or SystemClock()
         self._skew_s = 0
+        self._next_timestamp: int | None = None  # what a developer asked for
         self._alloc = {parse_account(account): wei for account, wei in (alloc or {}).items()}
         self._in_memory = path is None
         self._lock = threading.RLock()
@@ -265,6 +266,15 @@ class LocalChain:
             self._skew_s += seconds
             return self._skew_s
 
+    def set_next_timestamp(self, timestamp: int) -> None:
+        """The next block's time in seconds since 1970, exactly; from there the clock goes on."""
+        with self._lock:
+            earliest = self._view.head.timestamp
+            if not earliest <= timestamp < 2**40:
+                raise Invalid(f"the next block's time is {earliest} or later, and below 2^40, not {timestamp}")
+            self._next_timestamp = timestamp
+            self._skew_s = timestamp - int(self._clock.time())
+
     def snapshot(self) -> int:
         """A number to `revert` to."""
         with self._lock:
@@ -305,7 +315,8 @@ class LocalChain:
 
     def _next_env(self, parent: Block) -> BlockEnv:
         """Two blocks may share a second: a clock that ran ahead with the blocks would end payments too early."""
-        now = max(int(self._clock.time()) + self._skew_s, parent.timestamp)
+        asked = self._next_timestamp
+        now = max(int(self._clock.time()) + self._skew_s if asked is None else asked, parent.timestamp)
         return BlockEnv(self.chain_id, parent.number + 1, now, ancestors(self._blocks))
 
     def _append(self, block: Block) -> None:
@@ -314,6 +325,7 @@ class LocalChain:
             raise Unavailable("the chain is closed")
         self._journal.append(_entry(block))
         self._index(block)
+        self._next_timestamp = None
         self._view = _View(self._compacted(self._view.nodes, block.state_root), block)
 
     def _compacted(self, nodes: Nodes, root: bytes) -> Nodes:
