@@ -12,7 +12,7 @@ from typing import Any
 from eth_abi.abi import decode as abi_decode
 from eth_abi.exceptions import DecodingError
 
-from tessera.core.errors import Conflict, Invalid, PaymentRequired, Refused, TesseraError
+from tessera.core.errors import Conflict, Invalid, Missing, PaymentRequired, Refused, TesseraError
 from tessera.core.hashing import keccak
 
 __all__ = ["ERRORS", "REASONS", "revert_error", "revert_reason"]
@@ -56,6 +56,35 @@ REASONS: dict[str, type[TesseraError]] = {
     "model_share: too much income": Refused,
     "model_share: transfer failed": Refused,
     "model_share: worker named twice": Invalid,
+    "spend_policy: a child cannot be loosened": Refused,
+    "spend_policy: above the cap per payment": Refused,
+    "spend_policy: above the cap per period": Refused,
+    "spend_policy: asset is no contract": Invalid,
+    "spend_policy: bad agent": Invalid,
+    "spend_policy: bad delay": Invalid,
+    "spend_policy: bad payee": Invalid,
+    "spend_policy: bad period": Invalid,
+    "spend_policy: cap too large": Invalid,
+    "spend_policy: intent is already paid": Conflict,
+    "spend_policy: label is taken": Conflict,
+    "spend_policy: looser limits must be proposed": Refused,
+    "spend_policy: mandate is expired": Refused,
+    "spend_policy: mandate is revoked": Refused,
+    "spend_policy: may not stop this": Refused,
+    "spend_policy: needs the co-signer": Refused,
+    "spend_policy: no such mandate": Missing,
+    "spend_policy: no such proposal": Missing,
+    "spend_policy: not owner or operator": Refused,
+    "spend_policy: not the agent": Refused,
+    "spend_policy: not the agent's signature": Invalid,
+    "spend_policy: nothing to pay": Invalid,
+    "spend_policy: payee is not listed": Refused,
+    "spend_policy: payment is expired": Invalid,
+    "spend_policy: payment is not yet valid": Refused,
+    "spend_policy: proposal has lapsed": Refused,
+    "spend_policy: proposal is not yet due": Refused,
+    "spend_policy: too many levels": Refused,
+    "spend_policy: transfer failed": Refused,
 }
 
 ERRORS: dict[str, type[TesseraError]] = {
