@@ -5,11 +5,11 @@ from __future__ import annotations
 from chain_support import CHAIN_ID, RUN_ID, WORKERS, make_world
 from gas import HOLDERS
 from tessera.chain.settle import NOBODY, change_digest, epoch_digest
-from tessera.chain.types import Chain, Receipt
+from tessera.chain.types import Receipt
 from tessera.core.merkle import MerkleTree, share_leaf
 
 
-async def table(chain: Chain) -> dict[str, int]:
+async def table(chain: RpcChain) -> dict[str, int]:
     world = await make_world(chain)
     coin, share, sender = world.coin, world.share, WORKERS[0]
     used: dict[str, int] = {}
