@@ -201,9 +201,9 @@ class LocalChain:
         best = self.call(message, number)
         if not best.ok:
             return 0, best
-        low, high = best.gas_needed, best.gas_needed
+        low, high, step = best.gas_needed, best.gas_needed, best.gas_needed // 32
         while not self.call(replace(message, gas=high), number).ok:
-            low, high = high + 1, min(message.gas, high + high // 32)
+            low, high, step = high + 1, min(message.gas, high + step), 2 * step
         while low < high:  # the answer is in [low, high]
             middle = (low + high) // 2
             low, high = (low, middle) if self.call(replace(message, gas=middle), number).ok else (middle + 1, high)
