@@ -15,7 +15,7 @@ from tessera.chain.types import Chain, Receipt
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
 
-__all__ = ["Coin", "JobEscrow", "ModelShare"]
+__all__ = ["Coin", "JobEscrow", "ModelShare", "SpendPolicy"]
 
 
 class Coin(Contract):
@@ -748,3 +748,279 @@ class ModelShare(Contract):
 
     async def held(self) -> int:
         return await self._call("a285aed7", (), (), ("uint256",))
+
+
+class SpendPolicy(Contract):
+    """Spending mandates: how much of an owner's money an agent may pay, to whom and until when."""
+
+    ARTIFACT: ClassVar[str] = "spend_policy"
+
+    @dataclass(frozen=True, slots=True)
+    class Opened(Event):
+        mandate: bytes
+        owner: Account
+        agent: Account
+        parent: bytes
+        operator: Account
+        cosigner: Account
+        asset: Account
+        period: int
+        delay: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("b5b308eaf23f84c42e239337666385541c239603b1eb7b847526289a694e5f3a")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32", "address", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("bytes32", "address", "address", "address", "uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5, 6, 7, 8)
+
+    @dataclass(frozen=True, slots=True)
+    class Limited(Event):
+        mandate: bytes
+        per_payment: int
+        per_period: int
+        cosign_above: int
+        expires_at: int
+        any_payee: bool
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("e39616716942738b26f7c1458be52947a13dd8de69518f83bc7f10a3e1021cb5")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "uint256", "uint256", "uint256", "bool")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5)
+
+    @dataclass(frozen=True, slots=True)
+    class Listed(Event):
+        mandate: bytes
+        payee: Account
+        allowed: bool
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("78c15acc0a9cb7e388580d1ca5d2413b9ac5cdd002d6e223c0e8188af8c35067")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("bool",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class Proposed(Event):
+        mandate: bytes
+        due: int
+        per_payment: int
+        per_period: int
+        cosign_above: int
+        expires_at: int
+        any_payee: bool
+        payees: Sequence[Account]
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("708b21ddd0b99bf1b8d727fb9a6c4d4a3aae6bc7cd0f14c280b1c6e5a19a72fa")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "uint256", "uint256", "uint256", "uint256", "bool", "address[]")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5, 6, 7)
+
+    @dataclass(frozen=True, slots=True)
+    class Spent(Event):
+        mandate: bytes
+        intent: bytes
+        payee: Account
+        amount: int
+        purpose: bytes
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("e338213d5d1f7eca31c5e1d18d1cfd430d6944f76dd2e8014e8cf1a37bcf6df3")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32", "bytes32", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "bytes32")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
+
+    @dataclass(frozen=True, slots=True)
+    class Revoked(Event):
+        mandate: bytes
+        sender: Account
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("5bc2baf870c5baf189838b5e0b0e3b04a3263e2df5d305d1c15f3e6022f5dc45")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    class Mandate(NamedTuple):
+        owner: Account
+        agent: Account
+        operator: Account
+        cosigner: Account
+        asset: Account
+        period: int
+        delay: int
+        parent: bytes
+        root: bytes
+        level: int
+
+    class Limit(NamedTuple):
+        per_payment: int
+        per_period: int
+        cosign_above: int
+        expires_at: int
+        any_payee: bool
+
+    class Proposal(NamedTuple):
+        digest: bytes
+        due: int
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey) -> SpendPolicy:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "spend_policy"))
+
+    async def spend(
+        self,
+        key: AccountKey,
+        payment: tuple[bytes, Account, int, bytes, bytes, int, int],
+        signature: bytes,
+        cosignature: bytes | None = None,
+    ) -> Receipt:
+        """Pay as the mandate's agent has signed. Anyone may send it."""
+        if cosignature is None:
+            return await self._send(
+                key,
+                "837e8294",
+                ("(bytes32,address,uint256,bytes32,bytes32,uint256,uint256)", "bytes"),
+                (payment, signature),
+            )
+        return await self._send(
+            key,
+            "3add34bf",
+            ("(bytes32,address,uint256,bytes32,bytes32,uint256,uint256)", "bytes", "bytes"),
+            (payment, signature, cosignature),
+        )
+
+    async def available(self, mandate: bytes) -> int:
+        """The largest payment that the limits allow now, here and above; owner's funds and co-signer not considered."""
+        return await self._call("6932854f", ("bytes32",), (mandate,), ("uint256",))
+
+    async def spent(self, mandate: bytes) -> int:
+        """What counts against `per_period` now."""
+        return await self._call("ae20bed3", ("bytes32",), (mandate,), ("uint256",))
+
+    async def digest(self, payment: tuple[bytes, Account, int, bytes, bytes, int, int]) -> bytes:
+        """The EIP-712 digest that the agent signs."""
+        return await self._call(
+            "10c00ef5", ("(bytes32,address,uint256,bytes32,bytes32,uint256,uint256)",), (payment,), ("bytes32",)
+        )
+
+    async def cosign_digest(self, payment: tuple[bytes, Account, int, bytes, bytes, int, int]) -> bytes:
+        """The EIP-712 digest that the co-signer signs."""
+        return await self._call(
+            "8df0fb6c", ("(bytes32,address,uint256,bytes32,bytes32,uint256,uint256)",), (payment,), ("bytes32",)
+        )
+
+    async def revoke_digest(self, mandate: bytes) -> bytes:
+        """The EIP-712 digest that revokes a mandate, signed by anyone who may."""
+        return await self._call("63b07a29", ("bytes32",), (mandate,), ("bytes32",))
+
+    async def DOMAIN_SEPARATOR(self) -> bytes:
+        """The EIP-712 domain of this contract."""
+        return await self._call("3644e515", (), (), ("bytes32",))
+
+    async def open(
+        self,
+        key: AccountKey,
+        label: bytes,
+        terms: tuple[Account, Account, Account, Account, int, int],
+        limits: tuple[int, int, int, int, bool],
+        payees: Sequence[Account],
+    ) -> Receipt:
+        """Give an agent a mandate over the caller's money."""
+        return await self._send(
+            key,
+            "311f649d",
+            (
+                "bytes32",
+                "(address,address,address,address,uint256,uint256)",
+                "(uint256,uint256,uint256,uint256,bool)",
+                "address[]",
+            ),
+            (label, terms, limits, payees),
+        )
+
+    async def delegate(
+        self,
+        key: AccountKey,
+        parent: bytes,
+        label: bytes,
+        agent: Account,
+        period: int,
+        limits: tuple[int, int, int, int, bool],
+        payees: Sequence[Account],
+    ) -> Receipt:
+        """Hand down a part of the caller's mandate. Both must allow what the child pays: owner, operator, co-signer,
+        asset and delay are the parent's, and the child's looser limits have no effect.
+        """
+        return await self._send(
+            key,
+            "a03552e8",
+            ("bytes32", "bytes32", "address", "uint256", "(uint256,uint256,uint256,uint256,bool)", "address[]"),
+            (parent, label, agent, period, limits, payees),
+        )
+
+    async def revoke(self, key: AccountKey, mandate: bytes, signature: bytes | None = None) -> Receipt:
+        """End a mandate and all its children, at once and for good."""
+        if signature is None:
+            return await self._send(key, "b75c7dc6", ("bytes32",), (mandate,))
+        return await self._send(key, "22ca3886", ("bytes32", "bytes"), (mandate, signature))
+
+    async def tighten(
+        self, key: AccountKey, mandate: bytes, limits: tuple[int, int, int, int, bool], dropped: Sequence[Account]
+    ) -> Receipt:
+        """Narrow a mandate at once, by whoever may revoke it. Also drops the pending proposal, so that what waits can
+        never undo it.
+        """
+        return await self._send(
+            key,
+            "ab8841b4",
+            ("bytes32", "(uint256,uint256,uint256,uint256,bool)", "address[]"),
+            (mandate, limits, dropped),
+        )
+
+    async def propose(
+        self, key: AccountKey, mandate: bytes, limits: tuple[int, int, int, int, bool], payees: Sequence[Account]
+    ) -> Receipt:
+        """Announce other limits and more payees for a mandate that an owner has opened, by owner or operator. Takes
+        the place of an earlier proposal.
+        """
+        return await self._send(
+            key,
+            "75462971",
+            ("bytes32", "(uint256,uint256,uint256,uint256,bool)", "address[]"),
+            (mandate, limits, payees),
+        )
+
+    async def loosen(
+        self, key: AccountKey, mandate: bytes, limits: tuple[int, int, int, int, bool], payees: Sequence[Account]
+    ) -> Receipt:
+        """Put a proposal into force after its delay. Anyone may send it; within a week, or it lapses."""
+        return await self._send(
+            key,
+            "a89bf4eb",
+            ("bytes32", "(uint256,uint256,uint256,uint256,bool)", "address[]"),
+            (mandate, limits, payees),
+        )
+
+    async def mandates(self, arg0: bytes) -> Mandate:
+        return self.Mandate(
+            *await self._call(
+                "01e07972",
+                ("bytes32",),
+                (arg0,),
+                ("(address,address,address,address,address,uint256,uint256,bytes32,bytes32,uint256)",),
+            )
+        )
+
+    async def limits(self, arg0: bytes) -> Limit:
+        return self.Limit(
+            *await self._call("5c1b7d38", ("bytes32",), (arg0,), ("(uint256,uint256,uint256,uint256,bool)",))
+        )
+
+    async def payees(self, arg0: bytes, arg1: Account) -> bool:
+        return await self._call("3d6e12cf", ("bytes32", "address"), (arg0, arg1), ("bool",))
+
+    async def revoked(self, arg0: bytes) -> bool:
+        return await self._call("328a93e8", ("bytes32",), (arg0,), ("bool",))
+
+    async def paid(self, arg0: bytes, arg1: bytes) -> bool:
+        return await self._call("3c0eff93", ("bytes32", "bytes32"), (arg0, arg1), ("bool",))
+
+    async def proposals(self, arg0: bytes) -> Proposal:
+        return self.Proposal(*await self._call("32ed5b12", ("bytes32",), (arg0,), ("(bytes32,uint256)",)))
