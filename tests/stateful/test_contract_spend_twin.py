@@ -156,11 +156,18 @@ class Spending(RuleBasedStateMachine):
         mandate = self.pick(data)
         self.pay_rightly(mandate, max(1, self.twin.available(mandate, self.chain.time) + over), where)
 
-    def pay_rightly(self, mandate: bytes, amount: int, where: int) -> None:
+    def pay_rightly(self, mandate: bytes, amount: int, where: int, intent: int | None = None) -> None:
         nodes = [self.twin.mandates[m] for m in self.upwards(mandate)]
         listed = [p for p in PAYEES if all(p in node.payees or node.limits.any_payee for node in nodes)] or PAYEES
         co = any(amount > node.limits.cosign_above for node in nodes) and where > 0
-        self.pay(mandate, self.agent(mandate), listed[where % len(listed)], amount, co, len(self.paid))
+        self.pay(
+            mandate,
+            self.agent(mandate),
+            listed[where % len(listed)],
+            amount,
+            co,
+            len(self.paid) if intent is None else intent,
+        )
 
     @rule(
         data=st.data(), signer=keys, payee=st.sampled_from([*PAYEES, THIEF.account, NO_ONE]), amount=st.integers(0, 80),
@@ -180,6 +187,12 @@ class Spending(RuleBasedStateMachine):
         signature = signer.sign_digest(spend_digest(self.chain_id, self.policy.address, payment))
         cosignature = COSIGNER.sign_digest(cosign_digest(self.chain_id, self.policy.address, payment)) if co else b""
         self.send(payment, signer.account, signature, cosignature)
+
+    @rule(intent=st.integers(0, 30))
+    def pay_again_elsewhere(self, intent: int) -> None:
+        """Every agent tries the same intent: one of a mandate and its children gets through."""
+        for mandate in list(self.ids):
+            self.pay_rightly(mandate, 1, 1, min(intent, len(self.paid)))
 
     @precondition(lambda self: self.last)
     @rule()
