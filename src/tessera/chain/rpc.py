@@ -56,7 +56,7 @@ class HttpRpc:
                 async for chunk in response.aiter_bytes():
                     data += chunk
                     if len(data) > REPLY_LIMIT:
-                        raise Invalid(f"{self.url} answered with more than {REPLY_LIMIT} bytes")
+                        raise _too_long(self.url)
                 if response.status_code == 429 or response.status_code >= 500:
                     raise Unavailable(f"{self.url} answered {response.status_code}")
                 return bytes(data)
@@ -90,7 +90,7 @@ class BytesRpc:
 
 def _result(method: str, request_id: int, reply: bytes) -> Any:
     if len(reply) > REPLY_LIMIT:
-        raise Invalid(f"{len(reply)} bytes in answer to {method}, at most {REPLY_LIMIT} expected")
+        raise _too_long(f"the node, asked for {method},")
     try:
         value = json.loads(reply)
     except (ValueError, RecursionError) as error:
@@ -102,6 +102,10 @@ def _result(method: str, request_id: int, reply: bytes) -> Any:
     if value.get("id") != request_id or "result" not in value:
         raise Unavailable(f"the answer to {method} belongs to another request: {reply[:80]!r}")
     return value["result"]
+
+
+def _too_long(who: str) -> Refused:
+    return Refused(f"{who} answered with more than {REPLY_LIMIT} bytes: ask for less", rule="rpc_limit")
 
 
 def rpc_error(method: str, error: Any) -> TesseraError:
