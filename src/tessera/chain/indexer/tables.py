@@ -95,7 +95,7 @@ def begin(db: Transaction, addresses: Mapping[str, str], versions: str, start: i
 
     Tables that another version of a reducer filled are emptied. Raises: Invalid for another contract's tables.
     """
-    first = {"last": str(start - 1), "settled": str(start - 1), "versions": versions, "start": str(start)}
+    first = {"last": str(start - 1), "hash": "", "settled": str(start - 1), "versions": versions, "start": str(start)}
     named = {f"address {name}": address for name, address in addresses.items()}
     db.add(_META, [{"name": name, "value": value} for name, value in {**first, **named}.items()])
     stored = {row.name: row.value for row in db.execute(select(_META)) if row.name.startswith("address ")}
@@ -116,9 +116,9 @@ def claim(db: Transaction, chain_id: int, shown: str) -> None:
 
 
 def mark_of(db: Transaction) -> Mark:
-    last = int(_meta(db, "last"))
-    block_hash = db.execute(select(_BLOCKS.c.hash).where(_BLOCKS.c.number == last)).scalar()
-    return Mark(last, block_hash or "", int(_meta(db, "settled")))
+    query = select(_META).where(_META.c.name.in_(("last", "hash", "settled")))
+    values = {row.name: row.value for row in db.execute(query)}
+    return Mark(int(values["last"]), values["hash"], int(values["settled"]))
 
 
 def known(db: Transaction) -> dict[int, str]:
@@ -132,7 +132,7 @@ def extend(db: Transaction, seen: Mark, blocks: Sequence[tuple[int, str]], facts
         return False
     _insert(db, facts)
     db.add(_BLOCKS, [{"number": number, "hash": block_hash} for number, block_hash in blocks])
-    _set(db, last=str(blocks[-1][0]))
+    _set(db, last=str(blocks[-1][0]), hash=blocks[-1][1])
     return True
 
 
@@ -144,16 +144,14 @@ def settle(db: Transaction, seen: Mark, last: int, block_hash: str, facts: Seque
     """
     if mark_of(db) != seen:
         return False
-    here = FACTS.c.block <= last
-    rows = db.execute(select(FACTS).where(FACTS.c.block > seen.settled, here).order_by(*NEWEST)).mappings()
-    same = [dict(row) for row in rows] == [_row(fact) for fact in facts]
-    if last > seen.last or not same or known(db).get(last) != block_hash:
+    changes = {"settled": str(last)}
+    if last > seen.last or known(db).get(last) != block_hash or not _same(db, seen.settled, last, facts):
         _drop(db, seen.settled)
         _insert(db, facts)
-        _set(db, last=str(last))
+        changes |= {"last": str(last), "hash": block_hash}
     db.execute(delete(_BLOCKS).where(_BLOCKS.c.number <= last))
     db.add(_BLOCKS, [{"number": last, "hash": block_hash}])
-    _set(db, settled=str(last))
+    _set(db, **changes)
     return True
 
 
@@ -165,7 +163,7 @@ def roll_back(db: Transaction, seen: Mark, to: int | None) -> bool:
         _clear(db, int(_meta(db, "start")))
     else:
         _drop(db, to)
-        _set(db, last=str(to))
+        _set(db, last=str(to), hash=known(db).get(to, ""))
     return True
 
 
@@ -176,7 +174,12 @@ def fact_of(row: Mapping[str, Any]) -> Fact:
 def _clear(db: Transaction, start: int) -> None:
     for table in (FACTS, TOTALS, _BLOCKS):
         db.execute(delete(table))
-    _set(db, last=str(start - 1), settled=str(start - 1))
+    _set(db, last=str(start - 1), hash="", settled=str(start - 1))
+
+
+def _same(db: Transaction, after: int, last: int, facts: Sequence[Fact]) -> bool:
+    query = select(FACTS).where(FACTS.c.block > after, FACTS.c.block <= last).order_by(*NEWEST)
+    return [dict(row) for row in db.execute(query).mappings()] == [_row(fact) for fact in facts]
 
 
 def _insert(db: Transaction, facts: Sequence[Fact]) -> None:
