@@ -49,7 +49,8 @@ async def chain(request: pytest.FixtureRequest) -> AsyncIterator[RpcChain]:
         yield RpcChain(BytesRpc(exchange))
     else:
         rpc = HttpRpc("http://chain.test/")
-        rpc._http = httpx.AsyncClient(transport=httpx.ASGITransport(app=rpc_app(local)))  # the app, without a port
+        app, headers = httpx.ASGITransport(app=rpc_app(local)), {"content-type": "application/json"}
+        rpc._http = httpx.AsyncClient(transport=app, headers=headers)  # the app, without a port
         yield RpcChain(rpc)
         await rpc.aclose()
 
