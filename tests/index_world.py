@@ -138,7 +138,7 @@ class FakeNode:
         if number >= len(self.blocks):
             return None
         block = self.blocks[number]
-        return {"number": hex(number), "hash": block.hash, "parentHash": block.parent, "timestamp": "0x0"}
+        return {"number": hex(number), "hash": block.hash, "parentHash": block.parent, "timestamp": hex(1_000 + number)}
 
     def _logs(self, query: dict[str, Any]) -> list[dict[str, Any]]:
         if "blockHash" in query:

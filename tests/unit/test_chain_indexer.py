@@ -211,9 +211,9 @@ async def test_a_damaged_file_says_that_it_can_be_deleted(world: World, tmp_path
 
 async def test_an_event_that_is_not_what_its_topic_says_is_refused() -> None:
     where = Account("0x" + "11" * 20)
-    log = Log(where, (ModelShare.Claimed.TOPIC,), b"", 1, 0, "0x" + "00" * 32, "0x" + "00" * 32)
+    log = Log(where, (ModelShare.Claimed.TOPIC,), b"", 1, 0, "0x" + "00" * 32, "0x" + "00" * 32, None)
     with pytest.raises(Invalid, match="no Claimed"):
-        MODEL_SHARE.at(where).facts(log)
+        MODEL_SHARE.at(where).facts(log, 0)
 
 
 @pytest.mark.parametrize("wrong", [{"window_blocks": 0}, {"confirmations": -1}, {"chunk_blocks": 0}, {"behind_s": -1}])

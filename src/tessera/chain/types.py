@@ -26,6 +26,7 @@ class Log:
     log_index: int  # within the block
     tx_hash: str  # 0x and 64 hex digits
     block_hash: str  # likewise
+    timestamp: int | None  # of the block, seconds since 1970; None where the node does not say
 
     @classmethod
     def from_rpc(cls, value: Any) -> Log:
@@ -39,8 +40,9 @@ class Log:
                 log_index=int(value["logIndex"], 16),
                 tx_hash="0x" + _hex(value["transactionHash"]).hex(),
                 block_hash="0x" + _hex(value["blockHash"]).hex(),
+                timestamp=int(value["blockTimestamp"], 16) if value.get("blockTimestamp") else None,
             )
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise Invalid(f"the node sent a log that cannot be read: {error!r}") from error
 
 

@@ -12,7 +12,6 @@ from tessera.chain.client import RpcChain
 from tessera.chain.faces import ModelShare
 from tessera.chain.indexer.model_share import ShareView, share_index
 from tessera.chain.settle import IncomeTable, income_table
-from tessera.core.errors import Unavailable
 from tessera.core.ids import Account
 from tessera.core.merkle import share_leaf
 from tessera.core.signing import AccountKey, recover_account
@@ -64,7 +63,6 @@ class Books:
         self._share = ModelShare(chain, roster.share)
         self._index = share_index(None, chain, roster.share, roster.coin)  # small enough to read again at each start
         self._told = ShareView(self._index.queries)
-        self._times: dict[str, float] = {}  # transaction -> seconds since 1970
         self._accounts = tuple(dict.fromkeys(accounts))
         self._seen = ""  # the newest block's hash
         self._redeemed: set[tuple[int, Account]] = set()  # leaves, for good
@@ -124,22 +122,12 @@ class Books:
         figures = self.figures
         figures.requests_paid = self._told.revenue().count
         paid = reversed(self._told.payments.payments(limit=RECENT_LIMIT))
-        figures.payments = [
-            Payment(p.tx_hash, p.payer, p.amount, await self._time_of(p.tx_hash, p.block)) for p in paid
-        ]
+        figures.payments = [Payment(p.tx_hash, p.payer, p.amount, float(p.time)) for p in paid]
         figures.paid_by = {holder: figure.tx_hash for holder, figure in self._told.claimed().items()}
         for epoch, posting in self._told.postings().items():
             if figures.postings.get(epoch) != posting.tx_hash:
                 figures.signers[epoch] = await self._signers(posting.tx_hash)
                 figures.postings[epoch] = posting.tx_hash
-
-    async def _time_of(self, tx_hash: str, block: int) -> float:
-        if tx_hash not in self._times:
-            header = await self._chain.header(block)
-            if header is None:
-                raise Unavailable(f"the chain has no block {block} any more: ask again")
-            self._times[tx_hash] = float(header.timestamp)
-        return self._times[tx_hash]
 
     async def _read_epochs(self) -> None:
         for epoch in range(len(self.figures.epochs), await self._share.epoch_count()):

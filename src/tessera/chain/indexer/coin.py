@@ -41,6 +41,7 @@ class Payment:
     payee: Account
     amount: int
     block: int
+    time: int  # seconds since 1970
     tx_hash: str
 
 
@@ -55,7 +56,7 @@ class PaymentsView:
     ) -> list[Payment]:
         """The newest first."""
         found = self._queries.facts(self._source, "paid", payer or "", payee or "", limit=limit)
-        return [Payment(Account(f.account), Account(f.item), f.amount, f.block, f.tx_hash) for f in found]
+        return [Payment(Account(f.account), Account(f.item), f.amount, f.block, f.time, f.tx_hash) for f in found]
 
     def total(self) -> Figure:
         """All that this source reads; `count` is the number of payments."""

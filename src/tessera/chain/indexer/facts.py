@@ -47,6 +47,7 @@ class Fact:
     log_index: int
     part: int  # one event may say several things
     tx_hash: str
+    time: int  # of the block, seconds since 1970
 
     @property
     def place(self) -> tuple[int, int, str, int]:
@@ -94,15 +95,14 @@ class Source:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_kinds", {kind.TOPIC: kind for kind in self.reducer.says})
 
-    def facts(self, log: Log) -> list[Fact]:
-        """What one log says. Raises `Invalid` for a log that is not of this contract."""
+    def facts(self, log: Log, time: int) -> list[Fact]:
+        """What one log says, whose block is of this time. Raises `Invalid` for a log that is not of this contract."""
         kind = self._kinds.get(log.topics[0]) if log.topics else None
         if kind is None or log.address != self.address:
             raise Invalid(f"a log of {log.address} at block {log.block_number} is none of {self.name}'s")
         said = self.reducer.says[kind](kind.decode(log))
-        return [
-            Fact(self.name, *what, log.block_number, log.log_index, part, log.tx_hash) for part, what in enumerate(said)
-        ]
+        place = log.block_number, log.log_index
+        return [Fact(self.name, *what, *place, part, log.tx_hash, time) for part, what in enumerate(said)]
 
 
 def item_id(value: int | bytes) -> str:

@@ -75,6 +75,7 @@ class Posting:
     signers: int
     redeemed: int  # of its shares, so far
     block: int
+    time: int  # seconds since 1970
     tx_hash: str
 
 
@@ -85,6 +86,7 @@ class Claim:
     holder: Account
     amount: int
     block: int
+    time: int  # seconds since 1970
     tx_hash: str
 
 
@@ -112,7 +114,7 @@ class ShareView:
         return {
             int(f.item): Posting(
                 int(f.item), f.detail["root"], f.amount, f.detail["signers"], redeemed.get(f.item, NOTHING).amount,
-                f.block, f.tx_hash,
+                f.block, f.time, f.tx_hash,
             )
             for f in reversed(facts)
         }  # fmt: skip
@@ -136,7 +138,7 @@ class ShareView:
     def claims(self, holder: Account | None = None, *, limit: int = 100) -> list[Claim]:
         """The newest first."""
         found = self._queries.facts(self._source, "claimed", holder or "", limit=limit)
-        return [Claim(Account(f.account), f.amount, f.block, f.tx_hash) for f in found]
+        return [Claim(Account(f.account), f.amount, f.block, f.time, f.tx_hash) for f in found]
 
     def changes(self) -> list[Change]:
         """Workers who came and left, the oldest first."""

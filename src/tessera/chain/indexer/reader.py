@@ -49,34 +49,42 @@ class Reader:
                 ) from error
             hashes = {header.number: header.hash}
             _check(source, logs, header.number, header.number, hashes)
-            facts += _facts(source, logs)
+            facts += [fact for log in logs for fact in source.facts(log, header.timestamp)]
         return sorted(facts, key=lambda fact: fact.place)
 
     async def in_range(self, first: int, last: int) -> tuple[str, list[Fact]]:
         """The hash of block `last`, and the facts of blocks `first` to `last`.
 
-        Cost: two requests, and one or more for each source. Raises: Moved; what a node says to too long a range.
+        Cost: two requests, one or more for each source, and one for each block with events where the node does not say
+        in a log when its block was. Raises: Moved; what a node says to too long a range.
         """
         before = await self.header(last)
         facts: list[Fact] = []
         hashes = {last: before.hash} if before else {}
+        times: dict[int, int] = {}
         for source in self._sources:
             logs = await self._chain.logs(source.address, source.topics, first, last)
             _check(source, logs, first, last, hashes)
-            facts += _facts(source, logs)
+            facts += [fact for log in logs for fact in source.facts(log, await self._time(log, times))]
         after = await self.header(last)
         if before is None or after is None or before.hash != after.hash:
             raise Moved(f"block {last} became another one while the blocks up to it were read")
         return before.hash, sorted(facts, key=lambda fact: fact.place)
 
+    async def _time(self, log: Log, times: dict[int, int]) -> int:
+        if log.timestamp is not None:
+            return log.timestamp
+        if log.block_number not in times:
+            header = await self.header(log.block_number)
+            if header is None or header.hash != log.block_hash:
+                raise Moved(f"the node told a log of block {log.block_number} and has no such block")
+            times[log.block_number] = header.timestamp
+        return times[log.block_number]
+
 
 def is_limit(error: TesseraError) -> bool:
     """Whether it is the node that declined, and may not decline a smaller question. There is no one code for it."""
     return isinstance(error, Refused) or error.fields.get("rpc_code") is not None
-
-
-def _facts(source: Source, logs: Sequence[Log]) -> list[Fact]:
-    return [fact for log in logs for fact in source.facts(log)]
 
 
 def _check(source: Source, logs: Sequence[Log], first: int, last: int, hashes: dict[int, str]) -> None:

@@ -45,6 +45,7 @@ FACTS = Table(
     Column("amount", String, nullable=False),  # decimal: up to 2^256
     Column("detail", String, nullable=False),  # JSON
     Column("tx_hash", String, nullable=False),
+    Column("time", BigInteger, nullable=False),  # seconds since 1970
     sqlite_with_rowid=False,
 )
 NEWEST = (FACTS.c.block, FACTS.c.log_index, FACTS.c.source, FACTS.c.part)  # ascending: read backwards as well
@@ -263,6 +264,7 @@ def _row(fact: Fact) -> dict[str, Any]:
         "amount": str(fact.amount),
         "detail": json.dumps(fact.detail, sort_keys=True),
         "tx_hash": fact.tx_hash,
+        "time": fact.time,
     }
 
 
