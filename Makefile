@@ -21,7 +21,8 @@ TORCH := torch==$(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
 JOBS ?= 2
 # More words for the command behind a target: make up ARGS="--once --json", make test ARGS="-k merkle".
 ARGS ?=
-TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# Compiled modules are kept, whatever the shell says: the tests start a hundred processes that import the same ones.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
