@@ -37,7 +37,7 @@ async def corpus() -> list[dict[str, Any]]:
 
 def exported(name: str, chain: LocalChain) -> dict[str, Any]:
     genesis = chain.state(0)
-    accounts = [*chain._alloc, *getattr(chain, "_contracts", ())]
+    accounts = [*chain.genesis.alloc, *chain.genesis.contracts]
     alloc = {
         account: {
             "balance": str(genesis.balance(raw)), "nonce": genesis.nonce(raw), "code": "0x" + genesis.code(raw).hex()
@@ -74,9 +74,7 @@ def edges() -> dict[str, Any]:
     def send(to: str | None, data: bytes = b"", value: int = 0, gas: int = 200_000, fee: int = 0) -> bytes:
         raw, _ = sign(RICH, Transaction(CHAIN_ID, next(sent), to, value, data, gas, fee, fee))  # type: ignore[arg-type]
         chain.submit(raw)
-        outcome = chain.head.outcome
-        assert outcome
-        return outcome.contract or b""
+        return chain.head.contract or b""
 
     def deploy(runtime: bytes) -> str:
         return "0x" + send(None, _init(runtime), gas=1_000_000).hex()

@@ -124,7 +124,6 @@ async def test_our_own_client_reads_the_refusal() -> None:
     app = rpc_app(memory_chain(), rate=RateConfig(rate_per_s=0.001, burst=1))
     rpc = HttpRpc("http://chain.test")
     rpc._http = client("10.0.0.1", app)
-    rpc._http.headers["content-type"] = "application/json"
     assert await rpc.request("eth_chainId", []) == hex(CHAIN_ID)
     with pytest.raises(Unavailable, match="429"):
         await rpc.request("eth_chainId", [])

@@ -72,15 +72,17 @@ class RpcChain:
         """Empty for an account that is no contract."""
         return await self._bytes("eth_getCode", [account, "latest"])
 
-    async def call(self, to: Account, data: bytes, *, block: int | None = None) -> bytes:
+    async def call(self, to: Account, data: bytes, *, block: int | None = None, sender: Account | None = None) -> bytes:
         """What `to` answers to `data`, without a transaction. Raises the mapped error when it reverts.
 
         Args:
             block: answer from the state after this block, so that several calls fit together; nodes keep about the
                 last hundred. None means the latest.
+            sender: who asks, for contracts that care.
         """
         at = "latest" if block is None else hex(block)
-        return await self._bytes("eth_call", [{"to": to, "data": _hex(data)}, at])
+        asking = {} if sender is None else {"from": sender}
+        return await self._bytes("eth_call", [{"to": to, "data": _hex(data), **asking}, at])
 
     async def logs(
         self, address: Account | None, topics: Sequence[Topic], from_block: int, to_block: int | None = None

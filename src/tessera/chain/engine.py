@@ -171,10 +171,13 @@ class State:
     def storage(self, account: bytes, slot: int) -> int:
         return int(self._state.get_storage(account, slot))
 
-    def allocate(self, balances: Mapping[bytes, int]) -> None:
-        """The first block's balances, in wei."""
+    def allocate(self, balances: Mapping[bytes, int], contracts: Mapping[bytes, bytes]) -> None:
+        """The first block's balances, in wei, and code."""
         for account, wei in balances.items():
             self._state.set_balance(account, wei)
+        for account, code in contracts.items():
+            self._state.set_code(account, code)
+            self._state.set_nonce(account, 1)  # as every contract begins (EIP-161)
 
     def _check(self, transaction: SignedTx, chain_id: int) -> None:
         sender = transaction.sender
@@ -194,8 +197,8 @@ class State:
             raise _insufficient(self.balance(sender), most)
 
 
-def decode_transaction(raw: bytes, chain_id: int) -> SignedTx:
-    """Read and authenticate a signed transaction.
+def decode_transaction(raw: bytes, chain_id: int | None = None) -> SignedTx:
+    """Read and authenticate a signed transaction. None for any chain: of one that a block holds already.
 
     Raises: `Invalid` for bytes that are none, another spelling of one, another chain's, or a type that is not carried.
     """
@@ -214,9 +217,9 @@ def decode_transaction(raw: bytes, chain_id: int) -> SignedTx:
         raise Invalid(f"not a signed transaction: {error}") from error
     if canonical != raw or not 0 < inner.s <= _HALF_ORDER:
         raise Invalid("not a signed transaction in its one canonical form")
-    if tx_chain != chain_id:
+    if tx_chain is None or chain_id not in (None, tx_chain):
         raise Invalid(f"signed for chain {tx_chain}, this is chain {chain_id}")
-    return _signed(raw, kind, chain_id, sender, inner)
+    return _signed(raw, kind, tx_chain, sender, inner)
 
 
 def _signed(raw: bytes, kind: int, chain_id: int, sender: bytes, inner: Any) -> SignedTx:

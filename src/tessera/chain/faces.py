@@ -15,7 +15,7 @@ from tessera.chain.types import Chain, Receipt
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
 
-__all__ = ["Coin", "JobEscrow", "ModelShare", "SpendPolicy"]
+__all__ = ["Coin", "JobEscrow", "ModelShare", "Permit2", "SpendPolicy", "X402ExactProxy", "X402UptoProxy"]
 
 
 class Coin(Contract):
@@ -750,6 +750,59 @@ class ModelShare(Contract):
         return await self._call("a285aed7", (), (), ("uint256",))
 
 
+class Permit2(Contract):
+    """Moves a payer's coins by the payer's signature, for any ERC-20 that the payer has approved once for this
+    contract.
+    """
+
+    ARTIFACT: ClassVar[str] = "permit2"
+
+    @dataclass(frozen=True, slots=True)
+    class UnorderedNonceInvalidation(Event):
+        owner: Account
+        word: int
+        mask: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("3704902f963766a4e561bbaab6e6cdc1b1dd12f6e9e99648da8843b3f46b918d")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey) -> Permit2:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "permit2"))
+
+    async def permitWitnessTransferFrom(
+        self,
+        key: AccountKey,
+        permit: tuple[tuple[Account, int], int, int],
+        transferDetails: tuple[Account, int],
+        owner: Account,
+        witness: bytes,
+        witnessTypeString: str,
+        signature: bytes,
+    ) -> Receipt:
+        """Move `requestedAmount` of the permitted token from `owner`, who signed the permit for the caller."""
+        return await self._send(
+            key,
+            "137c29fe",
+            ("((address,uint256),uint256,uint256)", "(address,uint256)", "address", "bytes32", "string", "bytes"),
+            (permit, transferDetails, owner, witness, witnessTypeString, signature),
+        )
+
+    async def invalidateUnorderedNonces(self, key: AccountKey, wordPos: int, mask: int) -> Receipt:
+        """Use up nonces of the caller's own: those whose bits are set in `mask`, in word `wordPos`."""
+        return await self._send(key, "3ff9dcb1", ("uint256", "uint256"), (wordPos, mask))
+
+    async def DOMAIN_SEPARATOR(self) -> bytes:
+        """The EIP-712 domain of this contract. It has no version."""
+        return await self._call("3644e515", (), (), ("bytes32",))
+
+    async def nonceBitmap(self, arg0: Account, arg1: int) -> int:
+        return await self._call("4fe02b44", ("address", "uint256"), (arg0, arg1), ("uint256",))
+
+
 class SpendPolicy(Contract):
     """Spending mandates: how much of an owner's money an agent may pay, to whom and until when."""
 
@@ -1024,3 +1077,88 @@ class SpendPolicy(Contract):
 
     async def proposals(self, arg0: bytes) -> Proposal:
         return self.Proposal(*await self._call("32ed5b12", ("bytes32",), (arg0,), ("(bytes32,uint256)",)))
+
+
+class X402ExactProxy(Contract):
+    """Carries a payment of exactly the amount that its payer signed to the payee whom the payer signed."""
+
+    ARTIFACT: ClassVar[str] = "x402_exact_proxy"
+
+    @dataclass(frozen=True, slots=True)
+    class Settled(Event):
+        TOPIC: ClassVar[bytes] = bytes.fromhex("97088ec3606cfe8cc112180570d03fcde05f9b8e1bfef8e27784eaf5dd5691b6")
+        INDEXED: ClassVar[tuple[str, ...]] = ()
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = ()
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey) -> X402ExactProxy:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "x402_exact_proxy"))
+
+    async def settle(
+        self,
+        key: AccountKey,
+        permit: tuple[tuple[Account, int], int, int],
+        owner: Account,
+        witness: tuple[Account, int],
+        signature: bytes,
+    ) -> Receipt:
+        """Pay the permitted amount from `owner` to the witness's payee."""
+        return await self._send(
+            key,
+            "13cd3b53",
+            ("((address,uint256),uint256,uint256)", "address", "(address,uint256)", "bytes"),
+            (permit, owner, witness, signature),
+        )
+
+    async def PERMIT2(self) -> Account:
+        """Where signatures are checked and nonces kept; also whom a payer approves at the coin."""
+        return await self._call("6afdd850", (), (), ("address",))
+
+    async def WITNESS_TYPE_STRING(self) -> str:
+        return await self._call("156e2152", (), (), ("string",))
+
+
+class X402UptoProxy(Contract):
+    """Carries a payment of at most the amount that its payer signed: the facilitator whom the payer signed says how
+    much, once it knows what was used.
+    """
+
+    ARTIFACT: ClassVar[str] = "x402_upto_proxy"
+
+    @dataclass(frozen=True, slots=True)
+    class Settled(Event):
+        TOPIC: ClassVar[bytes] = bytes.fromhex("97088ec3606cfe8cc112180570d03fcde05f9b8e1bfef8e27784eaf5dd5691b6")
+        INDEXED: ClassVar[tuple[str, ...]] = ()
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = ()
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey) -> X402UptoProxy:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "x402_upto_proxy"))
+
+    async def settle(
+        self,
+        key: AccountKey,
+        permit: tuple[tuple[Account, int], int, int],
+        amount: int,
+        owner: Account,
+        witness: tuple[Account, Account, int],
+        signature: bytes,
+    ) -> Receipt:
+        """Pay `amount` from `owner` to the witness's payee. Only the witness's facilitator may call."""
+        return await self._send(
+            key,
+            "ff11e7b4",
+            ("((address,uint256),uint256,uint256)", "uint256", "address", "(address,address,uint256)", "bytes"),
+            (permit, amount, owner, witness, signature),
+        )
+
+    async def PERMIT2(self) -> Account:
+        """Where signatures are checked and nonces kept; also whom a payer approves at the coin."""
+        return await self._call("6afdd850", (), (), ("address",))
+
+    async def WITNESS_TYPE_STRING(self) -> str:
+        return await self._call("156e2152", (), (), ("string",))

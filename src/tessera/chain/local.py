@@ -2,7 +2,8 @@
 
 Each transaction gets a block of its own at once. The base fee is zero, so accounts without coins can use it. Blocks,
 receipts and gas are Ethereum's (Prague); wallets and web3.py see a node. What it is not: a network. One process writes
-it, and whoever does not trust that operator replays the journal (`replay.verify_journal`) or uses a public chain.
+it, and whoever does not trust that operator replays the journal and compares (`heads.check_operator`), or uses a
+public chain.
 
 Invariants: a block is in the journal before anybody hears of it; nothing a reader does changes a state; `submit` either
 adds exactly one block or none. Any thread may call any method: one lock orders the writers, readers take none.
@@ -19,17 +20,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tessera.chain.blocks import Block, RawLog, make_block
+from tessera.chain.checkpoint import Checkpoint
 from tessera.chain.client import RpcChain
 from tessera.chain.engine import BlockEnv, Message, Outcome, SignedTx, State, decode_transaction
+from tessera.chain.genesis import Genesis
+from tessera.chain.heads import SignedHead, sign_head
 from tessera.chain.journal import Entry, Journal
 from tessera.chain.jsonrpc import BODY_LIMIT, answer
 from tessera.chain.methods import Methods
 from tessera.chain.nodes import Nodes
-from tessera.chain.replay import ancestors, genesis, replay
+from tessera.chain.replay import ancestors, replay
 from tessera.chain.threads import ThreadRpc
 from tessera.core.clock import Clock, SystemClock
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, Refused, Unavailable
 from tessera.core.ids import Account, parse_account
+from tessera.core.signing import AccountKey
 
 if TYPE_CHECKING:
     from tessera.chain.provider import LocalProvider
@@ -38,6 +43,8 @@ __all__ = ["LocalChain", "LogEntry"]
 
 COMPACT_FROM = 400_000  # nodes, about 100 MB: below this, old states are not worth dropping
 COMPACT_FACTOR = 4  # nodes kept for each node in use
+CHECKPOINT_EVERY = 4_096  # blocks between two checkpoints: what a start after a crash may have to replay, 3 s
+CHECKPOINT_LEAST = 512  # blocks that are worth one when the chain opens or closes
 
 
 class LogEntry(NamedTuple):
@@ -62,11 +69,15 @@ class LocalChain:
         path: the journal's file, made when it is missing; None keeps the chain in memory.
         chain_id: what transactions are signed for. An existing journal must have the same.
         alloc: wei that accounts hold in the first block. An existing journal must have the same.
+        contracts: code that stands at accounts from the first block on. None means the standard ones (`genesis`) for a
+            new journal, and its own for an existing one, which keeps what it began with.
+        operator: signs heads for members, so that two histories are proved by its own hand; None signs none.
         dev: allow `evm_*`: time travel, empty blocks and, in memory, snapshots.
 
     Raises: as `Journal`; `Invalid`, naming the block, when the journal does not replay to what it says.
 
-    Cost: opening replays the journal, about 0.7 ms a block; a transaction takes about 3 ms and one fsync.
+    Cost: opening takes about 0.1 ms for a block before the checkpoint and replays the others, about 0.7 ms each; a
+        transaction takes about 3 ms and one fsync. One transaction in `CHECKPOINT_EVERY` waits for a checkpoint.
     """
 
     def __init__(
@@ -76,15 +87,17 @@ class LocalChain:
         chain_id: int,
         clock: Clock | None = None,
         alloc: Mapping[Account, int] | None = None,
+        contracts: Mapping[Account, bytes] | None = None,
+        operator: AccountKey | None = None,
         dev: bool = False,
     ) -> None:
         if not 0 < chain_id < 2**53:
             raise Invalid(f"a chain id is between 1 and 2^53, not {chain_id}")
         self.chain_id, self.dev = chain_id, dev
         self._clock = clock or SystemClock()
+        self._operator = operator
         self._skew_s = 0
         self._next_timestamp: int | None = None  # what a developer asked for
-        self._alloc = {parse_account(account): wei for account, wei in (alloc or {}).items()}
         self._in_memory = path is None
         self._lock = threading.RLock()
         self._closed = False
@@ -93,9 +106,17 @@ class LocalChain:
         self._emitters: dict[bytes, list[int]] = {}  # blocks with logs, by contract
         self._snapshots: list[int] = []
         self._compact_at = COMPACT_FROM
-        facts = {"chain_id": chain_id, "alloc": {account: str(wei) for account, wei in sorted(self._alloc.items())}}
-        self._journal = Journal(path, facts)
+        wanted = Genesis({parse_account(account): wei for account, wei in (alloc or {}).items()})
+        if contracts is not None:
+            wanted = replace(wanted, contracts={parse_account(account): code for account, code in contracts.items()})
+        content = wanted.to_value()
+        facts = {"chain_id": chain_id, "alloc": content["alloc"]}
+        theirs = {"contracts": content["contracts"]}
+        self._journal = Journal(path, facts if contracts is None else facts | theirs, theirs)
+        self._checkpoint = Checkpoint(path.with_name(path.name + ".checkpoint")) if path else None
         try:
+            # A journal that began before there were standard contracts names none, and has none.
+            self.genesis = Genesis.from_value({**content, "contracts": self._journal.fact("contracts", {})})
             self._view = self._load()
         except BaseException:
             self._journal.close()
@@ -125,6 +146,9 @@ class LocalChain:
     def close(self) -> None:
         """Let go of the file. Further writes are refused; reading goes on."""
         with self._lock:
+            if self._checkpoint and not self._closed:
+                self._checkpoint.save(self._blocks, self._view.nodes, CHECKPOINT_LEAST)
+                self._checkpoint.close()
             self._closed = True
             self._journal.close()
 
@@ -150,9 +174,8 @@ class LocalChain:
             state = State(nodes, parent.state_root)
             env = self._next_env(parent)
             outcome = state.apply(transaction, env)
-            kept = replace(transaction, inner=None)
-            self._append(make_block(env.number, env.timestamp, parent.hash, state.commit(), kept, outcome))
-        return kept
+            self._append(make_block(env.number, env.timestamp, parent.hash, state.commit(), transaction, outcome))
+        return replace(transaction, inner=None)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -170,7 +193,7 @@ class LocalChain:
     def block_of(self, tx_hash: bytes) -> Block | None:
         """The block that holds a transaction."""
         block = self.block(self._heights.get(tx_hash, -1))
-        return block if block and block.transaction and block.transaction.hash == tx_hash else None
+        return block if block and block.tx_hash == tx_hash else None
 
     def state(self, number: int | None = None) -> State:
         """The accounts after a block; None means the newest. Yours alone: throw it away after use.
@@ -241,6 +264,16 @@ class LocalChain:
         """Of the newest block; what members compare after their replay."""
         return self._view.head.state_root
 
+    def signed_head(self, number: int | None = None) -> SignedHead:
+        """The operator's word on a block; None means the newest.
+
+        Raises: `Missing` without an operator's key, or without that block.
+        """
+        block = self.head if number is None else self.block(number)
+        if self._operator is None or block is None:
+            raise Missing("nobody signs heads here" if block else f"no block {number}: the head is {self.head.number}")
+        return sign_head(self._operator, self.chain_id, block.number, block.hash)
+
     def entries(self, first: int = 0, limit: int | None = None) -> list[Entry]:
         """The journal's rows, for members who replay it."""
         with self._lock:
@@ -301,16 +334,23 @@ class LocalChain:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _load(self) -> _View:
-        nodes = Nodes()
+        """From the checkpoint, when it agrees with the journal; the rest, or else everything, is replayed."""
+        found = self._checkpoint.load(self._journal, self.genesis) if self._checkpoint else None
+        blocks, nodes = found or ([], Nodes())
+        for block in blocks:
+            self._index(block)
         try:
-            for block in replay(nodes, self._journal.entries(), self.chain_id, self._alloc):
+            rest = self._journal.entries(len(blocks))
+            for block in replay(nodes, rest, self.chain_id, self.genesis, after=blocks):
                 self._index(block)
         except Misbehaviour as error:
             raise Invalid(f"the chain's journal is damaged: {error.message}") from error
         if not self._blocks:
-            block = genesis(nodes, int(self._clock.time()), self._alloc)
+            block = self.genesis.block(nodes, int(self._clock.time()))
             self._journal.append(_entry(block))
             self._index(block)
+        if self._checkpoint:
+            self._checkpoint.save(self._blocks, nodes, CHECKPOINT_LEAST)
         return _View(nodes, self._blocks[-1])
 
     def _next_env(self, parent: Block) -> BlockEnv:
@@ -327,6 +367,8 @@ class LocalChain:
         self._index(block)
         self._next_timestamp = None
         self._view = _View(self._compacted(self._view.nodes, block.state_root), block)
+        if self._checkpoint:
+            self._checkpoint.save(self._blocks, self._view.nodes, CHECKPOINT_EVERY)
 
     def _compacted(self, nodes: Nodes, root: bytes) -> Nodes:
         if len(nodes) < self._compact_at:
@@ -338,15 +380,15 @@ class LocalChain:
     def _index(self, block: Block) -> None:
         self._blocks.append(block)
         self._heights[block.hash] = block.number
-        if block.transaction:
-            self._heights[block.transaction.hash] = block.number
+        if block.tx_hash:
+            self._heights[block.tx_hash] = block.number
         for address in {log[0] for log in block.logs}:
             self._emitters.setdefault(address, []).append(block.number)
 
     def _forget(self, block: Block) -> None:
         del self._heights[block.hash]
-        if block.transaction:
-            del self._heights[block.transaction.hash]
+        if block.tx_hash:
+            del self._heights[block.tx_hash]
         for address in {log[0] for log in block.logs}:
             self._emitters[address].remove(block.number)
 
@@ -362,8 +404,7 @@ class LocalChain:
 
 
 def _entry(block: Block) -> Entry:
-    raw = block.transaction.raw if block.transaction else None
-    return Entry(block.number, block.timestamp, raw, block.gas_used, block.state_root, block.hash)
+    return Entry(block.number, block.timestamp, block.raw, block.gas_used, block.state_root, block.hash)
 
 
 def _topics_match(topics: Sequence[bytes], wanted: Sequence[Collection[bytes] | None]) -> bool:

@@ -27,6 +27,7 @@ __all__ = ["Methods"]
 
 MAX_LOGS = 20_000  # in one answer, 14 MB of JSON: whoever wants more asks for fewer blocks
 MAX_ENTRIES = 1_000  # of the journal in one answer
+MAX_ENTRIES_BYTES = 150_000  # of transactions in them, 600 kB of JSON at most: peers take 1 MB
 MAX_FEE_HISTORY = 1_024
 
 
@@ -164,7 +165,7 @@ class Methods:
 
     def _eth_getBlockReceipts(self, block: Any) -> list[dict[str, Any]]:
         found = self._block(block)
-        return [receipt_form(found)] if found.transaction else []
+        return [receipt_form(found)] if found.raw else []
 
     def _eth_getLogs(self, query: Any) -> list[dict[str, Any]]:
         first, last, _, _ = read.log_query(query)
@@ -214,9 +215,24 @@ class Methods:
     # --- the operator's journal -------------------------------------------------------------------------------------
 
     def _tessera_journal(self, first: Any = 0, count: Any = MAX_ENTRIES) -> list[dict[str, Any]]:
-        """Entries from block `first` on, for members who replay them."""
+        """Entries from block `first` on, for members who replay them; fewer than `count` where they are long."""
         limit = min(read.quantity(count, "count"), MAX_ENTRIES)
-        return [entry.to_value() for entry in self._chain.entries(read.quantity(first, "first", 2**62), limit)]
+        page: list[dict[str, Any]] = []
+        size = 0
+        for entry in self._chain.entries(read.quantity(first, "first", 2**62), limit):
+            size += len(entry.raw or b"")
+            if page and size > MAX_ENTRIES_BYTES:
+                break
+            page.append(entry.to_value())
+        return page
+
+    def _tessera_genesis(self) -> dict[str, Any]:
+        """What block 0 holds; whoever replays the journal needs it."""
+        return self._chain.genesis.to_value()
+
+    def _tessera_head(self, block: Any = None) -> dict[str, Any]:
+        """The operator's signature over a block's height and hash, for members who compare."""
+        return self._chain.signed_head(self._height(block)).to_value()
 
     def _tessera_stateRoot(self) -> str:
         return data(self._chain.state_root())
@@ -274,13 +290,13 @@ class Methods:
 
 
 def _count(block: Block | None) -> str | None:
-    return None if block is None else hex(int(block.transaction is not None))
+    return None if block is None else hex(int(block.raw is not None))
 
 
 def _transaction_at(block: Block | None, index: Any) -> dict[str, Any] | None:
     """A block holds one transaction at most, at index 0."""
     first = read.quantity(index, "index") == 0
-    return transaction_form(block) if first and block and block.transaction else None
+    return transaction_form(block) if first and block and block.raw else None
 
 
 def _failed(outcome: Outcome) -> RpcFault:
@@ -304,5 +320,5 @@ _FILTERS = (
     "eth_newFilter", "eth_newBlockFilter", "eth_newPendingTransactionFilter", "eth_getFilterChanges",
     "eth_getFilterLogs", "eth_uninstallFilter",
 )  # fmt: skip
-_JOURNAL = ("tessera_journal", "tessera_stateRoot")
+_JOURNAL = ("tessera_journal", "tessera_genesis", "tessera_head", "tessera_stateRoot")
 _DEVELOPMENT = ("evm_mine", "evm_increaseTime", "evm_setNextBlockTimestamp", "evm_snapshot", "evm_revert")

@@ -88,6 +88,7 @@ REASONS: dict[str, type[TesseraError]] = {
     "model_share: too much income": Refused,
     "model_share: transfer failed": Refused,
     "model_share: worker named twice": Invalid,
+    "permit2: transfer failed": Refused,
     "spend_policy: a child cannot be loosened": Refused,
     "spend_policy: above the cap per payment": Refused,
     "spend_policy: above the cap per period": Refused,

@@ -20,6 +20,7 @@ from tessera.core.errors import Conflict, Invalid, Late, Refused, TesseraError, 
 __all__ = ["BytesRpc", "HttpRpc", "Rpc", "rpc_error"]
 
 REPLY_LIMIT = 32 << 20  # bytes: room for the longest answer that a node gives to eth_getLogs
+JSON = {"content-type": "application/json"}
 LIMIT_EXCEEDED = -32005  # EIP-1474: ask for less
 
 # A node's prose for "this nonce is taken". There is no code for it.
@@ -40,7 +41,7 @@ class HttpRpc:
             raise Invalid(f"a node's URL starts with http:// or https://, not {url[:80]!r}")
         self.url = url
         self._timeout_s = timeout_s
-        self._http = httpx.AsyncClient(timeout=timeout_s, headers={"content-type": "application/json"})
+        self._http = httpx.AsyncClient(timeout=timeout_s)
         self._bytes = BytesRpc(self._exchange, timeout_s)
 
     async def request(self, method: str, params: list[Any]) -> Any:
@@ -51,7 +52,7 @@ class HttpRpc:
 
     async def _exchange(self, body: bytes) -> bytes:
         try:
-            async with self._http.stream("POST", self.url, content=body) as response:
+            async with self._http.stream("POST", self.url, content=body, headers=JSON) as response:
                 data = bytearray()
                 async for chunk in response.aiter_bytes():
                     data += chunk
