@@ -171,7 +171,7 @@ class Indexer:
             header = await self._reader.header(number)
             if header is not None and header.hash == block_hash:
                 return await self._roll_back(mark, number)
-        return await self._roll_back(mark, None if mark.settled >= self._start else self._start - 1)
+        return await self._roll_back(mark, None)
 
     async def _read_on(self, mark: Mark, head: Header) -> bool:
         """Read a chunk. False when there is nothing to read."""

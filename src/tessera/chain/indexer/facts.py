@@ -17,7 +17,7 @@ from tessera.core.ids import Account, parse_account
 
 __all__ = ["Fact", "Reducer", "Said", "Source", "Value", "item_id"]
 
-Value = str | int | bool
+Value = str | int | bool | Sequence[str]
 
 
 class Said(NamedTuple):

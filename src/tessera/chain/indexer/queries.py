@@ -78,13 +78,14 @@ class Queries:
         with self._db.read() as db:
             return [fact_of(dict(row)) for row in db.execute(query).mappings()]
 
-    def histories(self, source: str, items: Sequence[str]) -> dict[str, list[Fact]]:
-        """All that happened to each item, the oldest first."""
+    def histories(self, source: str, items: Sequence[str], kinds: Sequence[str] = ()) -> dict[str, list[Fact]]:
+        """What happened to each item, the oldest first; without `kinds`, all of it."""
         found: dict[str, list[Fact]] = {item: [] for item in items}
         with self._db.read() as db:
             for first in range(0, len(items), BATCH):
                 some = items[first : first + BATCH]
                 query = select(FACTS).where(FACTS.c.item.in_(some), FACTS.c.source == source).order_by(*NEWEST)
+                query = query.where(FACTS.c.kind.in_(kinds)) if kinds else query
                 for row in db.execute(query).mappings():
                     found[row["item"]].append(fact_of(dict(row)))
         return found

@@ -160,7 +160,7 @@ def roll_back(db: Transaction, seen: Mark, to: int | None) -> bool:
     """Forget what came after block `to`; all of it for None. False when another process was first."""
     if mark_of(db) != seen:
         return False
-    if to is None or to < seen.settled:
+    if to is None:
         _clear(db, int(_meta(db, "start")))
     else:
         _drop(db, to)
