@@ -12,8 +12,8 @@ from typing import Any
 
 from tessera.chain import abi, artifact
 from tessera.chain.engine import BlockEnv, Message, Outcome, State
-from tessera.chain.nodes import Nodes
 from tessera.chain.reverts import revert_reason
+from tessera.chain.world import World
 from tessera.core.hashing import keccak
 from tessera.core.ids import Account, account_from_bytes
 
@@ -35,13 +35,13 @@ class Sent:
 class FastEvm:
     """Accounts, contracts and a clock. `fork` gives an independent copy, at once."""
 
-    def __init__(self, now: int, nodes: Nodes | None = None, root: bytes | None = None) -> None:
+    def __init__(self, now: int, world: World | None = None) -> None:
         self.now = now
-        self._nodes = nodes or Nodes()
-        self._state = State(self._nodes, root) if root else State(self._nodes)
+        self._state = State(world or World.empty())
 
     def fork(self) -> FastEvm:
-        return FastEvm(self.now, self._nodes, self._state.commit())
+        self._state._state.lock_changes()  # calls leave their changes open, since elsewhere nobody wants them
+        return FastEvm(self.now, self._state.world)
 
     def deploy(self, sender: Account, name: str, *arguments: Any) -> Account:
         """One of the package's contracts."""

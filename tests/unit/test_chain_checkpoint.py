@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from tessera.chain.journal import Entry
 from tessera.chain.local import LocalChain
 from tessera.chain.replay import replay, verify_journal
 from tessera.chain.transactions import Transaction, sign
+from tessera.chain.world import World
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Invalid, Missing
 
@@ -58,10 +60,10 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Heights that were replayed since."""
     heights: list[int] = []
 
-    def counted(nodes: object, entries: Iterable[Entry], *arguments: object, **options: object) -> Iterable[Block]:
-        for block in replay(nodes, entries, *arguments, **options):  # type: ignore[arg-type]
+    def counted(entries: Iterable[Entry], *arguments: Any, **options: Any) -> Iterable[tuple[Block, World]]:
+        for block, world in replay(entries, *arguments, **options):
             heights.append(block.number)
-            yield block
+            yield block, world
 
     monkeypatch.setattr(local_module, "replay", counted)
     return heights
@@ -263,7 +265,7 @@ async def test_nodes_of_old_states_do_not_pile_up(
     monkeypatch.setattr(checkpoint_module, "GARBAGE_FACTOR", 2)
     with opened(path) as chain:
         extend(chain, 60)
-        live = len(dict(chain._view.nodes.reachable(chain.state_root())))
+        live = len(dict(chain._view.world.contents()))
         root = chain.state_root()
     with sqlite3.connect(beside(path)) as database:
         (stored,) = database.execute("select count(*) from nodes").fetchone()

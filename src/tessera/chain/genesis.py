@@ -14,7 +14,7 @@ from typing import Any
 from tessera.chain import artifact
 from tessera.chain.blocks import Block, make_block
 from tessera.chain.engine import State
-from tessera.chain.nodes import Nodes
+from tessera.chain.world import World
 from tessera.core.errors import Invalid
 from tessera.core.ids import Account, parse_account
 
@@ -44,14 +44,14 @@ class Genesis:
     alloc: Mapping[Account, int] = field(default_factory=dict)
     contracts: Mapping[Account, bytes] = field(default_factory=standard_contracts)
 
-    def block(self, nodes: Nodes, timestamp: int) -> Block:
-        """Block 0, its state put into `nodes`."""
-        state = State(nodes)
+    def block(self, timestamp: int) -> tuple[Block, World]:
+        """Block 0, and the accounts after it."""
+        state = State(World.empty())
         state.allocate(
             {bytes.fromhex(account[2:]): wei for account, wei in self.alloc.items()},
             {bytes.fromhex(account[2:]): code for account, code in self.contracts.items()},
         )
-        return make_block(0, timestamp, bytes(32), state.commit())
+        return make_block(0, timestamp, bytes(32), state.world.root), state.world
 
     def to_value(self) -> dict[str, Any]:
         """For JSON; equal for equal ones."""

@@ -28,9 +28,9 @@ from tessera.chain.heads import SignedHead, sign_head
 from tessera.chain.journal import Entry, Journal
 from tessera.chain.jsonrpc import BODY_LIMIT, answer
 from tessera.chain.methods import Methods
-from tessera.chain.nodes import Nodes
 from tessera.chain.replay import ancestors, replay
 from tessera.chain.threads import ThreadRpc
+from tessera.chain.world import World
 from tessera.core.clock import Clock, SystemClock
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, Refused, Unavailable
 from tessera.core.ids import Account, parse_account
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalChain", "LogEntry"]
 
-COMPACT_FROM = 400_000  # nodes, about 100 MB: below this, old states are not worth dropping
-COMPACT_FACTOR = 4  # nodes kept for each node in use
+KEPT = 1_024  # blocks whose accounts can still be read: each costs what it changed, mostly a few KB
 CHECKPOINT_EVERY = 4_096  # blocks between two checkpoints: what a start after a crash may have to replay, 3 s
 CHECKPOINT_LEAST = 512  # blocks that are worth one when the chain opens or closes
 
@@ -58,7 +57,7 @@ class LogEntry(NamedTuple):
 class _View(NamedTuple):
     """What readers see; replaced as a whole."""
 
-    nodes: Nodes
+    world: World
     head: Block
 
 
@@ -104,8 +103,8 @@ class LocalChain:
         self._blocks: list[Block] = []
         self._heights: dict[bytes, int] = {}  # of blocks and of transactions, by hash
         self._emitters: dict[bytes, list[int]] = {}  # blocks with logs, by contract
-        self._snapshots: list[int] = []
-        self._compact_at = COMPACT_FROM
+        self._worlds: dict[int, World] = {}  # after the last `KEPT` blocks
+        self._snapshots: list[tuple[int, World]] = []
         wanted = Genesis({parse_account(account): wei for account, wei in (alloc or {}).items()})
         if contracts is not None:
             wanted = replace(wanted, contracts={parse_account(account): code for account, code in contracts.items()})
@@ -147,7 +146,7 @@ class LocalChain:
         """Let go of the file. Further writes are refused; reading goes on."""
         with self._lock:
             if self._checkpoint and not self._closed:
-                self._checkpoint.save(self._blocks, self._view.nodes, CHECKPOINT_LEAST)
+                self._checkpoint.save(self._blocks, self._view.world, CHECKPOINT_LEAST)
                 self._checkpoint.close()
             self._closed = True
             self._journal.close()
@@ -170,11 +169,12 @@ class LocalChain:
         with self._lock:
             if transaction.hash in self._heights:
                 raise Conflict(f"already known: 0x{transaction.hash.hex()}")
-            nodes, parent = self._view
-            state = State(nodes, parent.state_root)
+            world, parent = self._view
+            state = State(world)
             env = self._next_env(parent)
             outcome = state.apply(transaction, env)
-            self._append(make_block(env.number, env.timestamp, parent.hash, state.commit(), transaction, outcome))
+            root = state.world.root
+            self._append(make_block(env.number, env.timestamp, parent.hash, root, transaction, outcome), state.world)
         return replace(transaction, inner=None)
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -200,11 +200,15 @@ class LocalChain:
 
         Raises: `Missing` for a block that is not there, or whose state is no longer kept.
         """
-        nodes, head = self._view
-        block = head if number is None else self.block(number)
-        if block is None:
+        world, head = self._view
+        if number is None or number == head.number:
+            return State(world)
+        if self.block(number) is None:
             raise Missing(f"no block {number}: the head is {head.number}")
-        return State(nodes, block.state_root)
+        kept = self._worlds.get(number)
+        if kept is None:
+            raise Missing(f"the state of block {number} is no longer kept here: the last {KEPT} are")
+        return State(kept)
 
     def call(self, message: Message, number: int | None = None) -> Outcome:
         """What a message would do after a block, without doing it. On the head it runs in the next block, now."""
@@ -288,7 +292,7 @@ class LocalChain:
         with self._lock:
             parent = self._view.head
             env = self._next_env(parent)
-            self._append(make_block(env.number, env.timestamp, parent.hash, parent.state_root))
+            self._append(make_block(env.number, env.timestamp, parent.hash, parent.state_root), self._view.world)
             return self._view.head
 
     def increase_time(self, seconds: int) -> int:
@@ -313,7 +317,7 @@ class LocalChain:
         with self._lock:
             if not self._in_memory:
                 raise Invalid("snapshots need a chain in memory: a journal on disk is append-only")
-            self._snapshots.append(self._view.head.number)
+            self._snapshots.append((self._view.head.number, self._view.world))
             return len(self._snapshots)
 
     def revert(self, snapshot: int) -> bool:
@@ -321,11 +325,10 @@ class LocalChain:
         with self._lock:
             if not 1 <= snapshot <= len(self._snapshots):
                 return False
-            height = self._snapshots[snapshot - 1]
-            State(self._view.nodes, self._blocks[height].state_root)  # raises when that state is no longer kept
+            height, world = self._snapshots[snapshot - 1]
             self._journal.cut(height)
             del self._snapshots[snapshot - 1 :]
-            self._view = _View(self._view.nodes, self._blocks[height])
+            self._view = _View(world, self._blocks[height])
             for block in self._blocks[height + 1 :]:
                 self._forget(block)
             del self._blocks[height + 1 :]
@@ -336,22 +339,28 @@ class LocalChain:
     def _load(self) -> _View:
         """From the checkpoint, when it agrees with the journal; the rest, or else everything, is replayed."""
         found = self._checkpoint.load(self._journal, self.genesis) if self._checkpoint else None
-        blocks, nodes = found or ([], Nodes())
-        for block in blocks:
+        for block in found[0] if found else ():
             self._index(block)
+        world = found[1] if found else World.empty()
         try:
-            rest = self._journal.entries(len(blocks))
-            for block in replay(nodes, rest, self.chain_id, self.genesis, after=blocks):
+            rest = self._journal.entries(len(self._blocks))
+            for block, world in replay(rest, self.chain_id, self.genesis, after=found):
                 self._index(block)
+                self._keep(block.number, world)
         except Misbehaviour as error:
             raise Invalid(f"the chain's journal is damaged: {error.message}") from error
         if not self._blocks:
-            block = self.genesis.block(nodes, int(self._clock.time()))
+            block, world = self.genesis.block(int(self._clock.time()))
             self._journal.append(_entry(block))
             self._index(block)
+        self._keep(self._blocks[-1].number, world)
         if self._checkpoint:
-            self._checkpoint.save(self._blocks, nodes, CHECKPOINT_LEAST)
-        return _View(nodes, self._blocks[-1])
+            self._checkpoint.save(self._blocks, world, CHECKPOINT_LEAST)
+        return _View(world, self._blocks[-1])
+
+    def _keep(self, number: int, world: World) -> None:
+        self._worlds[number] = world
+        self._worlds.pop(number - KEPT, None)
 
     def _next_env(self, parent: Block) -> BlockEnv:
         """Two blocks may share a second: a clock that ran ahead with the blocks would end payments too early."""
@@ -359,23 +368,17 @@ class LocalChain:
         now = max(int(self._clock.time()) + self._skew_s if asked is None else asked, parent.timestamp)
         return BlockEnv(self.chain_id, parent.number + 1, now, ancestors(self._blocks))
 
-    def _append(self, block: Block) -> None:
+    def _append(self, block: Block, world: World) -> None:
         """Journal first, then everybody else. The lock is held over the disk: the order of blocks is what it guards."""
         if self._closed:
             raise Unavailable("the chain is closed")
         self._journal.append(_entry(block))
         self._index(block)
+        self._keep(block.number, world)
         self._next_timestamp = None
-        self._view = _View(self._compacted(self._view.nodes, block.state_root), block)
+        self._view = _View(world, block)
         if self._checkpoint:
-            self._checkpoint.save(self._blocks, self._view.nodes, CHECKPOINT_EVERY)
-
-    def _compacted(self, nodes: Nodes, root: bytes) -> Nodes:
-        if len(nodes) < self._compact_at:
-            return nodes
-        smaller = nodes.compacted(root)
-        self._compact_at = max(COMPACT_FROM, COMPACT_FACTOR * len(smaller))
-        return smaller
+            self._checkpoint.save(self._blocks, world, CHECKPOINT_EVERY)
 
     def _index(self, block: Block) -> None:
         self._blocks.append(block)
@@ -386,6 +389,7 @@ class LocalChain:
             self._emitters.setdefault(address, []).append(block.number)
 
     def _forget(self, block: Block) -> None:
+        self._worlds.pop(block.number, None)
         del self._heights[block.hash]
         if block.tx_hash:
             del self._heights[block.tx_hash]

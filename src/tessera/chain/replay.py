@@ -16,7 +16,7 @@ from tessera.chain.blocks import Block, make_block
 from tessera.chain.engine import BlockEnv, State, decode_transaction
 from tessera.chain.genesis import Genesis
 from tessera.chain.journal import Entry
-from tessera.chain.nodes import Nodes
+from tessera.chain.world import World
 from tessera.core.errors import Misbehaviour, TesseraError
 
 __all__ = ["ANCESTORS", "Head", "ancestors", "replay", "verify_journal"]
@@ -55,8 +55,8 @@ def verify_journal(
     """
     seen = known or {}
     checked = _no_fork(entries, seen)
-    blocks = deque(replay(Nodes(), checked, chain_id, genesis or Genesis(), check_every=1), maxlen=1)
-    last = blocks[0] if blocks else None
+    steps = deque(replay(checked, chain_id, genesis or Genesis(), check_every=1), maxlen=1)
+    last = steps[0][0] if steps else None
     if last is None or last.number < max(seen, default=0):
         ends = "nowhere" if last is None else f"at block {last.number}"
         raise Misbehaviour(f"the journal ends {ends}: blocks that were shown are gone", evidence=_hex_map(seen))
@@ -64,18 +64,18 @@ def verify_journal(
 
 
 def replay(
-    nodes: Nodes,
     entries: Iterable[Entry],
     chain_id: int,
     genesis: Genesis,
     *,
-    after: Sequence[Block] = (),
+    after: tuple[Sequence[Block], World] | None = None,
     check_every: int = CHECK_EVERY,
-) -> Iterator[Block]:
-    """Run the entries again; yields each block once what the journal says of it has been found true.
+) -> Iterator[tuple[Block, World]]:
+    """Run the entries again; yields each block, with the accounts after it, once what the journal says of it has been
+    found true.
 
     Args:
-        after: the blocks before the entries, whose state is in `nodes`; none when the entries begin with block 0.
+        after: the blocks before the entries, and the accounts there; None when the entries begin with block 0.
         check_every: blocks between two comparisons of the state root; hash and gas are always compared.
 
     Raises: `Misbehaviour` at the first entry that is out of order or does not lead where it says.
@@ -83,27 +83,25 @@ def replay(
     Cost: 0.6 ms a block, and 2 ms for each comparison.
     """
     rest = iter(entries)
-    recent = deque(after[-ANCESTORS:], maxlen=ANCESTORS)
-    if not recent:
+    if after is None:
         first = next(rest, None)
         if first is None:
             return
-        block = genesis.block(nodes, first.timestamp)
+        block, world = genesis.block(first.timestamp)
         if first.number != 0 or block.hash != first.hash:
             raise _wrong(first, f"block 0 should hash to 0x{block.hash.hex()}")
-        yield block
-        recent.append(block)
+        yield block, world
+        after = [block], world
+    recent, state = deque(after[0][-ANCESTORS:], maxlen=ANCESTORS), State(after[1])
     while group := list(islice(rest, check_every)):
-        state = State(nodes, recent[-1].state_root)
-        blocks = []
+        steps = []
         for entry in group:
             block = _step(state, entry, recent, chain_id)
             recent.append(block)
-            blocks.append(block)
-        root = state.commit()
-        if root != group[-1].state_root:
-            raise _wrong(group[-1], f"the transactions up to here lead to state root 0x{root.hex()}")
-        yield from blocks
+            steps.append((block, state.world))
+        if state.world.root != group[-1].state_root:
+            raise _wrong(group[-1], f"the transactions up to here lead to state root 0x{state.world.root.hex()}")
+        yield from steps
 
 
 def ancestors(blocks: Sequence[Block]) -> Iterator[bytes]:

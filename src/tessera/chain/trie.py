@@ -4,19 +4,23 @@ Whoever holds a root reads that state for as long as he likes, while others writ
 Keccak hashes, all of one length, so that no branch carries a value. A node is encoded and hashed once, when somebody
 asks for a root above it.
 
-Values are whatever has its RLP form from `rlp_encode`: ints and accounts.
+Values are ints, and whatever says itself how it is encoded. `contents` and `restored` are the trie's form on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
+
+import rlp
 
 from tessera.chain.transactions import rlp_encode
 from tessera.core.hashing import keccak
 
-__all__ = ["EMPTY_ROOT", "Node", "Value", "get", "leaves", "path_of", "put", "remove", "root_hash"]
+__all__ = [
+    "EMPTY_ROOT", "Node", "Value", "contents", "get", "leaves", "path_of", "put", "remove", "restored", "root_hash",
+]  # fmt: skip
 
 EMPTY_ROOT = keccak(b"\x80")
 
@@ -39,11 +43,14 @@ class Leaf:
     def __init__(self, path: bytes, value: int | Value) -> None:
         self.path, self.value, self._ref = path, value, b""
 
+    def encoded(self) -> bytes:
+        value = rlp_encode(self.value) if isinstance(self.value, int) else self.value.rlp()
+        return _list(_string(_packed(self.path, 2)) + _string(value))
+
     @property
     def ref(self) -> bytes:
         if not self._ref:
-            value = rlp_encode(self.value) if isinstance(self.value, int) else self.value.rlp()
-            self._ref = _ref(_string(_packed(self.path, 2)) + _string(value))
+            self._ref = _named(self.encoded())
         return self._ref
 
 
@@ -55,10 +62,13 @@ class Extension:
     def __init__(self, path: bytes, child: Branch) -> None:
         self.path, self.child, self._ref = path, child, b""
 
+    def encoded(self) -> bytes:
+        return _list(_string(_packed(self.path, 0)) + self.child.ref)
+
     @property
     def ref(self) -> bytes:
         if not self._ref:
-            self._ref = _ref(_string(_packed(self.path, 0)) + self.child.ref)
+            self._ref = _named(self.encoded())
         return self._ref
 
 
@@ -70,11 +80,13 @@ class Branch:
     def __init__(self, children: tuple[Node | None, ...]) -> None:
         self.children, self._ref = children, b""
 
+    def encoded(self) -> bytes:
+        return _list(b"".join([_NOTHING if child is None else child.ref for child in self.children]) + _NOTHING)
+
     @property
     def ref(self) -> bytes:
         if not self._ref:
-            body = b"".join([_NOTHING if child is None else child.ref for child in self.children])
-            self._ref = _ref(body + _NOTHING)
+            self._ref = _named(self.encoded())
         return self._ref
 
 
@@ -166,6 +178,62 @@ def leaves(node: Node | None, path: bytes = b"") -> Iterator[tuple[bytes, int | 
             yield from leaves(child, path + bytes([nibble]))
 
 
+def contents(node: Node | None, known: Collection[bytes] = ()) -> Iterator[tuple[bytes, bytes, list[int | Value]]]:
+    """Hash, encoding and values of every node with a hash of its own, without what hangs below `known` hashes."""
+    pending = [] if node is None else [node]
+    while pending:
+        node = pending.pop()
+        name = root_hash(node)
+        if name not in known:
+            values: list[int | Value] = []
+            _gather(node, pending, values)
+            yield name, node.encoded(), values
+
+
+def restored(name: bytes, content: Mapping[bytes, bytes], value_of: Callable[[bytes], int | Value]) -> Node | None:
+    """The trie with this root hash, of nodes by their hash. Whether it really has that hash is the caller's to ask.
+
+    Args:
+        value_of: reads the encoding of a value.
+
+    Raises: KeyError for a node that is missing; ValueError or TypeError for one that is none.
+    """
+
+    def build(items: Any) -> Node:
+        if len(items) == 17:
+            return Branch(tuple(child(item) for item in items[:16]))
+        packed, rest = items
+        digits = packed.hex()
+        path = (digits[1:] if packed[0] & 0x10 else digits[2:]).encode().translate(_TO_NIBBLES)
+        if packed[0] & 0x20:
+            return Leaf(path, value_of(rest))
+        below = child(rest)
+        if not isinstance(below, Branch):
+            raise ValueError("an extension leads to a branch")
+        return Extension(path, below)
+
+    def child(item: Any) -> Node | None:
+        if isinstance(item, (list, tuple)):
+            return build(item)
+        return build(rlp.decode(content[item])) if item else None
+
+    return None if name == EMPTY_ROOT else build(rlp.decode(content[name]))
+
+
+def _gather(node: Node, pending: list[Node], values: list[int | Value]) -> None:
+    """The values in a node, and its children; those without a hash of their own are a part of it."""
+    if isinstance(node, Leaf):
+        values.append(node.value)
+        return
+    for child in node.children if isinstance(node, Branch) else (node.child,):
+        if child is None:
+            continue
+        if len(child.ref) == 33:
+            pending.append(child)
+        else:
+            _gather(child, pending, values)
+
+
 def _with_child(branch: Branch, nibble: int, child: Node | None) -> Branch:
     children = branch.children
     return Branch((*children[:nibble], child, *children[nibble + 1 :]))
@@ -210,12 +278,15 @@ def _string(data: bytes) -> bytes:
     return bytes([0x80 + size]) + data if size < 56 else rlp_encode(data)
 
 
-def _ref(body: bytes) -> bytes:
-    """How a parent names a node whose encoded items are `body`: the node itself when it is short, else its hash."""
+def _list(body: bytes) -> bytes:
+    """RLP of a list whose encoded items are `body`."""
     size = len(body)
-    if size < 31:
-        return bytes([0xC0 + size]) + body
     if size < 56:
-        return b"\xa0" + keccak(bytes([0xC0 + size]) + body)
+        return bytes([0xC0 + size]) + body
     length = size.to_bytes((size.bit_length() + 7) // 8, "big")
-    return b"\xa0" + keccak(bytes([0xF7 + len(length)]) + length + body)
+    return bytes([0xF7 + len(length)]) + length + body
+
+
+def _named(encoded: bytes) -> bytes:
+    """How a parent names a node: by its hash, unless the node itself is shorter."""
+    return encoded if len(encoded) < 32 else b"\xa0" + keccak(encoded)

@@ -7,10 +7,12 @@ state root is hashed when somebody asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import rlp
 from eth.abc import AccountDatabaseAPI
+from eth.db.journal import get_next_checkpoint
 
 from tessera.chain import trie
 from tessera.chain.transactions import rlp_encode
@@ -59,11 +61,44 @@ class World(NamedTuple):
         found = None if account is None else trie.get(account.storage, _slot_path(slot))
         return found if isinstance(found, int) else 0
 
+    def contents(self, known: Collection[bytes] = ()) -> Iterator[tuple[bytes, bytes]]:
+        """Hash and content of all that makes up this world, trie nodes and code, without what `known` hashes lead to.
+
+        Cost: about 20 µs each.
+        """
+        for name, encoded, values in trie.contents(self.accounts, known):
+            yield name, encoded
+            for account in values:
+                assert isinstance(account, Account)
+                if account.code_hash != NO_CODE and account.code_hash not in known:
+                    yield account.code_hash, self.codes[account.code_hash]
+                yield from ((inner, node) for inner, node, _ in trie.contents(account.storage, known))
+
+    @classmethod
+    def restored(cls, root: bytes, content: Mapping[bytes, bytes]) -> World:
+        """The world of this state root, of what `contents` gave.
+
+        Raises: KeyError for what is missing; ValueError or TypeError for what is not a part of any world.
+        """
+        codes: dict[bytes, bytes] = {}
+
+        def account(encoded: bytes) -> Account:
+            nonce, balance, storage, code_hash = rlp.decode(encoded)
+            if code_hash != NO_CODE:
+                codes[code_hash] = content[code_hash]
+            slots = trie.restored(storage, content, lambda value: int.from_bytes(rlp.decode(value), "big"))
+            return Account(int.from_bytes(nonce, "big"), int.from_bytes(balance, "big"), slots, code_hash)
+
+        world = cls(trie.restored(root, content, account), codes)
+        if world.root != root:
+            raise ValueError(f"these nodes make a state with root 0x{world.root.hex()}")
+        return world
+
 
 _MISSING: Any = object()
 
 
-class Accounts(AccountDatabaseAPI):
+class Accounts(AccountDatabaseAPI):  # type: ignore[misc]  # py-evm is untyped
     """py-evm's account database over a `World`.
 
     Every change is noted in one undo list, as (dictionary, key, what was there); a checkpoint is a place in it.
@@ -80,7 +115,6 @@ class Accounts(AccountDatabaseAPI):
         self._warm: dict[bytes | tuple[bytes, int], bool] = {}
         self._undo: list[tuple[dict[Any, Any], Any, Any]] = []
         self._marks: dict[int, int] = {}  # lengths of the undo list, by checkpoint
-        self._next = 0  # checkpoint: never the same twice, since transient storage keeps them too
 
     # --- roots ------------------------------------------------------------------------------------------------------
 
@@ -127,9 +161,9 @@ class Accounts(AccountDatabaseAPI):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def record(self) -> Any:
-        self._next += 1
-        self._marks[self._next] = len(self._undo)
-        return self._next
+        checkpoint = get_next_checkpoint()  # one count for all, since transient storage is given ours
+        self._marks[checkpoint] = len(self._undo)
+        return checkpoint
 
     def discard(self, checkpoint: Any) -> None:
         for changed, key, before in reversed(self._undo[self._marks[checkpoint] :]):
@@ -249,10 +283,3 @@ _NOBODY = Account()
 
 def _slot_path(slot: int) -> bytes:
     return trie.path_of(slot.to_bytes(32, "big"))
-
-
-def walk(world: World) -> Iterator[tuple[bytes, Account]]:
-    """Every account by its path."""
-    for path, account in trie.leaves(world.accounts):
-        if isinstance(account, Account):
-            yield path, account
