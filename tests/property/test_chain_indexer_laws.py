@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import anyio
@@ -18,6 +21,7 @@ from tessera.chain.indexer.engine import Config
 
 CONFIG = Config(window_blocks=4, chunk_blocks=7, behind_s=0)
 SEEDS = st.integers(0, 2**32)
+HERE = Path(__file__).resolve().parent.parent  # where the child finds the tests' own modules
 
 
 class Crash(BaseException):
@@ -161,10 +165,50 @@ def _run(examples: int, steps: int) -> None:
 
 
 def test_the_tables_equal_a_fresh_index_of_the_final_chain() -> None:
-    _run(12, 15)
+    _run(6, 12)
+
+
+CHILD = """
+import random, anyio
+from index_world import FakeNode, index_of
+from tessera.chain.indexer.engine import Config
+
+node = FakeNode()
+node.grow(random.Random(1), 3_000)
+index = index_of(node, {file!r}, Config(window_blocks=4, chunk_blocks=7, behind_s=0))
+print("begins", flush=True)
+anyio.run(index.update)
+print("ends", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_process_that_is_killed_again_and_again_ends_in_the_same_tables(tmp_path: Path) -> None:
+    file, rng = str(tmp_path / "index.sqlite"), random.Random(7)
+    reached = [-1]
+    for _ in range(8):
+        child = subprocess.Popen([sys.executable, "-c", CHILD.format(file=file)], stdout=subprocess.PIPE, cwd=HERE)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"begins\n"
+        time.sleep(rng.uniform(0, 1))
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        index = index_of(FakeNode(), file, CONFIG)
+        reached.append(index.last_block)
+        index.close()
+    assert reached == sorted(reached)
+    assert len({*reached}) > 3
+    node = FakeNode()
+    node.grow(random.Random(1), 3_000)
+    index = index_of(node, file, CONFIG)
+    anyio.run(index.update)
+    assert contents(index) == anyio.run(fresh, node)
+    index.close()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_tables_equal_a_fresh_index_of_the_final_chain_at_length() -> None:
-    _run(200, 50)
+    _run(50, 40)
