@@ -124,17 +124,17 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv constraints.txt
 
 $(VENV)/.stamp-run: $(VENV)/.stamp-torch $(DECLARED)
 	@echo "Installing what a run needs: chain, peers, models, gateway (once, about 1 min)"
-	@$(PIP) install $(PINS) -e '.[train,serve]'
+	@$(PIP) install $(PINS) -e '.[train,serve,agents]'
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
 	@echo "Installing what the tests need (once, about 1 min)"
-	@$(PIP) install $(PINS) -e '.[train,serve,data,postgres,test]'
+	@$(PIP) install $(PINS) -e '.[train,serve,agents,data,postgres,test]'
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-test
 	@echo "Installing what the checks need (once, about 20 s)"
-	@$(PIP) install $(PINS) -e '.[train,serve,data,postgres,test,dev]'
+	@$(PIP) install $(PINS) -e '.[train,serve,agents,data,postgres,test,dev]'
 	@touch $@
 
 $(EELS_VENV)/.stamp: $(VENV)/.stamp-venv Makefile
