@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PINS := -c constraints.txt
 DECLARED := pyproject.toml constraints.txt
+# Ethereum's executable specification, the oracle of a slow test. It needs older cryptography than we do.
+EELS_VENV := .venv-eels
+EELS := ethereum-execution==2.20.0
 
 # Which interpreter builds .venv: the first that is new enough and has venv.
 PYTHON ?=
@@ -18,12 +21,14 @@ TORCH := torch==$(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
 JOBS ?= 2
 # More words for the command behind a target: make up ARGS="--once --json", make test ARGS="-k merkle".
 ARGS ?=
-TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# Compiled modules are kept, whatever the shell says: the tests start a hundred processes that import the same ones.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help up test test-slow test-all check format golden bench docs install install-test install-dev clean distclean
+.PHONY: help up test test-slow test-all check format golden bench docs install install-test install-dev install-eels \
+  clean distclean
 
 help:
 	@echo "make up         set up and run the whole economy on this machine   (ARGS=\"--once --json\")"
@@ -42,10 +47,10 @@ up: install
 test: install-test
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: install-test
+test-slow: install-test install-eels
 	@$(PYTEST) -m slow $(ARGS)
 
-test-all: install-test
+test-all: install-test install-eels
 	@$(PYTEST) $(ARGS)
 
 check: install-dev
@@ -74,13 +79,14 @@ clean:
 	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean
-	@rm -rf $(VENV) src/*.egg-info
+	@rm -rf $(VENV) $(EELS_VENV) src/*.egg-info
 
 # --- setting up: a chain of stamps, so that `make -j` never runs two pips at once
 
 install: $(VENV)/.stamp-run
 install-test: $(VENV)/.stamp-test
 install-dev: $(VENV)/.stamp-dev
+install-eels: $(EELS_VENV)/.stamp
 
 # What the loop below asks of an interpreter. Debian splits ensurepip off into python3-venv.
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -118,15 +124,21 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv constraints.txt
 
 $(VENV)/.stamp-run: $(VENV)/.stamp-torch $(DECLARED)
 	@echo "Installing what a run needs: chain, peers, models, gateway (once, about 1 min)"
-	@$(PIP) install $(PINS) -e '.[train,serve]'
+	@$(PIP) install $(PINS) -e '.[train,serve,agents]'
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
 	@echo "Installing what the tests need (once, about 1 min)"
-	@$(PIP) install $(PINS) -e '.[train,serve,data,postgres,test]'
+	@$(PIP) install $(PINS) -e '.[train,serve,agents,data,postgres,test]'
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-test
 	@echo "Installing what the checks need (once, about 20 s)"
-	@$(PIP) install $(PINS) -e '.[train,serve,data,postgres,test,dev]'
+	@$(PIP) install $(PINS) -e '.[train,serve,agents,data,postgres,test,dev]'
+	@touch $@
+
+$(EELS_VENV)/.stamp: $(VENV)/.stamp-venv Makefile
+	@echo "Installing $(EELS) in $(EELS_VENV), for one slow test (once, about 30 s)"
+	@$(BIN)/python -m venv --clear $(EELS_VENV)
+	@$(EELS_VENV)/bin/python -m pip --disable-pip-version-check -qq install $(EELS)
 	@touch $@

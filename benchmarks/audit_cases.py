@@ -9,76 +9,29 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tessera.core import encoding
-from tessera.core.errors import Invalid, Misbehaviour
 from tessera.core.hashing import sha256
-from tessera.core.ids import PeerId, RunId, parse_peer_id
-from tessera.core.signing import PeerKey, verify_peer
+from tessera.core.ids import PeerId, RunId
+from tessera.core.signing import PeerKey
 from tessera.models.config import CodecConfig, ModelConfig, ModelSpec
 from tessera.models.replay import Snapshot, pack_gradients, pack_loss
 from tessera.models.trainer import StageTrainer
 from tessera.training.audit import draw
-from tessera.training.audit_commitment import Commitment, Direction, check_microbatches
+from tessera.training.audit_commitment import Commitment, Direction
 from tessera.training.audit_evidence import Evidence, Flow, flow_role
 from tessera.training.audit_log import AuditLog
-from tessera.training.receipts import payloads_digest
+from tessera.training.receipts import Receipt, payloads_digest
 
 RUN = RunId("ab" * 32)
 SEQUENCES, LENGTH, MICROBATCHES = 4, 64, 4
 KINDS = ("skipped_layer", "stale_parameters", "lower_precision", "copied_output", "noise", "colluding_neighbours")
 Mode = Literal["both", "forward", "backward"]
-
-
-@dataclass(frozen=True, slots=True)
-class FlowReceipt:
-    """A `SignedReceipt`, as a session signs them."""
-
-    run_id: RunId
-    step: int
-    worker: PeerId
-    signer: PeerId
-    direction: Direction
-    microbatches: tuple[int, ...]
-    digest: bytes
-    version: bytes
-    signature: bytes = b""
-
-    def message(self) -> bytes:
-        return encoding.encode([self.run_id, *self.to_row()[:-1]])
-
-    def signed_by(self, key: PeerKey) -> FlowReceipt:
-        own = replace(self, signer=key.id)
-        return replace(own, signature=key.sign("receipt", own.message()))
-
-    def check(self) -> None:
-        try:
-            verify_peer(self.signer, "receipt", self.message(), self.signature)
-        except Invalid as error:
-            raise Misbehaviour(f"a receipt is forged: {error}", evidence=self.to_row()) from error
-
-    def to_row(self) -> list[Any]:
-        return [
-            self.step, self.worker, self.signer, self.direction, list(self.microbatches), self.digest.hex(),
-            self.version.hex(), self.signature.hex(),
-        ]  # fmt: skip
-
-    @classmethod
-    def from_row(cls, run_id: RunId, row: Any) -> FlowReceipt:
-        if not isinstance(row, list) or len(row) != 8:
-            raise Invalid("a receipt is a list of 8 fields")
-        step, worker, signer, direction, microbatches, *digests = row
-        digest, version, signature = map(bytes.fromhex, digests)
-        return cls(
-            run_id, step, parse_peer_id(worker), parse_peer_id(signer), direction, check_microbatches(microbatches),
-            digest, version, signature,
-        )  # fmt: skip
 
 
 def small_spec(
@@ -275,7 +228,7 @@ class Step:
     run: Run
     step: int
     logs: list[AuditLog]  # by stage
-    receipts: list[FlowReceipt]
+    receipts: list[Receipt]
     commitments: list[Commitment]  # by stage
 
     def evidence(self, stage: int, index: int | None, key: PeerKey | None = None) -> Evidence:
@@ -343,7 +296,7 @@ class Crew:
             upper.keep(step, index, "gradient_in", message, down.key.id)
         self.workers[0].backward(step, index, message)
 
-    def _receipts(self, step: int, logs: list[AuditLog]) -> Iterator[FlowReceipt]:
+    def _receipts(self, step: int, logs: list[AuditLog]) -> Iterator[Receipt]:
         """Each neighbour signs what arrived, whatever it is."""
         for up, down in itertools.pairwise(self.workers):
             ways: tuple[tuple[Direction, Worker, Worker, Any], ...] = (
@@ -354,7 +307,7 @@ class Crew:
                 arrived = logs[signer.stage].messages(step, role)
                 digest = payloads_digest({i: sha256(m) for i, m in arrived.items()})
                 version = logs[signer.stage].params(step).version
-                yield FlowReceipt(
+                yield Receipt(
                     RUN, step, worker.key.id, signer.key.id, direction, tuple(sorted(arrived)), digest, version
                 ).signed_by(signer.key)
 

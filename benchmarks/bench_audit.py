@@ -36,7 +36,6 @@ from audit_cases import (
     RUN,
     Cheat,
     Crew,
-    FlowReceipt,
     Mode,
     Run,
     Step,
@@ -53,6 +52,7 @@ from tessera.models.trainer import StageTrainer
 from tessera.training.audit import AuditConfig
 from tessera.training.audit_evidence import Evidence
 from tessera.training.audit_judge import Finding, judge
+from tessera.training.receipts import Receipt
 
 RESULTS = Path(__file__).parent / "results"
 COMPUTES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
@@ -208,7 +208,7 @@ def replay_file(file: Path) -> list[list[Any]]:
     spec, shown = pickle.loads(file.read_bytes())
     text, found = Text(spec.model.vocab_size), []
     for params, stage, data in shown:
-        evidence = Evidence.from_bytes(RUN, data, FlowReceipt.from_row)
+        evidence = Evidence.from_bytes(RUN, data, Receipt.from_row)
         replayer = Replayer(spec, stage, params)
         finding = judge(evidence, replayer, stage_of=lambda peer: stage_of(peer, spec.stages), ids=text.ids)
         found.append([finding.outcome, finding.reason, finding.used])

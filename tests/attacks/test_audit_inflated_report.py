@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from audit_world import MICROBATCHES, RUN, STEP, FlowReceipt, Step, auditor_key, crew, worker_key
+import pytest
+
+from audit_world import MICROBATCHES, RUN, STEP, Step, auditor_key, crew, worker_key
+from tessera.core.errors import Misbehaviour
 from tessera.core.signing import AccountKey
 from tessera.training.audit import AuditConfig, settle_credit
 from tessera.training.audit_commitment import accepted
 from tessera.training.epochs import compute_epoch
+from tessera.training.receipts import Receipt
 from training_world import small_manifest, work_of
 
 LIAR = worker_key(1)
@@ -17,13 +21,13 @@ MANIFEST = small_manifest(stages=3)
 ACCOUNTS = [AccountKey(bytes([i + 1]) * 32).account for i in range(3)]
 
 
-def shares(done: Step, receipts: list[FlowReceipt]) -> list[int]:
+def shares(done: Step, receipts: list[Receipt]) -> list[int]:
     """From receipts to shares, as a keeper goes: signatures, acceptance, credit, audits, epoch."""
     for receipt in receipts:
         receipt.check()
     signed: dict[tuple[str, int], set[str]] = defaultdict(set)
     for receipt in accepted(receipts, done.commitments):
-        if receipt.signer != receipt.worker and done.run.stage_of(receipt.signer) is not None:
+        if done.run.stage_of(receipt.signer) is not None:
             for index in receipt.microbatches:
                 signed[receipt.worker, index].add(receipt.direction)
     needed = [{"forward"}, {"forward", "backward"}, {"backward"}]
@@ -47,10 +51,11 @@ def test_an_inflated_report_gains_no_share() -> None:
     assert shares(boast, done.receipts) == honest
 
 
-def test_a_receipt_for_more_that_he_signs_for_himself_gains_no_share() -> None:
+def test_a_receipt_for_more_that_he_signs_for_himself_is_refused() -> None:
     done = crew().step(STEP)
-    own = FlowReceipt(RUN, STEP, LIAR.id, LIAR.id, "forward", tuple(range(200)), bytes(32), bytes(32)).signed_by(LIAR)
-    assert shares(done, [*done.receipts, own]) == shares(done, done.receipts)
+    own = Receipt(RUN, STEP, LIAR.id, LIAR.id, "forward", tuple(range(200)), bytes(32), bytes(32)).signed_by(LIAR)
+    with pytest.raises(Misbehaviour, match="cannot sign for himself"):
+        shares(done, [*done.receipts, own])
 
 
 def test_a_friends_receipt_that_the_commitment_does_not_name_gains_no_share() -> None:

@@ -12,7 +12,6 @@ from audit_world import (
     MICROBATCHES,
     RUN,
     STEP,
-    FlowReceipt,
     Step,
     auditor_key,
     crew,
@@ -34,7 +33,7 @@ from tessera.training.audit_evidence import Evidence
 from tessera.training.audit_judge import judge
 from tessera.training.audit_log import AUDIT, AuditLog
 from tessera.training.audit_service import Audited
-from tessera.training.receipts import payloads_digest
+from tessera.training.receipts import Receipt, payloads_digest
 
 Handler = Callable[[dict[str, Any]], tuple[dict[str, Any], bytes]]
 
@@ -218,7 +217,7 @@ def test_evidence_with_other_parameters_accuses_nobody() -> None:
 def test_torn_evidence_is_refused(cut: int) -> None:
     data = honest_step().evidence(1, 0).to_bytes()
     with pytest.raises(Invalid):
-        Evidence.from_bytes(RUN, data[:cut], FlowReceipt.from_row)
+        Evidence.from_bytes(RUN, data[:cut], Receipt.from_row)
 
 
 def test_a_stranger_gets_no_parameters() -> None:

@@ -40,7 +40,7 @@ def test_nested_json_does_not_end_the_process(bomb: str) -> None:
     assert (done.returncode, done.stdout.split()) == (0, ["alive", "alive"]), done.stderr[-500:]
 
 
-LIGHT = ["tessera.chain.client", "tessera.chain.faces", "tessera.chain.settle", "tessera.chain.indexer"]
+LIGHT = ["tessera.chain.client", "tessera.chain.faces", "tessera.chain.settle", "tessera.chain.indexer.model_share"]
 HEAVY = ["eth", "web3", "vyper", "torch", "eth_account"]
 
 

@@ -185,7 +185,7 @@ async def test_a_stage_that_fails_in_mid_generation_ends_it_everywhere(stage: in
         await shards.settled()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 async def test_a_stage_killed_without_a_word_is_noticed_and_the_others_are_freed(stage: int) -> None:
     async with open_shards(3) as shards:
         generation = shards.engine.generate([1, 2], Sampling(max_tokens=30))

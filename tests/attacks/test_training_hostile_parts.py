@@ -104,7 +104,7 @@ async def test_who_serves_other_bytes_than_their_owner_signed_is_named_and_not_t
         (lambda head, body: (head, b""), "piece of"),
         (lambda head, body: ({**head, "digest": "00" * 32}, body), "signature"),
         (lambda head, body: ({**head, "signature": "00" * 64}, body), "signature"),
-        (lambda head, body: ({**head, "signature": "zz" * 64}, body), "in hex"),
+        (lambda head, body: ({**head, "signature": "zz" * 64}, body), "in lower-case hex"),
         (lambda head, body: ({**head, "size": -1}, body), "number of bytes"),
         (lambda head, body: ({**head, "size": "big"}, body), "number of bytes"),
         (lambda head, body: ({**head, "more": 1}, body), "fields"),

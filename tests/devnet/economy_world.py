@@ -33,9 +33,21 @@ def up(state: Path, *more: object, steps: int = 24) -> list[str]:
 
 
 def run(arguments: list[str], home: Path, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, env=environment(home), capture_output=True, text=True, timeout=timeout_s, check=False
-    )
+    """A command to its end. One that takes too long is interrupted, so that it stops the workers that it started."""
+    with subprocess.Popen(
+        arguments,
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 @contextmanager
@@ -48,13 +60,17 @@ def started(arguments: list[str], home: Path, log: Path) -> Iterator[subprocess.
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[Any]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def until(condition: Any, what: str, timeout_s: float = PATIENCE_S) -> Any:

@@ -5,28 +5,51 @@ import math
 import os
 import signal
 import socket
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from economy_world import PATIENCE_S, TEXT, check_sums, command, last_object, run, started, until, up
+from typer.testing import CliRunner
 
 from chain_support import CHAIN_ID, anvil
+from tessera.cli.logs import forget_logs
+from tessera.cli.main import app
 from tessera.training.home import Home
+from tessera.training.passphrase import use_passphrases
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = pytest.mark.timeout(300)
+Typed = Callable[[list[str]], subprocess.CompletedProcess[str]]
 
 
-def test_one_command_trains_sells_and_pays_everybody(tmp_path: Path) -> None:
-    done = run(up(tmp_path / "state"), tmp_path)
+@pytest.fixture
+def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Typed]:
+    """Commands that end soon, in this process: torch and the local chain are imported already."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def enter(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        words = arguments[arguments.index("tessera") + 1 :]
+        done = CliRunner().invoke(app, words, catch_exceptions=False)
+        forget_logs()
+        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+    yield enter
+    use_passphrases(None)
+
+
+@pytest.mark.parametrize(("stages", "steps"), [(2, 6), pytest.param(4, 24, marks=pytest.mark.slow)])
+def test_one_command_trains_sells_and_pays_everybody(stages: int, steps: int, tmp_path: Path) -> None:
+    done = run(up(tmp_path / "state", "--stages", stages, steps=steps), tmp_path, 2 * PATIENCE_S)
     assert done.returncode == 0, done.stderr
     result = last_object(done.stdout)
     check_sums(result)
-    assert result["steps"] == 24
-    assert result["stages"] == len(result["workers"]) == 4
+    assert result["steps"] == steps
+    assert result["stages"] == len(result["workers"]) == stages
     assert result["val_loss_first"] <= math.log(1024) + 0.1
     assert result["val_loss_last"] < result["val_loss_first"] - 0.5
     assert result["wire_bytes_per_token"] <= result["dense_bytes_per_token"] / 20
@@ -113,7 +136,7 @@ def test_the_commands_and_the_example_work_while_it_is_up(tmp_path: Path) -> Non
         assert process.wait(20) == 130
 
 
-def test_what_cannot_work_is_said_in_one_line(tmp_path: Path) -> None:
+def test_what_cannot_work_is_said_in_one_line(tmp_path: Path, typed: Typed) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letters.txt").write_text("mine")
@@ -124,7 +147,7 @@ def test_what_cannot_work_is_said_in_one_line(tmp_path: Path) -> None:
     ]
     with Home(tmp_path / "h").locked():
         cases.append((up(tmp_path / "h"), "is in use by process"))
-        _each_is_said_in_one_line(cases, tmp_path)
+        _each_is_said_in_one_line(cases, typed)
 
 
 @pytest.mark.slow
@@ -143,26 +166,26 @@ def test_more_that_cannot_work_is_said_in_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         cases.append((up(tmp_path / "i", "--port", port), f"port {port} on 127.0.0.1 is in use"))
-        _each_is_said_in_one_line(cases, tmp_path)
+        _each_is_said_in_one_line(cases, lambda arguments: run(arguments, tmp_path))
 
 
-def _each_is_said_in_one_line(cases: list[tuple[list[str], str]], tmp_path: Path) -> None:
+def _each_is_said_in_one_line(cases: list[tuple[list[str], str]], enter: Typed) -> None:
     for arguments, message in cases:
-        done = run(arguments, tmp_path)
+        done = enter(arguments)
         assert done.returncode in (1, 2), (arguments, done.stderr)
         assert message in done.stderr.splitlines()[-1], done.stderr
         assert "Traceback" not in done.stderr
 
 
-def test_a_manifest_is_described_before_it_is_run(tmp_path: Path) -> None:
+def test_a_manifest_is_described_before_it_is_run(tmp_path: Path, typed: Typed) -> None:
     file = tmp_path / "run.json"
-    made = run(command("run", "draft", file, "--data", TEXT, "--steps", 50, "--state-dir", tmp_path / "s"), tmp_path)
+    made = typed(command("run", "draft", file, "--data", TEXT, "--steps", 50, "--state-dir", tmp_path / "s"))
     assert made.returncode == 0, made.stderr
-    shown = last_object(run(command("run", "show", file, "--json"), tmp_path).stdout)
+    shown = last_object(typed(command("run", "show", file, "--json")).stdout)
     assert shown["run_id"] in made.stdout
     assert shown["steps"] == 50
     file.write_text(json.dumps({**json.loads(file.read_text()), "surprise": 1}))
-    refused = run(command("run", "show", file), tmp_path)
+    refused = typed(command("run", "show", file))
     assert refused.returncode == 2
     assert "surprise: unknown field" in refused.stderr
 

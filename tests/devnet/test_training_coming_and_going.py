@@ -173,6 +173,7 @@ def test_a_worker_who_joins_and_stays_follows_the_first_of_his_stage(tmp_path: P
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_host_that_restarts_finds_who_came_and_went_on_the_chain(tmp_path: Path) -> None:
     async def main() -> None:
         run = WholeRun(write_data(tmp_path), tmp_path)
@@ -211,6 +212,7 @@ def test_what_the_leaver_signed_last_is_with_the_others_when_he_is_gone(tmp_path
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_who_is_gone_without_a_word_is_taken_off_the_list_and_another_is_drawn_to_his_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

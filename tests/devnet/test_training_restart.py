@@ -71,6 +71,7 @@ def test_a_worker_killed_in_the_middle_comes_back_and_nothing_differs(
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_whoever_serves_knows_where_a_restarted_worker_is(tmp_path: Path) -> None:
     async def main() -> None:
         run = WholeRun(write_data(tmp_path), tmp_path)

@@ -63,6 +63,7 @@ def test_a_full_disk_pauses_training_and_room_lets_it_go_on(tmp_path: Path, monk
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_laptop_that_sleeps_is_waited_for_and_comes_back(tmp_path: Path) -> None:
     async def main() -> None:
         run = WholeRun(write_data(tmp_path), tmp_path)

@@ -16,7 +16,12 @@ from web_browser import Visit, chromium, serving, visiting
 from web_world import account, moment, transaction
 
 SERVED = moment(600, phase="serving", payments=4, claimed=True)
-SIZES = [(1280, 900, "light"), (1280, 900, "dark"), (390, 844, "light"), (390, 844, "dark")]
+SIZES = [
+    pytest.param(1280, 900, "light", marks=pytest.mark.slow),
+    (1280, 900, "dark"),
+    (390, 844, "light"),
+    pytest.param(390, 844, "dark", marks=pytest.mark.slow),
+]
 PAINTED = """() => [...document.querySelectorAll('#chart canvas')].map((canvas) => {
   const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
   const colours = new Set();

@@ -40,7 +40,7 @@ def _needed(extras: tuple[str, ...]) -> set[str]:
 
 def test_every_package_that_a_user_gets_is_pinned_and_installed_as_pinned() -> None:
     pins = _pins()
-    needed = _needed(("train", "serve", "test"))
+    needed = _needed(("train", "serve", "agents", "test"))
     assert needed - pins.keys() == set()
     wrong = {}
     for name in needed:
@@ -52,7 +52,7 @@ def test_every_package_that_a_user_gets_is_pinned_and_installed_as_pinned() -> N
 
 def test_no_pin_is_left_over() -> None:
     try:
-        needed = _needed(("train", "serve", "data", "postgres", "test", "dev"))
+        needed = _needed(("train", "serve", "agents", "data", "postgres", "test", "dev"))
     except PackageNotFoundError as error:
         pytest.skip(f"`make check` installs {error.name}, which tells what the dev extra brings")
     assert _pins().keys() - needed == set()

@@ -14,7 +14,7 @@ from chain_support import CHAIN_ID, WORKERS, anvil, fund_on_anvil, key, make_wor
 from tessera.chain.client import RpcChain
 from tessera.chain.faces import Coin, ModelShare
 from tessera.chain.http import rpc_app
-from tessera.chain.indexer import ShareIndex
+from tessera.chain.indexer.model_share import ShareView, share_index
 from tessera.chain.rpc import BytesRpc, HttpRpc
 from tessera.chain.settle import income_table
 from tessera.core.errors import Conflict, Invalid, PaymentRequired
@@ -49,7 +49,8 @@ async def chain(request: pytest.FixtureRequest) -> AsyncIterator[RpcChain]:
         yield RpcChain(BytesRpc(exchange))
     else:
         rpc = HttpRpc("http://chain.test/")
-        rpc._http = httpx.AsyncClient(transport=httpx.ASGITransport(app=rpc_app(local)))  # the app, without a port
+        app, headers = httpx.ASGITransport(app=rpc_app(local)), {"content-type": "application/json"}
+        rpc._http = httpx.AsyncClient(transport=app, headers=headers)  # the app, without a port
         yield RpcChain(rpc)
         await rpc.aclose()
 
@@ -65,11 +66,13 @@ async def test_a_whole_settlement_adds_up(chain: RpcChain) -> None:
     table = await income_table(chain, world.share.address)
     assert (table.revenue, table.total_claimed, table.undistributed, table.dust) == (1_005, 428, 5, 1)
     assert table.total_claimed + table.unclaimed + table.undistributed + table.dust == table.revenue
-    index = ShareIndex(None, chain, world.share.address, world.coin.address)
+    index = share_index(None, chain, world.share.address, world.coin.address)
     assert await index.update() == table.block_number
-    assert index.by_account("claimed") == table.claimed
-    assert index.balances() == table.shares
-    assert index.total("paid") == table.revenue
+    told = ShareView(index.queries)
+    assert {who: claimed.amount for who, claimed in told.claimed().items()} == table.claimed
+    assert {who: balance.amount for who, balance in told.balances().items()} == table.shares
+    assert told.revenue().amount == table.revenue
+    index.close()
 
 
 async def test_a_refusal_comes_as_the_error_that_says_what_to_do(chain: RpcChain) -> None:

@@ -11,7 +11,16 @@ import torch
 
 from tessera.core.errors import Invalid
 from tessera.models.config import CodecConfig, ModelConfig, ModelSpec
-from tessera.models.memory import MemoryNeed, _copies_bytes, _graph_bytes, estimate_memory, fit_memory, parameter_shapes
+from tessera.models.memory import (
+    HEADER,
+    MemoryNeed,
+    _copies_bytes,
+    _graph_bytes,
+    estimate_memory,
+    fit_memory,
+    parameter_shapes,
+    state_limit,
+)
 from tessera.models.presets import Compute, Kind, default_spec, preset_codec
 from tessera.models.stage import Stage
 from tessera.models.trainer import StageTrainer
@@ -38,6 +47,14 @@ def test_parameters_are_counted_exactly(kind: Kind, stage: int) -> None:
     for spec in specs:
         counted = sum(torch.Size(shape).numel() for shape in parameter_shapes(spec, stage).values())
         assert counted == sum(p.numel() for p in Stage(spec, stage).parameters())
+
+
+@pytest.mark.parametrize("kind", ["codec", "reparam", "ssn", "control", "dense"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_saved_state_is_as_long_as_its_limit_but_for_the_header(kind: Kind, stage: int) -> None:
+    for spec in (described(kind, "bfloat16"), default_spec(3, codec=kind)):
+        saved = len(StageTrainer(spec, stage, steps=2).save())
+        assert state_limit(spec, stage) - HEADER < saved < state_limit(spec, stage) - HEADER * 9 // 10
 
 
 @pytest.mark.parametrize("kind", ["codec", "reparam", "ssn", "control", "dense"])

@@ -84,10 +84,10 @@ def test_four_stages_train_like_one_process() -> None:
     assert_near(parameters(cut), parameters(whole), 1e-5)
 
 
-def worker(stage: int, before: Connection | None, after: Connection | None, report: Connection) -> None:
+def worker(stages: int, stage: int, before: Connection | None, after: Connection | None, report: Connection) -> None:
     """One stage, alone with its pipes."""
     torch.set_num_threads(1)
-    trainer = StageTrainer(spec(4), stage, steps=STEPS)
+    trainer = StageTrainer(spec(stages), stage, steps=STEPS)
     losses = []
     for step in range(STEPS):
         for index in range(MICROBATCHES):
@@ -104,17 +104,18 @@ def worker(stage: int, before: Connection | None, after: Connection | None, repo
     report.send((losses, {n: p.detach().numpy() for n, p in trainer.stage.named_parameters()}))
 
 
-def test_four_processes_train_like_one() -> None:
+@pytest.mark.parametrize("stages", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_as_many_processes_as_stages_train_like_one(stages: int) -> None:
     context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(3)]
-    reports = [context.Pipe(duplex=False) for _ in range(4)]
+    pipes = [context.Pipe() for _ in range(stages - 1)]
+    reports = [context.Pipe(duplex=False) for _ in range(stages)]
     processes = [
         context.Process(
             target=worker,
-            args=(s, pipes[s - 1][1] if s else None, pipes[s][0] if s < 3 else None, reports[s][1]),
+            args=(stages, s, pipes[s - 1][1] if s else None, pipes[s][0] if s < stages - 1 else None, reports[s][1]),
             daemon=True,
         )
-        for s in range(4)
+        for s in range(stages)
     ]
     for process in processes:
         process.start()
@@ -126,7 +127,7 @@ def test_four_processes_train_like_one() -> None:
         process.join(10)
         assert process.exitcode == 0
     whole = Pipeline(spec(1), steps=STEPS)
-    assert results[3][0] == pytest.approx(train(whole), rel=1e-6)
+    assert results[-1][0] == pytest.approx(train(whole), rel=1e-6)
     values = {name: torch.from_numpy(value) for _, part in results for name, value in part.items()}
     assert_near(values, parameters(whole), 1e-5)
 

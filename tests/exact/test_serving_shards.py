@@ -15,7 +15,10 @@ GREEDY = Sampling(temperature=0, max_tokens=24)
 
 
 @pytest.mark.parametrize("real", [False, True], ids=["memory", "quic"])
-@pytest.mark.parametrize(("stages", "codec"), [(1, "codec"), (2, "dense"), (4, "codec"), (4, "reparam")])
+@pytest.mark.parametrize(
+    ("stages", "codec"),
+    [(1, "codec"), pytest.param(2, "dense", marks=pytest.mark.slow), (4, "codec"), (4, "reparam")],
+)
 async def test_greedy_decoding_over_peers_equals_one_process(stages: int, codec: Kind, real: bool) -> None:
     async with open_shards(stages, codec, real=real) as shards:
         for prompt in ([5], [1, 2, 3], list(range(40))):
@@ -23,7 +26,7 @@ async def test_greedy_decoding_over_peers_equals_one_process(stages: int, codec:
         await shards.settled()
 
 
-@pytest.mark.parametrize("away", [(0,), (2,), (6,), (0, 3, 4, 7)])
+@pytest.mark.parametrize("away", [(2,), *(pytest.param(a, marks=pytest.mark.slow) for a in ((0,), (6,), (0, 3, 4, 7)))])
 async def test_a_stage_answers_as_long_as_one_of_its_workers_is_there(away: tuple[int, ...]) -> None:
     """Two at each of four stages; the first of a stage is asked first."""
     async with open_shards(4, replicas=2) as shards:

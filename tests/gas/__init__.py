@@ -10,14 +10,14 @@ import pkgutil
 from importlib import import_module
 
 from chain_support import WORKERS, key
-from tessera.chain.types import Chain
+from tessera.chain.client import RpcChain
 
 HOLDERS = [key(f"holder {i}") for i in range(16)]
-PEOPLE = [*WORKERS, *HOLDERS]  # whom a chain that charges for gas must give some
+PEOPLE = [*WORKERS, *HOLDERS, key("stranger")]  # whom a chain that charges for gas must give some
 CONTRACTS = sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-async def gas_table(contract: str, chain: Chain) -> dict[str, int]:
+async def gas_table(contract: str, chain: RpcChain) -> dict[str, int]:
     """One contract's operations and their gas, on a fresh chain."""
     used: dict[str, int] = await import_module(f"gas.{contract}").table(chain)
     return used

@@ -9,10 +9,10 @@ from chain_support import CHAIN_ID, WORKERS
 from gas import HOLDERS
 from tessera.chain import artifact
 from tessera.chain.faces import Coin
-from tessera.chain.types import Chain, Receipt
+from tessera.chain.types import Receipt
 
 
-async def table(chain: Chain) -> dict[str, int]:
+async def table(chain: RpcChain) -> dict[str, int]:
     payer, payee = WORKERS[0], HOLDERS[0]
     deployed = await chain.send(payer, None, artifact.load("coin").init_code())
     assert deployed.contract is not None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from chain_support import WORKERS, make_world
 from gas import HOLDERS
-from tessera.chain.types import Chain, Receipt
+from tessera.chain.types import Receipt
 
 
-async def table(chain: Chain) -> dict[str, int]:
+async def table(chain: RpcChain) -> dict[str, int]:
     world = await make_world(chain)
     coin, share, sender = world.coin, world.share, WORKERS[0]
     used: dict[str, int] = {}

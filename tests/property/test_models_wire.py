@@ -61,7 +61,7 @@ def test_float32_messages_lose_nothing(seed: int, shape: tuple[int, int, int], e
     assert torch.equal(engine.unpack(engine.pack(x), *shape[:2]), x)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.integers(0, 2**32), exponents, st.sampled_from(list(CODES)))
 def test_random_rounding_is_right_on_average(seed: int, exponent: int, number: str) -> None:
     engine, x = wire(number), tensors(seed, (1, 4, 8), exponent)

@@ -17,9 +17,9 @@ import pytest
 from chain_support import CHAIN_ID, NOW, WORKERS, key, make_world
 from tessera.chain.blocks import make_block
 from tessera.chain.faces import Coin, Run
+from tessera.chain.genesis import Genesis
 from tessera.chain.journal import Entry
 from tessera.chain.local import LocalChain
-from tessera.chain.nodes import Nodes
 from tessera.chain.replay import replay, verify_journal
 from tessera.chain.settle import income_table
 from tessera.core.clock import FakeClock
@@ -228,8 +228,8 @@ async def test_a_false_claim_about_a_block_is_misbehaviour(entries: list[Entry],
 
 async def test_a_root_that_the_transactions_do_not_lead_to_is_found_though_the_hash_fits(entries: list[Entry]) -> None:
     """An operator who makes up a state has to make up its hash too; only running the transaction shows it."""
-    honest = list(replay(Nodes(), entries[:5], CHAIN_ID, {}))[4]
-    lie = make_block(4, honest.timestamp, honest.parent, b"\1" * 32, honest.transaction, honest.outcome)
+    honest, _ = list(replay(entries[:5], CHAIN_ID, Genesis()))[4]
+    lie = make_block(4, honest.timestamp, honest.parent, b"\1" * 32, honest.transaction, honest)
     forged = replace(entries[4], state_root=lie.state_root, hash=lie.hash)
     with pytest.raises(Misbehaviour, match="lead to state root") as caught:
         verify_journal([*entries[:4], forged], chain_id=CHAIN_ID)

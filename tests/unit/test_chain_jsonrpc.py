@@ -6,11 +6,9 @@ import json
 from typing import Any
 
 import anyio
-import httpx
 import pytest
 
 from chain_support import CHAIN_ID, WORKERS, key, local_world, memory_chain
-from tessera.chain.http import rpc_app
 from tessera.chain.jsonrpc import BATCH_LIMIT, answer
 from tessera.chain.rpc import BytesRpc, HttpRpc
 from tessera.core.errors import Conflict, Invalid, Late, Refused, TesseraError, Unavailable
@@ -56,6 +54,17 @@ async def test_malformed_requests_get_their_code(body: bytes, code: int) -> None
     reply = json.loads(memory_chain().handle(body))
     assert reply["error"]["code"] == code
     assert "result" not in reply
+
+
+async def test_a_batch_within_a_batch_is_no_request() -> None:
+    reply = json.loads(memory_chain().handle(b'[[{"id":1,"method":"eth_chainId"}],{"id":2,"method":"eth_chainId"}]'))
+    assert [one.get("error", {}).get("code") for one in reply] == [-32600, None]
+
+
+async def test_the_longest_batch_is_answered_and_one_more_is_not() -> None:
+    one = {"id": 1, "method": "eth_chainId"}
+    assert len(json.loads(memory_chain().handle(json.dumps([one] * BATCH_LIMIT).encode()))) == BATCH_LIMIT
+    assert "error" in json.loads(memory_chain().handle(json.dumps([one] * (BATCH_LIMIT + 1)).encode()))
 
 
 async def test_a_body_over_the_limit_is_not_read() -> None:
@@ -117,6 +126,12 @@ async def test_a_bug_of_ours_is_an_internal_error_without_its_details() -> None:
         ("eth_sendRawTransaction", ["0x" + "00" * (128 * 1024 + 1)]),
         ("eth_feeHistory", ["0x1", "latest", "all"]),
         ("evm_increaseTime", [-1]),
+        ("evm_setNextBlockTimestamp", ["soon"]),
+        ("evm_mine", [[]]),
+        ("eth_call", [{"to": ADDRESS}, {"blockHash": "0x11"}]),
+        ("eth_call", [{"to": ADDRESS}, {"blockHash": HASH, "surprise": 1}]),
+        ("eth_getTransactionByBlockNumberAndIndex", ["latest", "first"]),
+        ("eth_getBlockTransactionCountByHash", ["latest"]),
         ("tessera_journal", [True]),
     ],
 )
@@ -159,6 +174,52 @@ async def test_development_methods_are_for_development_chains_only() -> None:
     assert ask(LocalChain(None, chain_id=CHAIN_ID), "evm_mine")["error"]["code"] == -32601
 
 
+async def test_blocks_and_transactions_are_found_by_every_name() -> None:
+    chain = (await local_world()).local
+    assert chain
+    for block in (hex(chain.head.number), "latest", {"blockNumber": hex(chain.head.number)}):
+        assert ask(chain, "eth_getBlockTransactionCountByNumber", block)["result"] == "0x1"
+        found = ask(chain, "eth_getTransactionByBlockNumberAndIndex", block, "0x0")["result"]
+        assert ask(chain, "eth_getTransactionByHash", found["hash"])["result"] == found
+        assert ask(chain, "eth_getTransactionByBlockNumberAndIndex", block, "0x1")["result"] is None
+    name = "0x" + chain.head.hash.hex()
+    assert ask(chain, "eth_getBlockTransactionCountByHash", name)["result"] == "0x1"
+    assert ask(chain, "eth_getTransactionByBlockHashAndIndex", name, "0x0")["result"] == found
+    assert ask(chain, "eth_getTransactionByBlockNumberAndIndex", "0x0", "0x0")["result"] is None  # genesis is empty
+    assert ask(chain, "eth_getBlockTransactionCountByNumber", "0x0")["result"] == "0x0"
+    assert ask(chain, "eth_getUncleCountByBlockHash", name)["result"] == "0x0"
+    assert ask(chain, "eth_getUncleCountByBlockNumber", "0x0")["result"] == "0x0"
+    for method in ("eth_getBlockTransactionCountByHash", "eth_getUncleCountByBlockHash"):
+        assert ask(chain, method, HASH)["result"] is None
+    assert ask(chain, "eth_getTransactionByBlockHashAndIndex", HASH, "0x0")["result"] is None
+    assert ask(chain, "eth_getUncleCountByBlockNumber", "0x999")["result"] is None
+    assert ask(chain, "net_peerCount")["result"] == "0x0"
+
+
+async def test_a_call_may_name_its_block_by_hash() -> None:
+    world = await local_world()
+    supply = {"to": world.coin.address, "data": "0x18160ddd"}
+    before = world.local.head.hash  # type: ignore[union-attr]
+    await world.coin.mint(WORKERS[0], key("holder").account, 5)
+    named = {"blockHash": "0x" + before.hex(), "requireCanonical": True}
+    assert int(ask(world.local, "eth_call", supply, named)["result"], 16) == 0
+    assert int(ask(world.local, "eth_call", supply, "latest")["result"], 16) == 5
+    assert ask(world.local, "eth_call", supply, {"blockHash": HASH})["error"]["message"] == f"no block {HASH}"
+
+
+async def test_the_next_block_can_be_given_its_time_and_the_clock_goes_on_from_there() -> None:
+    chain = memory_chain()
+    later = chain.head.timestamp + 1_000
+    assert ask(chain, "evm_setNextBlockTimestamp", hex(later))["result"] == hex(later)
+    ask(chain, "evm_mine")
+    assert chain.head.timestamp == later
+    ask(chain, "evm_mine", later + 5)
+    ask(chain, "evm_mine")
+    assert chain.head.timestamp == later + 5
+    for wrong in (later, 2**40):  # before the head; beyond what a clock can mean
+        assert ask(chain, "evm_setNextBlockTimestamp", wrong)["error"]["code"] == -32000
+
+
 async def test_filters_tell_each_event_and_block_once() -> None:
     world = await local_world()
     chain = world.local
@@ -179,22 +240,6 @@ async def test_forgotten_filters_make_room() -> None:
     for _ in range(256):
         ask(chain, "eth_newBlockFilter")
     assert "error" in ask(chain, "eth_getFilterChanges", first)
-
-
-# --- over HTTP --------------------------------------------------------------------------------------------------------
-
-
-async def test_http_answers_posts_and_lets_browsers_ask() -> None:
-    transport = httpx.ASGITransport(app=rpc_app(memory_chain(), body_limit=1_000))
-    async with httpx.AsyncClient(transport=transport, base_url="http://chain.test") as http:
-        asked = await http.post("/", json={"jsonrpc": "2.0", "id": 1, "method": "eth_chainId", "params": []})
-        assert (asked.status_code, asked.json()["result"]) == (200, hex(CHAIN_ID))
-        assert asked.headers["access-control-allow-origin"] == "*"
-        preflight = await http.options("/", headers={"origin": "http://page.test"})
-        assert (preflight.status_code, preflight.headers["access-control-allow-headers"]) == (204, "content-type")
-        assert (await http.get("/")).status_code == 405
-        assert (await http.post("/", content=b"x" * 1_001)).status_code == 413
-        assert (await http.post("/", content=b"x" * 1_000)).json()["error"]["code"] == -32700
 
 
 # --- the asking side --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from eth_account import Account as EthAccount
 
 import tessera.chain.local as local_module
-from chain_support import CHAIN_ID, NOW, WORKERS, World, fresh_world, key, local_world, memory_chain
+from chain_support import CHAIN_ID, NOW, WORKERS, World, key, local_world, memory_chain
 from tessera.chain.engine import GAS_LIMIT, Message, Outcome
 from tessera.chain.faces import Coin
 from tessera.chain.local import LocalChain
@@ -252,39 +252,22 @@ async def test_first_balances_can_be_given_and_moved() -> None:
 
 
 async def test_old_states_stay_readable_until_they_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_module, "COMPACT_FROM", 0)
+    monkeypatch.setattr(local_module, "KEPT", 3)
     chain = memory_chain()
-    client = chain.client()
-    coin = await Coin.deploy(client, WORKERS[0])
+    coin = await Coin.deploy(chain.client(), WORKERS[0])
     await coin.mint(WORKERS[0], SENDER.account, 5)
     height = chain.head.number
-    chain._compact_at = 10**9
+    for balance in (10, 15):
+        await coin.mint(WORKERS[0], SENDER.account, 5)
+        assert await coin.at(height).balanceOf(SENDER.account) == 5
+        assert await coin.balanceOf(SENDER.account) == balance
     await coin.mint(WORKERS[0], SENDER.account, 5)
-    assert await coin.at(height).balanceOf(SENDER.account) == 5
-    chain._compact_at = 0
-    await coin.mint(WORKERS[0], SENDER.account, 5)
-    assert await coin.balanceOf(SENDER.account) == 15
-    assert await coin.name() == "Test USD"
     with pytest.raises(Refused, match="no longer kept"):
         await coin.at(height).balanceOf(SENDER.account)
+    assert await coin.balanceOf(SENDER.account) == 20
+    assert await coin.name() == "Test USD"
     with pytest.raises(Missing, match="the head is"):
         chain.state(99)
-
-
-async def test_dropping_old_states_keeps_the_present_one_whole() -> None:
-    world = await fresh_world()
-    chain = world.local
-    assert chain
-    await world.give({key(f"holder {i}").account: i + 1 for i in range(6)})
-    before = len(chain._view.nodes)
-    root = chain.state_root()
-    smaller = chain._view.nodes.compacted(root)
-    assert len(smaller) < before
-    chain._view = chain._view._replace(nodes=smaller)
-    await world.earn(21)
-    for i in range(6):
-        await world.share.claim(key(f"holder {i}"))
-        assert await world.coin.balanceOf(key(f"holder {i}").account) == i + 1
 
 
 async def test_too_many_events_are_asked_for_in_parts() -> None:

@@ -356,7 +356,7 @@ async def test_books_that_do_not_balance_are_evidence(world: World) -> None:
 
 async def test_every_reason_is_mapped_to_an_error() -> None:
     texts = [path.read_text("utf-8") for path in (ROOT / "contracts").rglob("*.vy")]
-    reasons = {reason for text in texts for reason in re.findall(r'"((?:coin|model_share|run): [^"]+)"', text)}
+    reasons = {reason for text in texts for reason in re.findall(r'"([a-z0-9_]+: [^"]+)"', text)}
     assert reasons == set(REASONS)
     files = (ROOT / "tests" / "unit").glob("test_contract_*.py")
     tests = "".join(path.read_text("utf-8") for path in files).replace("\\", "")

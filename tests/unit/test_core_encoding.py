@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tessera.core.encoding import MAX_DEPTH, MAX_INT_BITS, decode, encode
+from tessera.core.encoding import MAX_DEPTH, MAX_INT_BITS, decode, encode, hex_bytes
 from tessera.core.errors import Invalid
 
 OTHER_SPELLINGS = {
@@ -102,3 +102,24 @@ def test_a_number_keeps_its_type() -> None:
     assert encode(1.0) == b"1.0"
     assert encode(True) == b"true"
     assert type(decode(b"1.0", 10)) is float
+
+
+def test_bytes_have_one_spelling() -> None:
+    assert hex_bytes("00ff", 2) == b"\x00\xff"
+    assert hex_bytes("", 0) == b""
+    for other in (
+        "00FF",
+        "00fF",
+        "0xff",
+        "00f",
+        "00ff00",
+        " 0ff",
+        "00 ff",
+        "zzzz",
+        "\uff10\uff10ff",
+        b"00ff",
+        255,
+        None,
+    ):
+        with pytest.raises(Invalid, match="expected 2 bytes in lower-case hex"):
+            hex_bytes(other, 2)

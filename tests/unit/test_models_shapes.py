@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 from jaxtyping import install_import_hook
@@ -26,6 +28,7 @@ sys.exit("a wrong type passed: the checks are not on")
 """
 
 
+@pytest.mark.slow
 def test_shapes_are_as_annotated() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], check=False, timeout=100, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -23,7 +23,7 @@ from tessera.core.errors import (
     Unavailable,
 )
 from tessera.core.ids import PeerId
-from tessera.p2p import iroh_link, memory, zmq_link
+from tessera.p2p import iroh_link, iroh_transport, memory, switchboard, zmq_link, zmq_transport
 from tessera.p2p.calls import call, serve_calls
 from tessera.p2p.switchboard import hello
 from tessera.p2p.transport import PeerRecord, Stream, Transport
@@ -151,12 +151,15 @@ async def test_another_key_at_a_right_address_is_not_accepted(world: Any) -> Non
 
 @on_every_adapter
 async def test_a_dead_address_is_unavailable_and_a_short_deadline_is_late(world: Any) -> None:
-    async with world.start(key(1)) as caller:
-        nobody = PeerRecord.sign(key(3), (world.dead_address(),), expires=1)
-        with pytest.raises(Late):
-            await caller.open(nobody, "echo/1", timeout_s=0.3)
-        with pytest.raises(Unavailable, match="does not answer"):
-            await caller.open(nobody, "echo/1", timeout_s=20)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (memory, iroh_transport, zmq_transport):
+            patch.setattr(module, "DIAL_S", 1.0)
+        async with world.start(key(1)) as caller:
+            nobody = PeerRecord.sign(key(3), (world.dead_address(),), expires=1)
+            with pytest.raises(Late):
+                await caller.open(nobody, "echo/1", timeout_s=0.3)
+            with pytest.raises(Unavailable, match="does not answer"):
+                await caller.open(nobody, "echo/1", timeout_s=20)
 
 
 @on_every_adapter
@@ -398,15 +401,17 @@ async def test_a_flood_of_streams_hurts_only_whoever_sends_it(world: Any) -> Non
             except TesseraError as error:
                 refused.append(error)
 
-        async with anyio.create_task_group() as tasks:
-            for _ in range(30):
-                tasks.start_soon(flood)
-            await anyio.sleep(0.3)
-            with anyio.fail_after(2):
-                stream = await other.open(server.record(), "hold/1", timeout_s=2)
-                await stream.send(b"x", last=True)
-                assert await stream.recv(10) == b""
-                await ask(flooder, server.record())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(switchboard, "QUEUE_S", 2.5)
+            async with anyio.create_task_group() as tasks:
+                for _ in range(30):
+                    tasks.start_soon(flood)
+                await anyio.sleep(0.3)
+                with anyio.fail_after(2):
+                    stream = await other.open(server.record(), "hold/1", timeout_s=2)
+                    await stream.send(b"x", last=True)
+                    assert await stream.recv(10) == b""
+                    await ask(flooder, server.record())
         assert len(holding) == 4
         assert {type(error) for error in refused} == {Unavailable}
         assert len(refused) == 26

@@ -114,6 +114,7 @@ async def test_callers_that_hang_up_early_do_not_use_up_their_places(monkeypatch
             await stream.abort()
 
 
+@pytest.mark.slow
 async def test_a_peer_whose_python_is_busy_is_not_taken_for_dead() -> None:
     """The engine's threads answer for it; only deadlines end a wait for it."""
     async with IrohTransport.start(key(1)) as caller, IrohWorld().doomed(key(2)) as doomed:
@@ -123,6 +124,7 @@ async def test_a_peer_whose_python_is_busy_is_not_taken_for_dead() -> None:
         assert await stream.recv(LIMIT) == b"still there"
 
 
+@pytest.mark.slow
 async def test_our_own_pause_does_not_count_as_the_peers_silence() -> None:
     async with IrohTransport.start(key(1)) as caller, IrohWorld().doomed(key(2)) as doomed:
         stream = await caller.open(doomed.record, "echo/1", timeout_s=10)

@@ -84,6 +84,7 @@ async def test_an_address_that_nobody_listens_at_fails_at_once() -> None:
             await caller.open(PeerRecord.sign(key(1), ("zmq:127.0.0.1:1",), expires=0), "echo/1", timeout_s=5)
 
 
+@pytest.mark.slow
 async def test_a_peer_whose_python_is_busy_is_not_taken_for_dead() -> None:
     """The engine's thread answers for it; only deadlines end a wait for it."""
     async with ZmqTransport.start(key(1)) as caller, ZmqWorld().doomed(key(2)) as doomed:
@@ -93,6 +94,7 @@ async def test_a_peer_whose_python_is_busy_is_not_taken_for_dead() -> None:
         assert await stream.recv(LIMIT) == b"still there"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")
 async def test_a_frozen_peer_is_taken_for_dead() -> None:
     async with ZmqTransport.start(key(1)) as node, ZmqWorld().doomed(key(2)) as dialled:

@@ -66,6 +66,7 @@ async def test_a_direct_path_is_taken_where_one_works() -> None:
                     await anyio.sleep(0.02)
 
 
+@pytest.mark.slow
 async def test_a_peer_that_falls_silent_behind_a_relay_is_noticed_within_seconds() -> None:
     async with Relay.start(BLIND) as relay, far_peers(url_of(relay), count=1) as (one,):
         async with far_peer_process(relay) as doomed:

@@ -14,7 +14,6 @@ from audit_world import (
     MICROBATCHES,
     RUN,
     STEP,
-    FlowReceipt,
     auditor_key,
     crew,
     honest_step,
@@ -34,6 +33,7 @@ from tessera.training.audit_evidence import Evidence
 from tessera.training.audit_log import AuditLog
 from tessera.training.audit_probe import Examiner, serve_probe
 from tessera.training.audit_service import Behind
+from tessera.training.receipts import Receipt
 
 WORKER = worker_key(1).id
 
@@ -147,7 +147,7 @@ def test_honest_work_passes_on_every_stage_and_its_evidence_travels(stage: int, 
     done = honest_step()
     assert judged(done, stage, index).outcome == "passed"
     evidence = done.evidence(stage, index)
-    again = Evidence.from_bytes(RUN, evidence.to_bytes(), FlowReceipt.from_row)
+    again = Evidence.from_bytes(RUN, evidence.to_bytes(), Receipt.from_row)
     assert again == evidence
     assert again.digest() == evidence.digest()
 
@@ -293,6 +293,6 @@ def test_an_auditor_who_asks_too_late_says_nothing_about_the_worker() -> None:
             with pytest.raises(Behind):
                 await here.auditor.audit(lot(1), done.receipts, done.commitments[1])
             with pytest.raises(Behind):
-                await here.auditor.promise(WORKER, STEP, FlowReceipt.from_row)
+                await here.auditor.promise(WORKER, STEP, Receipt.from_row)
 
     run_virtual(main)

@@ -8,13 +8,14 @@ recipient are zero.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from tessera.chain.engine import GAS_LIMIT, Outcome, SignedTx
+from tessera.chain.engine import GAS_LIMIT, SignedTx, decode_transaction
 from tessera.chain.transactions import rlp_encode
 from tessera.core.hashing import keccak, sha256
 
-__all__ = ["Block", "RawLog", "bloom", "make_block"]
+__all__ = ["Block", "RawLog", "Result", "bloom", "make_block", "restore_block"]
 
 RawLog = tuple[bytes, tuple[bytes, ...], bytes]  # address, topics, data
 
@@ -22,12 +23,34 @@ EMPTY_TRIE = keccak(rlp_encode(b""))
 EMPTY_LIST = keccak(rlp_encode([]))
 EMPTY_REQUESTS = sha256(b"")
 EXTRA_DATA = b"tessera"
+NO_BLOOM = bytes(256)
+# A header is an RLP list whose fields are mostly constant or of one length. Put together by hand it takes less
+# time, of which a start from a checkpoint mostly consists; a test compares it with another implementation's.
+_NOBODY = rlp_encode(EMPTY_LIST) + rlp_encode(bytes(20))  # no uncles, no fee recipient
+_GAS_LIMIT = rlp_encode(GAS_LIMIT)
+_TAIL = b"".join(  # extra data, randomness, nonce, base fee, withdrawals, blob gas twice, beacon root, requests
+    rlp_encode(field) for field in (EXTRA_DATA, bytes(32), bytes(8), 0, EMPTY_TRIE, 0, 0, bytes(32), EMPTY_REQUESTS)
+)
 _ONLY_KEY = b"\x20\x80"  # the hex-prefix form of rlp(0): the path of a trie's single entry
+
+
+class Result(Protocol):
+    """What a block tells of its transaction's outcome. An `Outcome` is one, and so is a `Block`."""
+
+    @property
+    def ok(self) -> bool: ...
+    @property
+    def gas_used(self) -> int: ...
+    @property
+    def logs(self) -> Sequence[RawLog]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block; `transaction` and `outcome` are None for genesis and for blocks mined empty by hand."""
+    """One block; `raw` and `tx_hash` are None for genesis and for blocks mined empty by hand.
+
+    Everything but the cache is committed to by `hash`.
+    """
 
     number: int
     timestamp: int
@@ -38,16 +61,27 @@ class Block:
     receipts_root: bytes
     bloom: bytes
     size: int  # of header and transaction in bytes
-    transaction: SignedTx | None
-    outcome: Outcome | None
+    raw: bytes | None
+    tx_hash: bytes | None
+    ok: bool
+    gas_used: int
+    logs: Sequence[RawLog]
+    _transaction: SignedTx | None = field(default=None, repr=False, compare=False)
 
     @property
-    def gas_used(self) -> int:
-        return self.outcome.gas_used if self.outcome else 0
+    def transaction(self) -> SignedTx | None:
+        """Decoded when it is first asked for: that costs more than all the rest of a block."""
+        if self._transaction is None and self.raw is not None:
+            object.__setattr__(self, "_transaction", replace(decode_transaction(self.raw), inner=None))
+        return self._transaction
 
     @property
-    def logs(self) -> Sequence[RawLog]:
-        return self.outcome.logs if self.outcome else ()
+    def contract(self) -> bytes | None:
+        """The account that the transaction created."""
+        transaction = self.transaction
+        if transaction is None or transaction.to is not None or not self.ok:
+            return None
+        return keccak(rlp_encode([transaction.sender, transaction.nonce]))[12:]
 
 
 def make_block(
@@ -56,24 +90,36 @@ def make_block(
     parent: bytes,
     state_root: bytes,
     transaction: SignedTx | None = None,
-    outcome: Outcome | None = None,
+    result: Result | None = None,
 ) -> Block:
     """Compute roots and hash.  Cost: a dozen Keccaks."""
-    logs = outcome.logs if outcome else ()
-    bits = bloom(logs)
-    transactions_root = _trie_of_one(transaction.raw) if transaction else EMPTY_TRIE
-    receipts_root = _trie_of_one(_receipt(transaction, outcome, bits)) if transaction and outcome else EMPTY_TRIE
-    gas_used = outcome.gas_used if outcome else 0
-    header = rlp_encode(
-        [
-            parent, EMPTY_LIST, bytes(20), state_root, transactions_root, receipts_root, bits, 0, number, GAS_LIMIT,
-            gas_used, timestamp, EXTRA_DATA, bytes(32), bytes(8), 0, EMPTY_TRIE, 0, 0, bytes(32), EMPTY_REQUESTS,
-        ]
-    )  # fmt: skip
-    return Block(
-        number, timestamp, parent, keccak(header), state_root, transactions_root, receipts_root, bits,
-        len(header) + (len(transaction.raw) if transaction else 0), transaction, outcome,
-    )  # fmt: skip
+    if transaction is None or result is None:
+        return _assemble(number, timestamp, parent, state_root)
+    kept = (result.ok, result.gas_used, result.logs)
+    bits = bloom(result.logs)
+    block = _assemble(number, timestamp, parent, state_root, transaction.raw, transaction.hash, kept, bits)
+    object.__setattr__(block, "_transaction", replace(transaction, inner=None))
+    return block
+
+
+def restore_block(
+    number: int,
+    timestamp: int,
+    parent: bytes,
+    state_root: bytes,
+    raw: bytes | None,
+    kept: tuple[bool, int, Sequence[RawLog]],
+    bits: bytes,
+) -> Block:
+    """A block again, from what was kept of it. Compare its hash with the known one: that checks every argument.
+
+    Args:
+        kept: whether the transaction succeeded, the gas that it used, its events.
+        bits: the bloom over the events, which is not computed again: the hash commits to it.
+    """
+    if raw is None:
+        return _assemble(number, timestamp, parent, state_root)
+    return _assemble(number, timestamp, parent, state_root, raw, keccak(raw), kept, bits)
 
 
 def bloom(logs: Iterable[RawLog]) -> bytes:
@@ -87,10 +133,32 @@ def bloom(logs: Iterable[RawLog]) -> bytes:
     return bits.to_bytes(256, "big")
 
 
-def _receipt(transaction: SignedTx, outcome: Outcome, bits: bytes) -> bytes:
-    logs = [[address, list(topics), data] for address, topics, data in outcome.logs]
-    body = rlp_encode([int(outcome.ok), outcome.gas_used, bits, logs])
-    return bytes([transaction.kind]) + body if transaction.kind else body
+def _assemble(
+    number: int,
+    timestamp: int,
+    parent: bytes,
+    state_root: bytes,
+    raw: bytes | None = None,
+    tx_hash: bytes | None = None,
+    kept: tuple[bool, int, Sequence[RawLog]] = (True, 0, ()),
+    bits: bytes = NO_BLOOM,
+) -> Block:
+    ok, gas_used, logs = kept
+    transactions_root = receipts_root = EMPTY_TRIE
+    if raw is not None:
+        receipt = rlp_encode(
+            [int(ok), gas_used, bits, [[address, list(topics), data] for address, topics, data in logs]]
+        )
+        transactions_root = _trie_of_one(raw)
+        receipts_root = _trie_of_one(receipt if raw[0] >= 0xC0 else raw[:1] + receipt)
+    roots = b"\xa0" + state_root + b"\xa0" + transactions_root + b"\xa0" + receipts_root + b"\xb9\x01\x00" + bits
+    numbers = b"\x80" + rlp_encode(number) + _GAS_LIMIT + rlp_encode(gas_used) + rlp_encode(timestamp)
+    body = b"\xa0" + parent + _NOBODY + roots + numbers + _TAIL
+    header = b"\xf9" + len(body).to_bytes(2, "big") + body
+    return Block(
+        number, timestamp, parent, keccak(header), state_root, transactions_root, receipts_root, bits,
+        len(header) + len(raw or b""), raw, tx_hash, ok, gas_used, logs,
+    )  # fmt: skip
 
 
 def _trie_of_one(value: bytes) -> bytes:

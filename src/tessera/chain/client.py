@@ -16,8 +16,8 @@ import structlog
 from tessera.chain import artifact
 from tessera.chain.rpc import Rpc
 from tessera.chain.transactions import Transaction, sign
-from tessera.chain.types import Log, Receipt, Topic
-from tessera.core.errors import Conflict, Invalid, Late, Refused, TesseraError, Unavailable
+from tessera.chain.types import Header, Log, Receipt, Topic
+from tessera.core.errors import Conflict, Invalid, Late, Misbehaviour, Refused, TesseraError, Unavailable
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
 
@@ -72,15 +72,17 @@ class RpcChain:
         """Empty for an account that is no contract."""
         return await self._bytes("eth_getCode", [account, "latest"])
 
-    async def call(self, to: Account, data: bytes, *, block: int | None = None) -> bytes:
+    async def call(self, to: Account, data: bytes, *, block: int | None = None, sender: Account | None = None) -> bytes:
         """What `to` answers to `data`, without a transaction. Raises the mapped error when it reverts.
 
         Args:
             block: answer from the state after this block, so that several calls fit together; nodes keep about the
                 last hundred. None means the latest.
+            sender: who asks, for contracts that care.
         """
         at = "latest" if block is None else hex(block)
-        return await self._bytes("eth_call", [{"to": to, "data": _hex(data)}, at])
+        asking = {} if sender is None else {"from": sender}
+        return await self._bytes("eth_call", [{"to": to, "data": _hex(data), **asking}, at])
 
     async def logs(
         self, address: Account | None, topics: Sequence[Topic], from_block: int, to_block: int | None = None
@@ -96,20 +98,27 @@ class RpcChain:
         last = await self.block_number() if to_block is None else to_block
         if last < from_block:
             return []
-        query = {"fromBlock": hex(from_block), "toBlock": hex(last), "topics": [_topic(topic) for topic in topics]}
-        if address is not None:
-            query["address"] = address
         try:
-            found = await self.rpc.request("eth_getLogs", [query])
+            return await self._logs(address, topics, {"fromBlock": hex(from_block), "toBlock": hex(last)})
         except Refused as error:
             if error.rule != "rpc_limit" or from_block == last:
                 raise
             middle = (from_block + last) // 2
             first_half = await self.logs(address, topics, from_block, middle)
             return first_half + await self.logs(address, topics, middle + 1, last)
-        if not isinstance(found, list):
-            raise Invalid(f"eth_getLogs answered with a {type(found).__name__}, expected a list")
-        return [Log.from_rpc(item) for item in found]
+
+    async def block_logs(self, address: Account | None, topics: Sequence[Topic], block_hash: str) -> list[Log]:
+        """Events of the one block with this hash (EIP-234), whichever history the node follows meanwhile."""
+        return await self._logs(address, topics, {"blockHash": block_hash})
+
+    async def header(self, number: int | None = None) -> Header | None:
+        """A block's header; None where the node has no such block. Without `number`, the newest."""
+        at = "latest" if number is None else hex(number)
+        value = await self.rpc.request("eth_getBlockByNumber", [at, False])
+        header = None if value is None else Header.from_rpc(value)
+        if header is not None and number not in (None, header.number):
+            raise Misbehaviour(f"asked for block {number}, the node sent {header.number}", evidence=header.number)
+        return header
 
     async def receipt(self, tx_hash: str) -> Receipt | None:
         """None while no block has the transaction."""
@@ -213,6 +222,15 @@ class RpcChain:
         return 2 * int(head["baseFeePerGas"], 16) + priority_fee, priority_fee
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    async def _logs(self, address: Account | None, topics: Sequence[Topic], where: dict[str, Any]) -> list[Log]:
+        query = {**where, "topics": [_topic(topic) for topic in topics]}
+        if address is not None:
+            query["address"] = address
+        found = await self.rpc.request("eth_getLogs", [query])
+        if not isinstance(found, list):
+            raise Invalid(f"eth_getLogs answered with a {type(found).__name__}, expected a list")
+        return [Log.from_rpc(item) for item in found]
 
     async def _int(self, method: str, params: list[Any]) -> int:
         value = await self.rpc.request(method, params)

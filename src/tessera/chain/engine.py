@@ -1,7 +1,7 @@
 """The seam to the EVM: `State.apply(transaction, block) -> Outcome` by the rules of Ethereum's Prague fork.
 
-Everything that knows py-evm is in this file, so that another engine can take its place. A state is a root hash over a
-store of nodes, and nodes are never changed: whoever holds a root can read it, or run a call on it, while others write.
+Everything that knows py-evm is here and in `world`, so that another engine can take its place. A world is never
+changed: whoever holds one can read it, or run a call on it, while others write.
 
 Not carried: blob and set-code transactions, the beacon's system calls, withdrawals. What is carried costs exactly the
 gas that other implementations charge; a test compares receipts with anvil's.
@@ -14,20 +14,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eth.constants import BLANK_ROOT_HASH
 from eth.exceptions import PyEVMError
 from eth.vm.execution_context import ExecutionContext
 from eth.vm.forks.prague import PragueVM
 from eth.vm.forks.prague.state import PragueState, PragueTransactionExecutor
-from eth.vm.interrupt import EVMMissingData
 from eth.vm.spoof import SpoofTransaction
 from eth_keys.exceptions import BadSignature
 from eth_utils.exceptions import ValidationError
 from rlp.exceptions import RLPException
-from trie.exceptions import MissingTrieNode
 
-from tessera.chain.nodes import Nodes
-from tessera.core.errors import Invalid, Missing, Refused
+from tessera.chain.world import Accounts, World
+from tessera.core.errors import Invalid, Refused
 
 __all__ = ["GAS_LIMIT", "BlockEnv", "Message", "Outcome", "SignedTx", "State", "decode_transaction"]
 
@@ -109,17 +106,20 @@ class Outcome:
     contract: bytes | None  # the account created
 
 
+class _Prague(PragueState):  # type: ignore[misc]  # py-evm is untyped
+    account_db_class = Accounts
+
+
 class State:
-    """The accounts at one root. `apply` changes this view of it; `commit` gives the change a root of its own.
+    """A world to work on. `apply` puts another one in its place, which shares what stayed the same."""
 
-    Raises: `Missing` when the nodes of that root have been dropped.
-    """
+    def __init__(self, world: World) -> None:
+        self._state = _Prague(world, _context(BlockEnv(0, 0, 0)), b"")
 
-    def __init__(self, nodes: Nodes, root: bytes = BLANK_ROOT_HASH) -> None:
-        try:
-            self._state = PragueState(nodes.db, _context(BlockEnv(0, 0, 0)), root)
-        except (MissingTrieNode, EVMMissingData) as error:
-            raise Missing("the state of that block is no longer kept here") from error
+    @property
+    def world(self) -> World:
+        """With all that was applied."""
+        return self._state._account_db.world
 
     def apply(self, transaction: SignedTx, env: BlockEnv) -> Outcome:
         """Run it as the one transaction of its block. A transaction that fails by itself still pays and counts.
@@ -154,11 +154,6 @@ class State:
         except ValidationError as error:
             raise Invalid(f"the call cannot run: {error}") from error
 
-    def commit(self) -> bytes:
-        """Write all changes to the nodes; their new root."""
-        self._state.persist()
-        return bytes(self._state.state_root)
-
     def balance(self, account: bytes) -> int:
         return int(self._state.get_balance(account))
 
@@ -171,10 +166,14 @@ class State:
     def storage(self, account: bytes, slot: int) -> int:
         return int(self._state.get_storage(account, slot))
 
-    def allocate(self, balances: Mapping[bytes, int]) -> None:
-        """The first block's balances, in wei."""
+    def allocate(self, balances: Mapping[bytes, int], contracts: Mapping[bytes, bytes]) -> None:
+        """The first block's balances, in wei, and code."""
         for account, wei in balances.items():
             self._state.set_balance(account, wei)
+        for account, code in contracts.items():
+            self._state.set_code(account, code)
+            self._state.set_nonce(account, 1)  # as every contract begins (EIP-161)
+        self._state.lock_changes()
 
     def _check(self, transaction: SignedTx, chain_id: int) -> None:
         sender = transaction.sender
@@ -194,8 +193,8 @@ class State:
             raise _insufficient(self.balance(sender), most)
 
 
-def decode_transaction(raw: bytes, chain_id: int) -> SignedTx:
-    """Read and authenticate a signed transaction.
+def decode_transaction(raw: bytes, chain_id: int | None = None) -> SignedTx:
+    """Read and authenticate a signed transaction. None for any chain: of one that a block holds already.
 
     Raises: `Invalid` for bytes that are none, another spelling of one, another chain's, or a type that is not carried.
     """
@@ -214,9 +213,9 @@ def decode_transaction(raw: bytes, chain_id: int) -> SignedTx:
         raise Invalid(f"not a signed transaction: {error}") from error
     if canonical != raw or not 0 < inner.s <= _HALF_ORDER:
         raise Invalid("not a signed transaction in its one canonical form")
-    if tx_chain != chain_id:
+    if tx_chain is None or chain_id not in (None, tx_chain):
         raise Invalid(f"signed for chain {tx_chain}, this is chain {chain_id}")
-    return _signed(raw, kind, chain_id, sender, inner)
+    return _signed(raw, kind, tx_chain, sender, inner)
 
 
 def _signed(raw: bytes, kind: int, chain_id: int, sender: bytes, inner: Any) -> SignedTx:

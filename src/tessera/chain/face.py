@@ -36,8 +36,9 @@ class Event:
         """Raises `Invalid` when `log` is another event, or not what the ABI says."""
         if not log.topics or log.topics[0] != cls.TOPIC or len(log.topics) != 1 + len(cls.INDEXED):
             raise Invalid(f"this log is no {cls.__name__}")
-        values = [abi.decode([kind], topic)[0] for kind, topic in zip(cls.INDEXED, log.topics[1:], strict=True)]
-        values += abi.decode(cls.PLAIN, log.data)
+        if any(len(topic) != 32 for topic in log.topics):
+            raise Invalid(f"this {cls.__name__} has a topic that is not 32 bytes")
+        values = [*abi.decode(cls.INDEXED, b"".join(log.topics[1:])), *abi.decode(cls.PLAIN, log.data)]
         return cls(log, *(values[position] for position in cls.ORDER))
 
 

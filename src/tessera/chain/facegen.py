@@ -62,7 +62,7 @@ def _event(entry: Entry) -> str:
     plain = [item for item in inputs if not item["indexed"]]
     order = tuple((indexed + plain).index(item) for item in inputs)
     topic = keccak(_signature(entry["name"], inputs).encode()).hex()
-    fields = "".join(f"        {item['name']}: {_python(item['type'])}\n" for item in inputs)
+    fields = "".join(f"        {item['name']}: {_python(item)}\n" for item in inputs)
     return (
         f"    @dataclass(frozen=True, slots=True)\n    class {entry['name']}(Event):\n{fields}\n"
         f'        TOPIC: ClassVar[bytes] = bytes.fromhex("{topic}")\n'
@@ -73,12 +73,12 @@ def _event(entry: Entry) -> str:
 
 
 def _struct(entry: Entry) -> str:
-    fields = "".join(f"        {_field(c['name'])}: {_python(c['type'])}\n" for c in entry["outputs"][0]["components"])
+    fields = "".join(f"        {_field(c['name'])}: {_python(c)}\n" for c in entry["outputs"][0]["components"])
     return f"    class {_struct_name(entry)}(NamedTuple):\n{fields}\n"
 
 
 def _deploy(camel: str, name: str, inputs: list[Entry]) -> str:
-    parameters = "".join(f", {_name(item)}: {_python(item['type'])}" for item in inputs)
+    parameters = "".join(f", {_name(item)}: {_python(item)}" for item in inputs)
     arguments = "".join(f", {_name(item)}" for item in inputs)
     return (
         f"    @classmethod\n    async def deploy(cls, chain: Chain, key: AccountKey{parameters}) -> {camel}:\n"
@@ -94,7 +94,7 @@ def _method(group: list[Entry], docs: dict[str, Any]) -> str:
     required = len(group[0]["inputs"])
     parameters = ["self", *(["key: AccountKey"] if writes else [])]
     for position, item in enumerate(longest["inputs"]):
-        kind = _python(item["type"])
+        kind = _python(item)
         parameters.append(f"{_name(item)}: {kind}" + (" | None = None" if position >= required else ""))
     result = "Receipt" if writes else _result(longest)
     text = f"    async def {longest['name']}({', '.join(parameters)}) -> {result}:\n"
@@ -141,7 +141,7 @@ def _struct_name(entry: Entry) -> str:
 def _result(entry: Entry) -> str:
     if _returns_struct(entry):
         return _struct_name(entry)
-    kinds = [_python(item["type"]) for item in entry["outputs"]]
+    kinds = [_python(item) for item in entry["outputs"]]
     return kinds[0] if len(kinds) == 1 else f"tuple[{', '.join(kinds)}]" if kinds else "None"
 
 
@@ -158,9 +158,13 @@ def _signature(name: str, inputs: Iterable[Entry]) -> str:
     return f"{name}({','.join(type_of(item) for item in inputs)})"
 
 
-def _python(kind: str) -> str:
+def _python(item: Entry) -> str:
+    """A struct is a tuple of its fields: any `NamedTuple` with the same will do."""
+    kind: str = item["type"]
     if kind.endswith("[]"):
-        return f"Sequence[{_python(kind[:-2])}]"
+        return f"Sequence[{_python({**item, 'type': kind[:-2]})}]"
+    if kind == "tuple":
+        return f"tuple[{', '.join(_python(part) for part in item['components'])}]"
     if kind.startswith(("uint", "int")):
         return "int"
     kinds = {"address": "Account", "bool": "bool", "string": "str", "tuple": "tuple[object, ...]"}

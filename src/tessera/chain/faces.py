@@ -15,7 +15,7 @@ from tessera.chain.types import Chain, Receipt
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
 
-__all__ = ["Coin", "ModelShare", "Run"]
+__all__ = ["Coin", "JobEscrow", "ModelShare", "Permit2", "Run", "SpendPolicy", "X402ExactProxy", "X402UptoProxy"]
 
 
 class Coin(Contract):
@@ -163,6 +163,356 @@ class Coin(Contract):
 
     async def authorizationState(self, arg0: Account, arg1: bytes) -> bool:
         return await self._call("e94a0102", ("address", "bytes32"), (arg0, arg1), ("bool",))
+
+
+class JobEscrow(Contract):
+    """Paid work between strangers, with the states and calls of ERC-8183: a client locks a budget, a provider submits
+    work, an evaluator says whether it is paid for.
+    """
+
+    ARTIFACT: ClassVar[str] = "job_escrow"
+
+    @dataclass(frozen=True, slots=True)
+    class JobCreated(Event):
+        jobId: int
+        client: Account
+        provider: Account
+        evaluator: Account
+        expiredAt: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("ef137df1d007645178f3f70e5c306d8d0b84bb5c70cabda9bb0f8f3c71932a0f")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("address", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
+
+    @dataclass(frozen=True, slots=True)
+    class JobTerms(Event):
+        jobId: int
+        description: str
+        hook: Account
+        on_silence: int
+        bond: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("378ff68d9b234f3f35cd47dffbde1a58551e189902f7ef4681ee69a8c33b62ad")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("string", "address", "uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
+
+    @dataclass(frozen=True, slots=True)
+    class ProviderSet(Event):
+        jobId: int
+        provider: Account
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("9a87df076ea1725aba8ba29d32517ce37c9597d88cbf16ec6707892cc330ab69")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class BudgetSet(Event):
+        jobId: int
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("869e2577b006bf47ee981cf6fec2e25583548081c14b98deab587f77b5068038")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class BondPosted(Event):
+        jobId: int
+        evaluator: Account
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("afde4e40131ac495ebb0e64c79232bb8e3829156d0fba713d597c0735865d873")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class BondReturned(Event):
+        jobId: int
+        evaluator: Account
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("5042ec6be4814281f6554f4e4f4f75cdc6eb4e4ce0efef7b0f9bd3d4a40428c9")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class EvaluatorSlashed(Event):
+        jobId: int
+        evaluator: Account
+        to_client: int
+        to_provider: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("eb9d5cd27b76aae8eb2562a1728ac646607bed95d1ff3584bd81c90b8ee30d93")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+
+    @dataclass(frozen=True, slots=True)
+    class JobFunded(Event):
+        jobId: int
+        client: Account
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("e3fbcc1ea1bdc559ec7f0347efde7655e58b5f45a30b0e4470a583c3ef5496b3")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class JobSubmitted(Event):
+        jobId: int
+        provider: Account
+        deliverable: bytes
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("80c17db79857f338a6a6df68a6883ecc0ce78e2202fe61ed979733573f40538e")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("bytes32",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class JobCompleted(Event):
+        jobId: int
+        evaluator: Account
+        reason: bytes
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("0fd54bd364fa9e67f17b091aefe930932c09fe7651cf5ad02c71a418f3341444")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("bytes32",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class JobRejected(Event):
+        jobId: int
+        rejector: Account
+        reason: bytes
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("ae7362b1af91f4492868987b9c73990d780060811551b58728fbe96fd1bab275")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("bytes32",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class JobExpired(Event):
+        jobId: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("97237956f8810192811e2c3f273fd02c5d6295206fdd9c62e6fe2bfc19ba9232")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256",)
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0,)
+
+    @dataclass(frozen=True, slots=True)
+    class PaymentReleased(Event):
+        jobId: int
+        provider: Account
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("21d71db5be59bb9fa133895586b7404307dd33fb93b16db09dc6f1d9d7d231b0")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class Refunded(Event):
+        jobId: int
+        client: Account
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("7ca5472b7ea78c2c0141c5a12ee6d170cf4ce8ed06be3d22c8252ddfc7a6a2c4")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class HookFailed(Event):
+        jobId: int
+        selector: bytes
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("15b3a4774194368a2c62fb708267b2c87e325796a458325bedb2af9106d44b52")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("bytes4",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class PaymentFailed(Event):
+        payee: Account
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("a09e6165f4dcdc4e418edf5d4543c54cdb7d7a2166ff3723d856102f4f4a3c4d")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class Withdrawn(Event):
+        payee: Account
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("7084f5476618d8e60b11ef0d7d3f06914655adb8793e28ff7f018d4c76d505d5")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    class Job(NamedTuple):
+        client: Account
+        provider: Account
+        evaluator: Account
+        hook: Account
+        budget: int
+        bond: int
+        expiredAt: int
+        on_silence: int
+        status: int
+        bonded: bool
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey, asset: Account, grace: int) -> JobEscrow:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "job_escrow", asset, grace))
+
+    async def createJob(
+        self,
+        key: AccountKey,
+        provider: Account,
+        evaluator: Account,
+        expiredAt: int,
+        description: str,
+        hook: Account | None = None,
+        on_silence: int | None = None,
+        bond: int | None = None,
+    ) -> Receipt:
+        """Offer a job. The caller is its client."""
+        if hook is None:
+            return await self._send(
+                key,
+                "30bcb8c9",
+                ("address", "address", "uint256", "string"),
+                (provider, evaluator, expiredAt, description),
+            )
+        if on_silence is None:
+            return await self._send(
+                key,
+                "41528812",
+                ("address", "address", "uint256", "string", "address"),
+                (provider, evaluator, expiredAt, description, hook),
+            )
+        if bond is None:
+            return await self._send(
+                key,
+                "1c226749",
+                ("address", "address", "uint256", "string", "address", "uint256"),
+                (provider, evaluator, expiredAt, description, hook, on_silence),
+            )
+        return await self._send(
+            key,
+            "84e7f3f5",
+            ("address", "address", "uint256", "string", "address", "uint256", "uint256"),
+            (provider, evaluator, expiredAt, description, hook, on_silence, bond),
+        )
+
+    async def setProvider(
+        self, key: AccountKey, jobId: int, provider: Account, optParams: bytes | None = None
+    ) -> Receipt:
+        """The client names the provider of a job that has none."""
+        if optParams is None:
+            return await self._send(key, "d0fae591", ("uint256", "address"), (jobId, provider))
+        return await self._send(key, "c9a84bb9", ("uint256", "address", "bytes"), (jobId, provider, optParams))
+
+    async def setBudget(self, key: AccountKey, jobId: int, amount: int, optParams: bytes | None = None) -> Receipt:
+        """Client or provider proposes a price. The last one counts, and `fund` names it."""
+        if optParams is None:
+            return await self._send(key, "9675dc17", ("uint256", "uint256"), (jobId, amount))
+        return await self._send(key, "dd4ae9d4", ("uint256", "uint256", "bytes"), (jobId, amount, optParams))
+
+    async def postBond(self, key: AccountKey, jobId: int) -> Receipt:
+        """The evaluator takes the job on: he locks its bond, from his allowance."""
+        return await self._send(key, "d89b73d0", ("uint256",), (jobId,))
+
+    async def withdrawBond(self, key: AccountKey, jobId: int) -> Receipt:
+        """The evaluator takes his bond back from a job that is not funded."""
+        return await self._send(key, "c3daab96", ("uint256",), (jobId,))
+
+    async def fund(self, key: AccountKey, jobId: int, expectedBudget: int, optParams: bytes | None = None) -> Receipt:
+        """The client locks the budget, from his allowance."""
+        if optParams is None:
+            return await self._send(key, "a65e2cfd", ("uint256", "uint256"), (jobId, expectedBudget))
+        return await self._send(key, "d2e13f50", ("uint256", "uint256", "bytes"), (jobId, expectedBudget, optParams))
+
+    async def fundWithAuthorization(
+        self,
+        key: AccountKey,
+        jobId: int,
+        expectedBudget: int,
+        validAfter: int,
+        validBefore: int,
+        v: int,
+        r: bytes,
+        s: bytes,
+    ) -> Receipt:
+        """The same by an EIP-3009 `ReceiveWithAuthorization` that the client has signed. Anyone may send it."""
+        return await self._send(
+            key,
+            "fd8a075b",
+            ("uint256", "uint256", "uint256", "uint256", "uint8", "bytes32", "bytes32"),
+            (jobId, expectedBudget, validAfter, validBefore, v, r, s),
+        )
+
+    async def submit(self, key: AccountKey, jobId: int, deliverable: bytes, optParams: bytes | None = None) -> Receipt:
+        """The provider hands in his work, before the deadline."""
+        if optParams is None:
+            return await self._send(key, "2ecea788", ("uint256", "bytes32"), (jobId, deliverable))
+        return await self._send(key, "9e63798d", ("uint256", "bytes32", "bytes"), (jobId, deliverable, optParams))
+
+    async def complete(self, key: AccountKey, jobId: int, reason: bytes, optParams: bytes | None = None) -> Receipt:
+        """The evaluator accepts the work: the provider is paid."""
+        if optParams is None:
+            return await self._send(key, "cd56b1b6", ("uint256", "bytes32"), (jobId, reason))
+        return await self._send(key, "d75bbdf3", ("uint256", "bytes32", "bytes"), (jobId, reason, optParams))
+
+    async def reject(self, key: AccountKey, jobId: int, reason: bytes, optParams: bytes | None = None) -> Receipt:
+        """The client takes an open job back, or the evaluator refuses the work: the client gets his money back."""
+        if optParams is None:
+            return await self._send(key, "6be1320b", ("uint256", "bytes32"), (jobId, reason))
+        return await self._send(key, "41dd26f5", ("uint256", "bytes32", "bytes"), (jobId, reason, optParams))
+
+    async def claimRefund(self, key: AccountKey, jobId: int) -> Receipt:
+        """Close a job whose time is over. Anyone may send it, and no hook hears of it."""
+        return await self._send(key, "5b7baf64", ("uint256",), (jobId,))
+
+    async def withdraw(self, key: AccountKey, payee: Account) -> Receipt:
+        """Pay `payee`, and nobody else, what could not be paid when its job ended. Anyone may send it."""
+        return await self._send(key, "51cff8d9", ("address",), (payee,))
+
+    async def jobs(self, jobId: int) -> Job:
+        """All of a job. A hook may ask, too: what it reads is the job before its action, or after it."""
+        return self.Job(
+            *await self._call(
+                "180aedf3",
+                ("uint256",),
+                (jobId,),
+                ("(address,address,address,address,uint256,uint256,uint256,uint256,uint256,bool)",),
+            )
+        )
+
+    async def funding_nonce(self, jobId: int) -> bytes:
+        """The nonce of the authorization with which the client would fund the job as it stands now."""
+        return await self._call("13273ce3", ("uint256",), (jobId,), ("bytes32",))
+
+    async def asset(self) -> Account:
+        return await self._call("38d52e0f", (), (), ("address",))
+
+    async def grace(self) -> int:
+        return await self._call("1eefddb1", (), (), ("uint256",))
+
+    async def job_count(self) -> int:
+        return await self._call("6a72777d", (), (), ("uint256",))
+
+    async def owed(self, arg0: Account) -> int:
+        return await self._call("df18e047", ("address",), (arg0,), ("uint256",))
 
 
 class ModelShare(Contract):
@@ -344,6 +694,59 @@ class ModelShare(Contract):
         return await self._call("a285aed7", (), (), ("uint256",))
 
 
+class Permit2(Contract):
+    """Moves a payer's coins by the payer's signature, for any ERC-20 that the payer has approved once for this
+    contract.
+    """
+
+    ARTIFACT: ClassVar[str] = "permit2"
+
+    @dataclass(frozen=True, slots=True)
+    class UnorderedNonceInvalidation(Event):
+        owner: Account
+        word: int
+        mask: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("3704902f963766a4e561bbaab6e6cdc1b1dd12f6e9e99648da8843b3f46b918d")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey) -> Permit2:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "permit2"))
+
+    async def permitWitnessTransferFrom(
+        self,
+        key: AccountKey,
+        permit: tuple[tuple[Account, int], int, int],
+        transferDetails: tuple[Account, int],
+        owner: Account,
+        witness: bytes,
+        witnessTypeString: str,
+        signature: bytes,
+    ) -> Receipt:
+        """Move `requestedAmount` of the permitted token from `owner`, who signed the permit for the caller."""
+        return await self._send(
+            key,
+            "137c29fe",
+            ("((address,uint256),uint256,uint256)", "(address,uint256)", "address", "bytes32", "string", "bytes"),
+            (permit, transferDetails, owner, witness, witnessTypeString, signature),
+        )
+
+    async def invalidateUnorderedNonces(self, key: AccountKey, wordPos: int, mask: int) -> Receipt:
+        """Use up nonces of the caller's own: those whose bits are set in `mask`, in word `wordPos`."""
+        return await self._send(key, "3ff9dcb1", ("uint256", "uint256"), (wordPos, mask))
+
+    async def DOMAIN_SEPARATOR(self) -> bytes:
+        """The EIP-712 domain of this contract. It has no version."""
+        return await self._call("3644e515", (), (), ("bytes32",))
+
+    async def nonceBitmap(self, arg0: Account, arg1: int) -> int:
+        return await self._call("4fe02b44", ("address", "uint256"), (arg0, arg1), ("uint256",))
+
+
 class Run(Contract):
     """Who trains one model together, what they risk for it, and which epochs of their work become shares."""
 
@@ -485,7 +888,12 @@ class Run(Contract):
 
     @classmethod
     async def deploy(
-        cls, chain: Chain, key: AccountKey, asset: Account, run_id: bytes, terms: tuple[object, ...]
+        cls,
+        chain: Chain,
+        key: AccountKey,
+        asset: Account,
+        run_id: bytes,
+        terms: tuple[int, int, int, int, int, int, int, int, int, bool],
     ) -> Run:
         """Create a new one."""
         return cls(chain, await chain.deploy(key, "run", asset, run_id, terms))
@@ -706,3 +1114,364 @@ class Run(Contract):
 
     async def attempt(self) -> int:
         return await self._call("732b7a8d", (), (), ("uint256",))
+
+
+class SpendPolicy(Contract):
+    """Spending mandates: how much of an owner's money an agent may pay, to whom and until when."""
+
+    ARTIFACT: ClassVar[str] = "spend_policy"
+
+    @dataclass(frozen=True, slots=True)
+    class Opened(Event):
+        mandate: bytes
+        owner: Account
+        agent: Account
+        parent: bytes
+        operator: Account
+        cosigner: Account
+        asset: Account
+        period: int
+        delay: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("b5b308eaf23f84c42e239337666385541c239603b1eb7b847526289a694e5f3a")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32", "address", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("bytes32", "address", "address", "address", "uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5, 6, 7, 8)
+
+    @dataclass(frozen=True, slots=True)
+    class Limited(Event):
+        mandate: bytes
+        per_payment: int
+        per_period: int
+        cosign_above: int
+        expires_at: int
+        any_payee: bool
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("e39616716942738b26f7c1458be52947a13dd8de69518f83bc7f10a3e1021cb5")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "uint256", "uint256", "uint256", "bool")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5)
+
+    @dataclass(frozen=True, slots=True)
+    class Listed(Event):
+        mandate: bytes
+        payee: Account
+        allowed: bool
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("78c15acc0a9cb7e388580d1ca5d2413b9ac5cdd002d6e223c0e8188af8c35067")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("bool",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class Proposed(Event):
+        mandate: bytes
+        due: int
+        per_payment: int
+        per_period: int
+        cosign_above: int
+        expires_at: int
+        any_payee: bool
+        payees: Sequence[Account]
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("708b21ddd0b99bf1b8d727fb9a6c4d4a3aae6bc7cd0f14c280b1c6e5a19a72fa")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "uint256", "uint256", "uint256", "uint256", "bool", "address[]")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5, 6, 7)
+
+    @dataclass(frozen=True, slots=True)
+    class Spent(Event):
+        mandate: bytes
+        intent: bytes
+        payee: Account
+        amount: int
+        purpose: bytes
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("e338213d5d1f7eca31c5e1d18d1cfd430d6944f76dd2e8014e8cf1a37bcf6df3")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32", "bytes32", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "bytes32")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
+
+    @dataclass(frozen=True, slots=True)
+    class Revoked(Event):
+        mandate: bytes
+        sender: Account
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("5bc2baf870c5baf189838b5e0b0e3b04a3263e2df5d305d1c15f3e6022f5dc45")
+        INDEXED: ClassVar[tuple[str, ...]] = ("bytes32", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    class Mandate(NamedTuple):
+        owner: Account
+        agent: Account
+        operator: Account
+        cosigner: Account
+        asset: Account
+        period: int
+        delay: int
+        parent: bytes
+        root: bytes
+        level: int
+
+    class Limit(NamedTuple):
+        per_payment: int
+        per_period: int
+        cosign_above: int
+        expires_at: int
+        any_payee: bool
+
+    class Proposal(NamedTuple):
+        digest: bytes
+        due: int
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey) -> SpendPolicy:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "spend_policy"))
+
+    async def spend(
+        self,
+        key: AccountKey,
+        payment: tuple[bytes, Account, int, bytes, bytes, int, int],
+        signature: bytes,
+        cosignature: bytes | None = None,
+    ) -> Receipt:
+        """Pay as the mandate's agent has signed. Anyone may send it."""
+        if cosignature is None:
+            return await self._send(
+                key,
+                "837e8294",
+                ("(bytes32,address,uint256,bytes32,bytes32,uint256,uint256)", "bytes"),
+                (payment, signature),
+            )
+        return await self._send(
+            key,
+            "3add34bf",
+            ("(bytes32,address,uint256,bytes32,bytes32,uint256,uint256)", "bytes", "bytes"),
+            (payment, signature, cosignature),
+        )
+
+    async def available(self, mandate: bytes) -> int:
+        """The largest payment that the limits allow now, here and above; owner's funds and co-signer not considered."""
+        return await self._call("6932854f", ("bytes32",), (mandate,), ("uint256",))
+
+    async def spent(self, mandate: bytes) -> int:
+        """What counts against `per_period` now."""
+        return await self._call("ae20bed3", ("bytes32",), (mandate,), ("uint256",))
+
+    async def digest(self, payment: tuple[bytes, Account, int, bytes, bytes, int, int]) -> bytes:
+        """The EIP-712 digest that the agent signs."""
+        return await self._call(
+            "10c00ef5", ("(bytes32,address,uint256,bytes32,bytes32,uint256,uint256)",), (payment,), ("bytes32",)
+        )
+
+    async def cosign_digest(self, payment: tuple[bytes, Account, int, bytes, bytes, int, int]) -> bytes:
+        """The EIP-712 digest that the co-signer signs."""
+        return await self._call(
+            "8df0fb6c", ("(bytes32,address,uint256,bytes32,bytes32,uint256,uint256)",), (payment,), ("bytes32",)
+        )
+
+    async def revoke_digest(self, mandate: bytes) -> bytes:
+        """The EIP-712 digest that revokes a mandate, signed by anyone who may."""
+        return await self._call("63b07a29", ("bytes32",), (mandate,), ("bytes32",))
+
+    async def DOMAIN_SEPARATOR(self) -> bytes:
+        """The EIP-712 domain of this contract."""
+        return await self._call("3644e515", (), (), ("bytes32",))
+
+    async def open(
+        self,
+        key: AccountKey,
+        label: bytes,
+        terms: tuple[Account, Account, Account, Account, int, int],
+        limits: tuple[int, int, int, int, bool],
+        payees: Sequence[Account],
+    ) -> Receipt:
+        """Give an agent a mandate over the caller's money."""
+        return await self._send(
+            key,
+            "311f649d",
+            (
+                "bytes32",
+                "(address,address,address,address,uint256,uint256)",
+                "(uint256,uint256,uint256,uint256,bool)",
+                "address[]",
+            ),
+            (label, terms, limits, payees),
+        )
+
+    async def delegate(
+        self,
+        key: AccountKey,
+        parent: bytes,
+        label: bytes,
+        agent: Account,
+        period: int,
+        limits: tuple[int, int, int, int, bool],
+        payees: Sequence[Account],
+    ) -> Receipt:
+        """Hand down a part of the caller's mandate. Both must allow what the child pays: owner, operator, co-signer,
+        asset and delay are the parent's, and the child's looser limits have no effect.
+        """
+        return await self._send(
+            key,
+            "a03552e8",
+            ("bytes32", "bytes32", "address", "uint256", "(uint256,uint256,uint256,uint256,bool)", "address[]"),
+            (parent, label, agent, period, limits, payees),
+        )
+
+    async def revoke(self, key: AccountKey, mandate: bytes, signature: bytes | None = None) -> Receipt:
+        """End a mandate and all its children, at once and for good."""
+        if signature is None:
+            return await self._send(key, "b75c7dc6", ("bytes32",), (mandate,))
+        return await self._send(key, "22ca3886", ("bytes32", "bytes"), (mandate, signature))
+
+    async def tighten(
+        self, key: AccountKey, mandate: bytes, limits: tuple[int, int, int, int, bool], dropped: Sequence[Account]
+    ) -> Receipt:
+        """Narrow a mandate at once, by whoever may revoke it. Also drops the pending proposal, so that what waits can
+        never undo it.
+        """
+        return await self._send(
+            key,
+            "ab8841b4",
+            ("bytes32", "(uint256,uint256,uint256,uint256,bool)", "address[]"),
+            (mandate, limits, dropped),
+        )
+
+    async def propose(
+        self, key: AccountKey, mandate: bytes, limits: tuple[int, int, int, int, bool], payees: Sequence[Account]
+    ) -> Receipt:
+        """Announce other limits and more payees for a mandate that an owner has opened, by owner or operator. Takes
+        the place of an earlier proposal.
+        """
+        return await self._send(
+            key,
+            "75462971",
+            ("bytes32", "(uint256,uint256,uint256,uint256,bool)", "address[]"),
+            (mandate, limits, payees),
+        )
+
+    async def loosen(
+        self, key: AccountKey, mandate: bytes, limits: tuple[int, int, int, int, bool], payees: Sequence[Account]
+    ) -> Receipt:
+        """Put a proposal into force after its delay. Anyone may send it; within a week, or it lapses."""
+        return await self._send(
+            key,
+            "a89bf4eb",
+            ("bytes32", "(uint256,uint256,uint256,uint256,bool)", "address[]"),
+            (mandate, limits, payees),
+        )
+
+    async def mandates(self, arg0: bytes) -> Mandate:
+        return self.Mandate(
+            *await self._call(
+                "01e07972",
+                ("bytes32",),
+                (arg0,),
+                ("(address,address,address,address,address,uint256,uint256,bytes32,bytes32,uint256)",),
+            )
+        )
+
+    async def limits(self, arg0: bytes) -> Limit:
+        return self.Limit(
+            *await self._call("5c1b7d38", ("bytes32",), (arg0,), ("(uint256,uint256,uint256,uint256,bool)",))
+        )
+
+    async def payees(self, arg0: bytes, arg1: Account) -> bool:
+        return await self._call("3d6e12cf", ("bytes32", "address"), (arg0, arg1), ("bool",))
+
+    async def revoked(self, arg0: bytes) -> bool:
+        return await self._call("328a93e8", ("bytes32",), (arg0,), ("bool",))
+
+    async def paid(self, arg0: bytes, arg1: bytes) -> bool:
+        return await self._call("3c0eff93", ("bytes32", "bytes32"), (arg0, arg1), ("bool",))
+
+    async def proposals(self, arg0: bytes) -> Proposal:
+        return self.Proposal(*await self._call("32ed5b12", ("bytes32",), (arg0,), ("(bytes32,uint256)",)))
+
+
+class X402ExactProxy(Contract):
+    """Carries a payment of exactly the amount that its payer signed to the payee whom the payer signed."""
+
+    ARTIFACT: ClassVar[str] = "x402_exact_proxy"
+
+    @dataclass(frozen=True, slots=True)
+    class Settled(Event):
+        TOPIC: ClassVar[bytes] = bytes.fromhex("97088ec3606cfe8cc112180570d03fcde05f9b8e1bfef8e27784eaf5dd5691b6")
+        INDEXED: ClassVar[tuple[str, ...]] = ()
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = ()
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey) -> X402ExactProxy:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "x402_exact_proxy"))
+
+    async def settle(
+        self,
+        key: AccountKey,
+        permit: tuple[tuple[Account, int], int, int],
+        owner: Account,
+        witness: tuple[Account, int],
+        signature: bytes,
+    ) -> Receipt:
+        """Pay the permitted amount from `owner` to the witness's payee."""
+        return await self._send(
+            key,
+            "13cd3b53",
+            ("((address,uint256),uint256,uint256)", "address", "(address,uint256)", "bytes"),
+            (permit, owner, witness, signature),
+        )
+
+    async def PERMIT2(self) -> Account:
+        """Where signatures are checked and nonces kept; also whom a payer approves at the coin."""
+        return await self._call("6afdd850", (), (), ("address",))
+
+    async def WITNESS_TYPE_STRING(self) -> str:
+        return await self._call("156e2152", (), (), ("string",))
+
+
+class X402UptoProxy(Contract):
+    """Carries a payment of at most the amount that its payer signed: the facilitator whom the payer signed says how
+    much, once it knows what was used.
+    """
+
+    ARTIFACT: ClassVar[str] = "x402_upto_proxy"
+
+    @dataclass(frozen=True, slots=True)
+    class Settled(Event):
+        TOPIC: ClassVar[bytes] = bytes.fromhex("97088ec3606cfe8cc112180570d03fcde05f9b8e1bfef8e27784eaf5dd5691b6")
+        INDEXED: ClassVar[tuple[str, ...]] = ()
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = ()
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey) -> X402UptoProxy:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "x402_upto_proxy"))
+
+    async def settle(
+        self,
+        key: AccountKey,
+        permit: tuple[tuple[Account, int], int, int],
+        amount: int,
+        owner: Account,
+        witness: tuple[Account, Account, int],
+        signature: bytes,
+    ) -> Receipt:
+        """Pay `amount` from `owner` to the witness's payee. Only the witness's facilitator may call."""
+        return await self._send(
+            key,
+            "ff11e7b4",
+            ("((address,uint256),uint256,uint256)", "uint256", "address", "(address,address,uint256)", "bytes"),
+            (permit, amount, owner, witness, signature),
+        )
+
+    async def PERMIT2(self) -> Account:
+        """Where signatures are checked and nonces kept; also whom a payer approves at the coin."""
+        return await self._call("6afdd850", (), (), ("address",))
+
+    async def WITNESS_TYPE_STRING(self) -> str:
+        return await self._call("156e2152", (), (), ("string",))

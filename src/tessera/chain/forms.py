@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tessera.chain.blocks import EMPTY_LIST, EMPTY_REQUESTS, EMPTY_TRIE, EXTRA_DATA, Block
-from tessera.chain.engine import GAS_LIMIT, Outcome, SignedTx
+from tessera.chain.engine import GAS_LIMIT, SignedTx
 from tessera.core.ids import Account, account_from_bytes
 
 __all__ = ["block_form", "data", "log_form", "receipt_form", "transaction_form"]
@@ -20,8 +20,8 @@ def data(value: bytes) -> str:
 def block_form(block: Block, full: bool) -> dict[str, Any]:
     """`full` tells the whole transaction instead of its hash."""
     transactions: list[Any] = []
-    if block.transaction:
-        transactions = [transaction_form(block) if full else data(block.transaction.hash)]
+    if block.tx_hash is not None:
+        transactions = [transaction_form(block) if full else data(block.tx_hash)]
     return {
         "number": hex(block.number),
         "hash": data(block.hash),
@@ -54,7 +54,7 @@ def block_form(block: Block, full: bool) -> dict[str, Any]:
 
 def transaction_form(block: Block) -> dict[str, Any]:
     """Of the block's one transaction."""
-    transaction, _ = _included(block)
+    transaction = _included(block)
     form: dict[str, Any] = {
         "hash": data(transaction.hash),
         "type": hex(transaction.kind),
@@ -82,7 +82,7 @@ def transaction_form(block: Block) -> dict[str, Any]:
 
 def receipt_form(block: Block) -> dict[str, Any]:
     """Of the block's one transaction."""
-    transaction, outcome = _included(block)
+    transaction = _included(block)
     return {
         "transactionHash": data(transaction.hash),
         "transactionIndex": "0x0",
@@ -90,20 +90,19 @@ def receipt_form(block: Block) -> dict[str, Any]:
         "blockNumber": hex(block.number),
         "from": _account(transaction.sender),
         "to": _account(transaction.to),
-        "contractAddress": _account(outcome.contract),
-        "status": hex(int(outcome.ok)),
-        "gasUsed": hex(outcome.gas_used),
-        "cumulativeGasUsed": hex(outcome.gas_used),
+        "contractAddress": _account(block.contract),
+        "status": hex(int(block.ok)),
+        "gasUsed": hex(block.gas_used),
+        "cumulativeGasUsed": hex(block.gas_used),
         "effectiveGasPrice": hex(_price(transaction)),
         "type": hex(transaction.kind),
-        "logs": [log_form(block, index) for index in range(len(outcome.logs))],
+        "logs": [log_form(block, index) for index in range(len(block.logs))],
         "logsBloom": data(block.bloom),
     }
 
 
 def log_form(block: Block, index: int) -> dict[str, Any]:
-    transaction, outcome = _included(block)
-    address, topics, body = outcome.logs[index]
+    address, topics, body = block.logs[index]
     return {
         "address": _account(address),
         "topics": [data(topic) for topic in topics],
@@ -111,17 +110,17 @@ def log_form(block: Block, index: int) -> dict[str, Any]:
         "blockNumber": hex(block.number),
         "blockHash": data(block.hash),
         "blockTimestamp": hex(block.timestamp),
-        "transactionHash": data(transaction.hash),
+        "transactionHash": data(block.tx_hash or b""),
         "transactionIndex": "0x0",
         "logIndex": hex(index),
         "removed": False,
     }
 
 
-def _included(block: Block) -> tuple[SignedTx, Outcome]:
-    if block.transaction is None or block.outcome is None:
+def _included(block: Block) -> SignedTx:
+    if block.transaction is None:
         raise LookupError(f"block {block.number} holds no transaction")
-    return block.transaction, block.outcome
+    return block.transaction
 
 
 def _price(transaction: SignedTx) -> int:

@@ -76,19 +76,20 @@ class Journal:
     Args:
         path: the file; None keeps the rows in memory.
         facts: what the chain is (id, first balances). Written to a new file, compared with an old one.
+        defaults: more of it, written to a new file; an old one keeps its own, see `fact`.
 
     Raises: `Invalid` for a file that is no journal, is damaged, or is another chain's; `Conflict` while another
         process has it open; `Unavailable` when the disk refuses.
     """
 
-    def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, facts: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self._where = str(path) if path else "memory"
         try:
             self._db = sqlite3.connect(
                 path or ":memory:", timeout=0, isolation_level=None, check_same_thread=False, cached_statements=16
             )
             try:
-                self._open(facts)
+                self._open(facts, defaults)
             except BaseException:
                 self._db.close()
                 raise
@@ -112,6 +113,17 @@ class Journal:
         except sqlite3.Error as error:
             raise self._translated(error) from error
 
+    def fact(self, name: str, default: Any) -> Any:
+        """What the file says of its chain; `default` for a file that says nothing.
+
+        Raises: `Invalid` when it is damaged.
+        """
+        try:
+            row = self._db.execute("select value from meta where name = ?", (name,)).fetchone()
+            return default if row is None else json.loads(row[0])
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            raise Invalid(f"{self._where} is damaged: its {name} cannot be read") from error
+
     def cut(self, above: int) -> None:
         """Forget the blocks above a height. Only for a development chain in memory."""
         if self._where != "memory":
@@ -121,13 +133,13 @@ class Journal:
     def close(self) -> None:
         self._db.close()
 
-    def _open(self, facts: Mapping[str, Any]) -> None:
+    def _open(self, facts: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self._db.execute("pragma locking_mode = exclusive")
         self._db.execute("pragma synchronous = full")
         self._db.execute("begin exclusive")
         (tables,) = self._db.execute("select count(*) from sqlite_master").fetchone()
         if tables == 0:
-            self._create(facts)
+            self._create({**defaults, **facts})
         self._db.execute("commit")
         self._db.execute("pragma journal_mode = wal")
         self._check(facts)

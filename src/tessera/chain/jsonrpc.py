@@ -16,7 +16,7 @@ from tessera.core.errors import Conflict, Invalid, Misbehaviour, Missing, Refuse
 
 __all__ = [
     "BODY_LIMIT", "INTERNAL", "INVALID_PARAMS", "INVALID_REQUEST", "LIMIT_EXCEEDED", "METHOD_NOT_FOUND", "PARSE_ERROR",
-    "REVERTED", "SERVER_ERROR", "RpcFault", "answer", "fault_of",
+    "REVERTED", "SERVER_ERROR", "RpcFault", "answer", "error_text", "fault_of",
 ]  # fmt: skip
 
 log = structlog.get_logger()
@@ -54,18 +54,22 @@ def fault_of(error: TesseraError) -> RpcFault:
 def answer(call: Callable[[str, list[Any]], Any], body: bytes, limit: int = BODY_LIMIT) -> bytes:
     """Run one request, or a batch of them in order. Empty bytes when all were notifications."""
     if len(body) > limit:
-        return _text(_error(None, RpcFault(INVALID_REQUEST, f"{len(body)} bytes, at most {limit} expected")))
+        return error_text(RpcFault(INVALID_REQUEST, f"{len(body)} bytes, at most {limit} expected"))
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        return _text(_error(None, RpcFault(PARSE_ERROR, "not JSON")))
+        return error_text(RpcFault(PARSE_ERROR, "not JSON"))
     if not isinstance(value, list):
         return _text(_one(call, value))
     if not 1 <= len(value) <= BATCH_LIMIT:
-        fault = RpcFault(INVALID_REQUEST, f"a batch of {len(value)} requests, 1 to {BATCH_LIMIT} expected")
-        return _text(_error(None, fault))
+        return error_text(RpcFault(INVALID_REQUEST, f"a batch of {len(value)} requests, 1 to {BATCH_LIMIT} expected"))
     answers = [found for item in value if (found := _one(call, item)) is not None]
     return _text(answers or None)
+
+
+def error_text(fault: RpcFault) -> bytes:
+    """The answer to a body that was not read."""
+    return _text(_error(None, fault))
 
 
 def _one(call: Callable[[str, list[Any]], Any], request: Any) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ __all__ = ["Methods"]
 
 MAX_LOGS = 20_000  # in one answer, 14 MB of JSON: whoever wants more asks for fewer blocks
 MAX_ENTRIES = 1_000  # of the journal in one answer
+MAX_ENTRIES_BYTES = 150_000  # of transactions in them, 600 kB of JSON at most: peers take 1 MB
 MAX_FEE_HISTORY = 1_024
 
 
@@ -65,6 +66,9 @@ class Methods:
 
     def _net_listening(self) -> bool:
         return True
+
+    def _net_peerCount(self) -> str:
+        return "0x0"
 
     def _eth_chainId(self) -> str:
         return hex(self._chain.chain_id)
@@ -113,13 +117,13 @@ class Methods:
     def _eth_call(self, call: Any, block: Any = None, overrides: Any = None) -> str:
         if overrides:
             raise RpcFault(INVALID_PARAMS, "state overrides are not supported")
-        outcome = self._chain.call(read.message(call), read.block_number(block))
+        outcome = self._chain.call(read.message(call), self._height(block))
         if not outcome.ok:
             raise _failed(outcome)
         return data(outcome.output)
 
     def _eth_estimateGas(self, call: Any, block: Any = None) -> str:
-        gas, outcome = self._chain.estimate(read.message(call), read.block_number(block))
+        gas, outcome = self._chain.estimate(read.message(call), self._height(block))
         if not outcome.ok:
             raise _failed(outcome)
         return hex(gas)
@@ -133,6 +137,24 @@ class Methods:
         found = self._chain.block_by_hash(read.hash32(block_hash, "hash"))
         return block_form(found, read.boolean(full, "full")) if found else None
 
+    def _eth_getBlockTransactionCountByNumber(self, block: Any) -> str | None:
+        return _count(self._chain.block(self._number(block)))
+
+    def _eth_getBlockTransactionCountByHash(self, block_hash: Any) -> str | None:
+        return _count(self._chain.block_by_hash(read.hash32(block_hash, "hash")))
+
+    def _eth_getTransactionByBlockNumberAndIndex(self, block: Any, index: Any) -> dict[str, Any] | None:
+        return _transaction_at(self._chain.block(self._number(block)), index)
+
+    def _eth_getTransactionByBlockHashAndIndex(self, block_hash: Any, index: Any) -> dict[str, Any] | None:
+        return _transaction_at(self._chain.block_by_hash(read.hash32(block_hash, "hash")), index)
+
+    def _eth_getUncleCountByBlockNumber(self, block: Any) -> str | None:
+        return "0x0" if self._chain.block(self._number(block)) else None
+
+    def _eth_getUncleCountByBlockHash(self, block_hash: Any) -> str | None:
+        return "0x0" if self._chain.block_by_hash(read.hash32(block_hash, "hash")) else None
+
     def _eth_getTransactionByHash(self, tx_hash: Any) -> dict[str, Any] | None:
         block = self._chain.block_of(read.hash32(tx_hash, "hash"))
         return transaction_form(block) if block else None
@@ -143,7 +165,7 @@ class Methods:
 
     def _eth_getBlockReceipts(self, block: Any) -> list[dict[str, Any]]:
         found = self._block(block)
-        return [receipt_form(found)] if found.transaction else []
+        return [receipt_form(found)] if found.raw else []
 
     def _eth_getLogs(self, query: Any) -> list[dict[str, Any]]:
         first, last, _, _ = read.log_query(query)
@@ -193,18 +215,40 @@ class Methods:
     # --- the operator's journal -------------------------------------------------------------------------------------
 
     def _tessera_journal(self, first: Any = 0, count: Any = MAX_ENTRIES) -> list[dict[str, Any]]:
-        """Entries from block `first` on, for members who replay them."""
+        """Entries from block `first` on, for members who replay them; fewer than `count` where they are long."""
         limit = min(read.quantity(count, "count"), MAX_ENTRIES)
-        return [entry.to_value() for entry in self._chain.entries(read.quantity(first, "first", 2**62), limit)]
+        page: list[dict[str, Any]] = []
+        size = 0
+        for entry in self._chain.entries(read.quantity(first, "first", 2**62), limit):
+            size += len(entry.raw or b"")
+            if page and size > MAX_ENTRIES_BYTES:
+                break
+            page.append(entry.to_value())
+        return page
+
+    def _tessera_genesis(self) -> dict[str, Any]:
+        """What block 0 holds; whoever replays the journal needs it."""
+        return self._chain.genesis.to_value()
+
+    def _tessera_head(self, block: Any = None) -> dict[str, Any]:
+        """The operator's signature over a block's height and hash, for members who compare."""
+        return self._chain.signed_head(self._height(block)).to_value()
 
     def _tessera_stateRoot(self) -> str:
         return data(self._chain.state_root())
 
     # --- development ------------------------------------------------------------------------------------------------
 
-    def _evm_mine(self, options: Any = None) -> str:
+    def _evm_mine(self, timestamp: Any = None) -> str:
+        if timestamp is not None:
+            self._evm_setNextBlockTimestamp(timestamp)
         self._chain.mine()
         return "0x0"
+
+    def _evm_setNextBlockTimestamp(self, timestamp: Any) -> str:
+        seconds = read.quantity(timestamp, "timestamp")
+        self._chain.set_next_timestamp(seconds)
+        return hex(seconds)
 
     def _evm_increaseTime(self, seconds: Any) -> str:
         return hex(self._chain.increase_time(read.quantity(seconds, "seconds")))
@@ -218,10 +262,19 @@ class Methods:
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _state(self, block: Any) -> State:
-        return self._chain.state(read.block_number(block))
+        return self._chain.state(self._height(block))
+
+    def _height(self, block: Any) -> int | None:
+        """None for the newest block. A block may be named by its hash too (EIP-1898)."""
+        if isinstance(block, dict) and "blockHash" in block and set(block) <= {"blockHash", "requireCanonical"}:
+            found = self._chain.block_by_hash(read.hash32(block["blockHash"], "blockHash"))
+            if found is None:
+                raise RpcFault(SERVER_ERROR, f"no block {str(block['blockHash'])[:80]}")
+            return found.number
+        return read.block_number(block)
 
     def _number(self, block: Any) -> int:
-        number = read.block_number(block)
+        number = self._height(block)
         return self._chain.head.number if number is None else number
 
     def _block(self, tag: Any) -> Block:
@@ -236,6 +289,16 @@ class Methods:
         return [log_form(entry.block, entry.position) for entry in found]
 
 
+def _count(block: Block | None) -> str | None:
+    return None if block is None else hex(int(block.raw is not None))
+
+
+def _transaction_at(block: Block | None, index: Any) -> dict[str, Any] | None:
+    """A block holds one transaction at most, at index 0."""
+    first = read.quantity(index, "index") == 0
+    return transaction_form(block) if first and block and block.raw else None
+
+
 def _failed(outcome: Outcome) -> RpcFault:
     if not outcome.reverted:
         return RpcFault(SERVER_ERROR, outcome.error)
@@ -248,12 +311,14 @@ _READING = (
     "eth_blockNumber", "eth_gasPrice", "eth_maxPriorityFeePerGas", "eth_feeHistory", "eth_getBalance",
     "eth_getTransactionCount", "eth_getCode", "eth_getStorageAt", "eth_call", "eth_estimateGas",
     "eth_getBlockByNumber", "eth_getBlockByHash", "eth_getTransactionByHash", "eth_getTransactionReceipt",
-    "eth_getBlockReceipts", "eth_getLogs",
+    "eth_getBlockReceipts", "eth_getLogs", "eth_getBlockTransactionCountByNumber", "eth_getBlockTransactionCountByHash",
+    "eth_getTransactionByBlockNumberAndIndex", "eth_getTransactionByBlockHashAndIndex", "net_peerCount",
+    "eth_getUncleCountByBlockNumber", "eth_getUncleCountByBlockHash",
 )  # fmt: skip
 _SENDING = ("eth_sendRawTransaction",)
 _FILTERS = (
     "eth_newFilter", "eth_newBlockFilter", "eth_newPendingTransactionFilter", "eth_getFilterChanges",
     "eth_getFilterLogs", "eth_uninstallFilter",
 )  # fmt: skip
-_JOURNAL = ("tessera_journal", "tessera_stateRoot")
-_DEVELOPMENT = ("evm_mine", "evm_increaseTime", "evm_snapshot", "evm_revert")
+_JOURNAL = ("tessera_journal", "tessera_genesis", "tessera_head", "tessera_stateRoot")
+_DEVELOPMENT = ("evm_mine", "evm_increaseTime", "evm_setNextBlockTimestamp", "evm_snapshot", "evm_revert")

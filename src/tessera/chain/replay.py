@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 from tessera.chain.blocks import Block, make_block
 from tessera.chain.engine import BlockEnv, State, decode_transaction
+from tessera.chain.genesis import Genesis
 from tessera.chain.journal import Entry
-from tessera.chain.nodes import Nodes
+from tessera.chain.world import World
 from tessera.core.errors import Misbehaviour, TesseraError
-from tessera.core.ids import Account
 
-__all__ = ["ANCESTORS", "Head", "ancestors", "genesis", "replay", "verify_journal"]
+__all__ = ["ANCESTORS", "Head", "ancestors", "replay", "verify_journal"]
 
 ANCESTORS = 256  # block hashes that a contract can ask for
 CHECK_EVERY = 256  # blocks between two comparisons of the state root, whose computation is most of a block's cost
@@ -38,14 +38,14 @@ def verify_journal(
     entries: Iterable[Entry],
     *,
     chain_id: int,
-    alloc: Mapping[Account, int] | None = None,
+    genesis: Genesis | None = None,
     known: Mapping[int, bytes] | None = None,
 ) -> Head:
     """Replay an operator's whole journal and compare every block.
 
     Args:
         entries: from block 0 on.
-        alloc: the first balances, as the run's members know them.
+        genesis: what block 0 holds, as the run's members know it; None means the standard contracts and no balances.
         known: block hashes by height that were seen before, from receipts or an earlier replay.
 
     Raises: `Misbehaviour` when a block is not what its transaction leads to, or another than the one known at its
@@ -55,32 +55,27 @@ def verify_journal(
     """
     seen = known or {}
     checked = _no_fork(entries, seen)
-    blocks = deque(replay(Nodes(), checked, chain_id, alloc or {}, check_every=1), maxlen=1)
-    last = blocks[0] if blocks else None
+    steps = deque(replay(checked, chain_id, genesis or Genesis(), check_every=1), maxlen=1)
+    last = steps[0][0] if steps else None
     if last is None or last.number < max(seen, default=0):
         ends = "nowhere" if last is None else f"at block {last.number}"
         raise Misbehaviour(f"the journal ends {ends}: blocks that were shown are gone", evidence=_hex_map(seen))
     return Head(last.number, last.hash, last.state_root)
 
 
-def genesis(nodes: Nodes, timestamp: int, alloc: Mapping[Account, int]) -> Block:
-    """Block 0: nothing but first balances, in wei."""
-    state = State(nodes)
-    state.allocate({bytes.fromhex(account[2:]): wei for account, wei in alloc.items()})
-    return make_block(0, timestamp, bytes(32), state.commit())
-
-
 def replay(
-    nodes: Nodes,
     entries: Iterable[Entry],
     chain_id: int,
-    alloc: Mapping[Account, int],
+    genesis: Genesis,
     *,
+    after: tuple[Sequence[Block], World] | None = None,
     check_every: int = CHECK_EVERY,
-) -> Iterator[Block]:
-    """Run the entries again; yields each block once what the journal says of it has been found true.
+) -> Iterator[tuple[Block, World]]:
+    """Run the entries again; yields each block, with the accounts after it, once what the journal says of it has been
+    found true.
 
     Args:
+        after: the blocks before the entries, and the accounts there; None when the entries begin with block 0.
         check_every: blocks between two comparisons of the state root; hash and gas are always compared.
 
     Raises: `Misbehaviour` at the first entry that is out of order or does not lead where it says.
@@ -88,25 +83,25 @@ def replay(
     Cost: 0.6 ms a block, and 2 ms for each comparison.
     """
     rest = iter(entries)
-    first = next(rest, None)
-    if first is None:
-        return
-    block = genesis(nodes, first.timestamp, alloc)
-    if first.number != 0 or block.hash != first.hash:
-        raise _wrong(first, f"block 0 should hash to 0x{block.hash.hex()}")
-    yield block
-    recent = deque([block], maxlen=ANCESTORS)
+    if after is None:
+        first = next(rest, None)
+        if first is None:
+            return
+        block, world = genesis.block(first.timestamp)
+        if first.number != 0 or block.hash != first.hash:
+            raise _wrong(first, f"block 0 should hash to 0x{block.hash.hex()}")
+        yield block, world
+        after = [block], world
+    recent, state = deque(after[0][-ANCESTORS:], maxlen=ANCESTORS), State(after[1])
     while group := list(islice(rest, check_every)):
-        state = State(nodes, recent[-1].state_root)
-        blocks = []
+        steps = []
         for entry in group:
             block = _step(state, entry, recent, chain_id)
             recent.append(block)
-            blocks.append(block)
-        root = state.commit()
-        if root != group[-1].state_root:
-            raise _wrong(group[-1], f"the transactions up to here lead to state root 0x{root.hex()}")
-        yield from blocks
+            steps.append((block, state.world))
+        if state.world.root != group[-1].state_root:
+            raise _wrong(group[-1], f"the transactions up to here lead to state root 0x{state.world.root.hex()}")
+        yield from steps
 
 
 def ancestors(blocks: Sequence[Block]) -> Iterator[bytes]:
@@ -126,7 +121,6 @@ def _step(state: State, entry: Entry, recent: deque[Block], chain_id: int) -> Bl
             outcome = state.apply(transaction, BlockEnv(chain_id, entry.number, entry.timestamp, ancestors(recent)))
         except TesseraError as error:
             raise _wrong(entry, error.message) from error
-        transaction = replace(transaction, inner=None)
         block = make_block(entry.number, entry.timestamp, parent.hash, entry.state_root, transaction, outcome)
     if block.gas_used != entry.gas_used or block.hash != entry.hash:
         raise _wrong(entry, f"it should use {block.gas_used} gas and hash to 0x{block.hash.hex()}")

@@ -1,16 +1,21 @@
 """Why a contract said no: the revert's bytes, decoded and mapped to the error that tells the caller what to do.
 
 Our contracts revert with `"module: reason"`. `REASONS` is the one table from those to classes; a reason that is not in
-it (a foreign contract's) becomes `Refused`. A test compares the table with the sources.
+it (a foreign contract's) becomes `Refused`. A test compares the table with the sources. `ERRORS` are the custom errors
+of Permit2 and of x402's proxies, which our own stand-ins for them raise too: clients read them by name.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tessera.core.errors import Conflict, Invalid, PaymentRequired, Refused, TesseraError
+from eth_abi.abi import decode as abi_decode
+from eth_abi.exceptions import DecodingError
 
-__all__ = ["REASONS", "revert_error", "revert_reason"]
+from tessera.core.errors import Conflict, Invalid, Late, Missing, PaymentRequired, Refused, TesseraError
+from tessera.core.hashing import keccak
+
+__all__ = ["ERRORS", "REASONS", "revert_error", "revert_reason"]
 
 ERROR_STRING = bytes.fromhex("08c379a0")  # Error(string)
 PANIC = bytes.fromhex("4e487b71")  # Panic(uint256)
@@ -27,6 +32,38 @@ REASONS: dict[str, type[TesseraError]] = {
     "coin: transfer amount exceeds allowance": Refused,
     "coin: transfer amount exceeds balance": PaymentRequired,
     "coin: unknown method": Invalid,
+    "job_escrow: another budget": Conflict,
+    "job_escrow: asset is no contract": Invalid,
+    "job_escrow: bad deadline": Invalid,
+    "job_escrow: bad evaluator": Invalid,
+    "job_escrow: bad part": Invalid,
+    "job_escrow: bad provider": Invalid,
+    "job_escrow: bond too large": Invalid,
+    "job_escrow: budget too large": Invalid,
+    "job_escrow: closed already": Conflict,
+    "job_escrow: grace too long": Invalid,
+    "job_escrow: hook is no contract": Invalid,
+    "job_escrow: hook refused": Refused,
+    "job_escrow: neither client nor provider": Refused,
+    "job_escrow: no bond here": Refused,
+    "job_escrow: no bond to post": Conflict,
+    "job_escrow: no budget": Refused,
+    "job_escrow: no provider": Refused,
+    "job_escrow: no such job": Missing,
+    "job_escrow: not expired": Refused,
+    "job_escrow: not funded": Conflict,
+    "job_escrow: not open": Conflict,
+    "job_escrow: not submitted": Conflict,
+    "job_escrow: not the client": Refused,
+    "job_escrow: not the evaluator": Refused,
+    "job_escrow: not the provider": Refused,
+    "job_escrow: nothing arrived": Refused,
+    "job_escrow: nothing owed": Refused,
+    "job_escrow: nothing to refund": Conflict,
+    "job_escrow: provider is set": Conflict,
+    "job_escrow: too late": Late,
+    "job_escrow: too little gas for the hook": Refused,
+    "job_escrow: transfer failed": Refused,
     "model_share: allowance too small": Refused,
     "model_share: already redeemed": Conflict,
     "model_share: asset is no contract": Invalid,
@@ -41,6 +78,7 @@ REASONS: dict[str, type[TesseraError]] = {
     "model_share: too many shares": Invalid,
     "model_share: too much income": Refused,
     "model_share: transfer failed": Refused,
+    "permit2: transfer failed": Refused,
     "run: a proposal is waiting": Conflict,
     "run: a share of another run": Invalid,
     "run: a share that earns in another asset": Invalid,
@@ -89,7 +127,58 @@ REASONS: dict[str, type[TesseraError]] = {
     "run: too many shares": Invalid,
     "run: too many workers": Refused,
     "run: transfer failed": Refused,
+    "spend_policy: a child cannot be loosened": Refused,
+    "spend_policy: above the cap per payment": Refused,
+    "spend_policy: above the cap per period": Refused,
+    "spend_policy: asset is no contract": Invalid,
+    "spend_policy: bad agent": Invalid,
+    "spend_policy: bad delay": Invalid,
+    "spend_policy: bad payee": Invalid,
+    "spend_policy: bad period": Invalid,
+    "spend_policy: cap too large": Invalid,
+    "spend_policy: intent is already paid": Conflict,
+    "spend_policy: label is taken": Conflict,
+    "spend_policy: looser limits must be proposed": Refused,
+    "spend_policy: mandate is expired": Refused,
+    "spend_policy: mandate is revoked": Refused,
+    "spend_policy: may not stop this": Refused,
+    "spend_policy: needs the co-signer": Refused,
+    "spend_policy: no such mandate": Missing,
+    "spend_policy: no such proposal": Missing,
+    "spend_policy: not owner or operator": Refused,
+    "spend_policy: not the agent": Refused,
+    "spend_policy: not the agent's signature": Invalid,
+    "spend_policy: nothing to pay": Invalid,
+    "spend_policy: payee is not listed": Refused,
+    "spend_policy: payment is expired": Invalid,
+    "spend_policy: payment is not yet valid": Refused,
+    "spend_policy: proposal has lapsed": Refused,
+    "spend_policy: proposal is not yet due": Refused,
+    "spend_policy: too many levels": Refused,
+    "spend_policy: transfer failed": Refused,
 }
+
+ERRORS: dict[str, type[TesseraError]] = {
+    "AmountExceedsPermitted()": Invalid,
+    "InvalidAmount()": Invalid,
+    "InvalidAmount(uint256)": Invalid,
+    "InvalidContractSignature()": Invalid,
+    "InvalidDestination()": Invalid,
+    "InvalidNonce()": Conflict,
+    "InvalidOwner()": Invalid,
+    "InvalidSignature()": Invalid,
+    "InvalidSignatureLength()": Invalid,
+    "InvalidSigner()": Invalid,
+    "PaymentTooEarly()": Refused,
+    "SignatureExpired(uint256)": Invalid,
+    "UnauthorizedFacilitator()": Refused,
+}
+_SELECTORS = {keccak(signature.encode())[:4]: signature for signature in ERRORS}
+_PANICS = {
+    0x01: "an assertion failed", 0x11: "arithmetic overflow", 0x12: "division by zero", 0x21: "not a value of the enum",
+    0x22: "storage is damaged", 0x31: "pop from an empty array", 0x32: "index out of bounds", 0x41: "too much memory",
+    0x51: "call of a zero function",
+}  # fmt: skip
 
 
 def revert_reason(data: bytes) -> str:
@@ -101,14 +190,30 @@ def revert_reason(data: bytes) -> str:
         if length <= len(data) - 68:
             return data[68 : 68 + length].decode(errors="replace")[:REASON_LIMIT]
     if data[:4] == PANIC and len(data) == 36:
-        return f"panic 0x{int.from_bytes(data[4:], 'big'):02x}"
+        code = int.from_bytes(data[4:], "big")
+        return f"panic 0x{code:02x}" + (f": {_PANICS[code]}" if code in _PANICS else "")
+    if data[:4] in _SELECTORS:
+        return _custom_error(_SELECTORS[data[:4]], data[4:])
     return f"0x{data.hex()}"[:REASON_LIMIT]
 
 
 def revert_error(reason: str, **fields: Any) -> TesseraError:
     """The error for a reason; `fields` go along (`tx_hash`, for one)."""
-    cls = REASONS.get(reason, Refused)
+    cls = REASONS.get(reason) or _BY_TEXT.get(reason.partition("(")[0], Refused)
     fields = {"reason": reason, **fields}
     if cls is Refused:
         return Refused(f"the contract refused: {reason}", rule=reason, **fields)
     return cls(f"the contract refused: {reason}", **fields)
+
+
+_BY_TEXT = {signature.partition("(")[0]: cls for signature, cls in ERRORS.items()}
+
+
+def _custom_error(signature: str, arguments: bytes) -> str:
+    """`InvalidAmount(40000)`. Arguments that are none of it are shown as bytes."""
+    name, _, kinds = signature.rstrip(")").partition("(")
+    try:
+        values = abi_decode([kind for kind in kinds.split(",") if kind], arguments)
+    except DecodingError:
+        return f"{name}(0x{arguments.hex()})"[:REASON_LIMIT]
+    return f"{name}({', '.join(str(value) for value in values)})"

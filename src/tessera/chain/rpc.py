@@ -20,6 +20,7 @@ from tessera.core.errors import Conflict, Invalid, Late, Refused, TesseraError, 
 __all__ = ["BytesRpc", "HttpRpc", "Rpc", "rpc_error"]
 
 REPLY_LIMIT = 32 << 20  # bytes: room for the longest answer that a node gives to eth_getLogs
+JSON = {"content-type": "application/json"}
 LIMIT_EXCEEDED = -32005  # EIP-1474: ask for less
 
 # A node's prose for "this nonce is taken". There is no code for it.
@@ -40,7 +41,7 @@ class HttpRpc:
             raise Invalid(f"a node's URL starts with http:// or https://, not {url[:80]!r}")
         self.url = url
         self._timeout_s = timeout_s
-        self._http = httpx.AsyncClient(timeout=timeout_s, headers={"content-type": "application/json"})
+        self._http = httpx.AsyncClient(timeout=timeout_s)
         self._bytes = BytesRpc(self._exchange, timeout_s)
 
     async def request(self, method: str, params: list[Any]) -> Any:
@@ -51,12 +52,12 @@ class HttpRpc:
 
     async def _exchange(self, body: bytes) -> bytes:
         try:
-            async with self._http.stream("POST", self.url, content=body) as response:
+            async with self._http.stream("POST", self.url, content=body, headers=JSON) as response:
                 data = bytearray()
                 async for chunk in response.aiter_bytes():
                     data += chunk
                     if len(data) > REPLY_LIMIT:
-                        raise Invalid(f"{self.url} answered with more than {REPLY_LIMIT} bytes")
+                        raise _too_long(self.url)
                 if response.status_code == 429 or response.status_code >= 500:
                     raise Unavailable(f"{self.url} answered {response.status_code}")
                 return bytes(data)
@@ -90,7 +91,7 @@ class BytesRpc:
 
 def _result(method: str, request_id: int, reply: bytes) -> Any:
     if len(reply) > REPLY_LIMIT:
-        raise Invalid(f"{len(reply)} bytes in answer to {method}, at most {REPLY_LIMIT} expected")
+        raise _too_long(f"the node, asked for {method},")
     try:
         value = json.loads(reply)
     except (ValueError, RecursionError) as error:
@@ -102,6 +103,10 @@ def _result(method: str, request_id: int, reply: bytes) -> Any:
     if value.get("id") != request_id or "result" not in value:
         raise Unavailable(f"the answer to {method} belongs to another request: {reply[:80]!r}")
     return value["result"]
+
+
+def _too_long(who: str) -> Refused:
+    return Refused(f"{who} answered with more than {REPLY_LIMIT} bytes: ask for less", rule="rpc_limit")
 
 
 def rpc_error(method: str, error: Any) -> TesseraError:

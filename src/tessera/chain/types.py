@@ -10,7 +10,7 @@ from tessera.core.errors import Invalid
 from tessera.core.ids import Account, account_from_bytes
 from tessera.core.signing import AccountKey
 
-__all__ = ["Chain", "Log", "Receipt", "Topic"]
+__all__ = ["Chain", "Header", "Log", "Receipt", "Topic"]
 
 Topic = bytes | Sequence[bytes] | None  # one value, any of several, or anything
 
@@ -25,6 +25,8 @@ class Log:
     block_number: int
     log_index: int  # within the block
     tx_hash: str  # 0x and 64 hex digits
+    block_hash: str  # likewise
+    timestamp: int | None  # of the block, seconds since 1970; None where the node does not say
 
     @classmethod
     def from_rpc(cls, value: Any) -> Log:
@@ -37,9 +39,33 @@ class Log:
                 block_number=int(value["blockNumber"], 16),
                 log_index=int(value["logIndex"], 16),
                 tx_hash="0x" + _hex(value["transactionHash"]).hex(),
+                block_hash="0x" + _hex(value["blockHash"]).hex(),
+                timestamp=int(value["blockTimestamp"], 16) if value.get("blockTimestamp") else None,
+            )
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise Invalid(f"the node sent a log that cannot be read: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What names a block and its place: its hash commits to all that came before."""
+
+    number: int
+    hash: str  # 0x and 64 hex digits
+    parent: str
+    timestamp: int  # seconds since 1970
+
+    @classmethod
+    def from_rpc(cls, value: Any) -> Header:
+        try:
+            return cls(
+                number=int(value["number"], 16),
+                hash="0x" + _hex(value["hash"]).hex(),
+                parent="0x" + _hex(value["parentHash"]).hex(),
+                timestamp=int(value["timestamp"], 16),
             )
         except (TypeError, KeyError, ValueError) as error:
-            raise Invalid(f"the node sent a log that cannot be read: {error!r}") from error
+            raise Invalid(f"the node sent a block that cannot be read: {error!r}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +104,9 @@ class Chain(Protocol):
 
     async def block_number(self) -> int: ...
 
-    async def call(self, to: Account, data: bytes, *, block: int | None = None) -> bytes: ...
+    async def call(
+        self, to: Account, data: bytes, *, block: int | None = None, sender: Account | None = None
+    ) -> bytes: ...
 
     async def send(self, key: AccountKey, to: Account | None, data: bytes, *, value: int = 0) -> Receipt: ...
 
@@ -87,6 +115,10 @@ class Chain(Protocol):
     async def logs(
         self, address: Account | None, topics: Sequence[Topic], from_block: int, to_block: int | None = None
     ) -> list[Log]: ...
+
+    async def block_logs(self, address: Account | None, topics: Sequence[Topic], block_hash: str) -> list[Log]: ...
+
+    async def header(self, number: int | None = None) -> Header | None: ...
 
     async def balance(self, account: Account) -> int: ...
 

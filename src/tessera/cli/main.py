@@ -129,6 +129,19 @@ def claim(state_dir: StateDir = default_state_dir("worker"), as_json: AsJson = F
     run_until_signal(lambda: run_claim(state_dir, as_json))
 
 
+@app.command()
+def verify(
+    seen: Annotated[list[Path] | None, typer.Option(help="Another member's file of heads. Repeat for more.")] = None,
+    state_dir: StateDir = default_state_dir("worker"),
+    as_json: AsJson = False,
+) -> None:
+    """Replay the host's embedded chain, and compare it with what you and other members were shown."""
+    from tessera.cli.running import run_until_signal
+    from tessera.cli.verify import run_verify
+
+    run_until_signal(lambda: run_verify(state_dir, seen or [], as_json))
+
+
 # --- a node -----------------------------------------------------------------------------------------------------------
 
 

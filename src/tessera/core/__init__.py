@@ -1,1 +1,1 @@
-"""Layer 8: units, ids, errors, clock, canonical encoding, signing, Merkle trees. No input, no output."""
+"""Layer 9: units, ids, errors, clock, canonical encoding, signing, Merkle trees. No input, no output."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from tessera.core.errors import Invalid
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "hex_bytes"]
 
 MAX_DEPTH = 32
 MAX_INT_BITS = 2_048  # 617 digits: within the 640 that every Python setting prints and parses, and in linear time
@@ -53,6 +53,23 @@ def decode(data: bytes, limit: int) -> Any:
     if canonical != data:
         raise Invalid("not in canonical form: keys sorted, no spaces, no duplicate keys, shortest numbers")
     return value
+
+
+def hex_bytes(text: object, size: int) -> bytes:
+    """The bytes of their one spelling: lower-case hex, no spaces.
+
+    Raises: Invalid for anything but `size` bytes.
+
+    >>> hex_bytes("00ff", 2)
+    b'\x00\xff'
+    """
+    try:
+        data = bytes.fromhex(text) if isinstance(text, str) and len(text) == 2 * size else b""
+    except ValueError:
+        data = b""
+    if len(data) != size or data.hex() != text:
+        raise Invalid(f"expected {size} bytes in lower-case hex, not {str(text)[:40]!r}")
+    return data
 
 
 def _check(value: Any, depth: int) -> None:

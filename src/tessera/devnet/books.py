@@ -10,7 +10,7 @@ import structlog
 from tessera.chain import abi
 from tessera.chain.client import RpcChain
 from tessera.chain.faces import ModelShare, Run
-from tessera.chain.indexer import ShareIndex
+from tessera.chain.indexer.model_share import ShareView, share_index
 from tessera.chain.settle import IncomeTable, income_table
 from tessera.core.ids import Account
 from tessera.core.merkle import share_leaf
@@ -61,17 +61,17 @@ class Books:
     ) -> None:
         self._chain, self._roster, self._transport, self._book = chain, roster, transport, book
         self._share, self._run = ModelShare(chain, roster.share), Run(chain, roster.run)
-        self._index = ShareIndex(None, chain, roster.share, roster.coin)  # small enough to read again at each start
-        self._times: dict[int, float] = {}  # block -> seconds since 1970
+        self._index = share_index(None, chain, roster.share, roster.coin)  # small enough to read again at each start
+        self._told = ShareView(self._index.queries)
         self._accounts = tuple(dict.fromkeys(accounts))
-        self._seen_block = -1
+        self._seen = ""  # the newest block's hash
         self._redeemed: set[tuple[int, Account]] = set()  # leaves, for good
         self.figures = Figures()
 
     async def refresh(self) -> None:
         """Read again if the chain has moved. Raises what the chain or the workers do; the old figures stay then."""
-        block = await self._chain.block_number()
-        if block == self._seen_block:
+        head = await self._chain.header()
+        if head is None or head.hash == self._seen:
             return
         await self._read_epochs()
         await self._read_index()
@@ -80,12 +80,12 @@ class Books:
             self.figures.claimable[account] = await self._share.claimable(account)
         self.figures.total_shares = await self._share.totalSupply()
         self.figures.income = await income_table(self._chain, self._roster.share)
-        self._seen_block = block
+        self._seen = head.hash
 
     def follow(self, roster: Roster, accounts: Sequence[Account]) -> None:
         """From now on `roster`'s workers, and these accounts."""
         self._roster, self._accounts = roster, tuple(dict.fromkeys(accounts))
-        self._seen_block = -1
+        self._seen = ""
 
     def close(self) -> None:
         self._index.close()
@@ -120,21 +120,14 @@ class Books:
         """Payments, claims and postings, each with the transaction that proves it."""
         await self._index.update()
         figures = self.figures
-        figures.requests_paid = self._index.count("paid")
-        paid = reversed(self._index.facts("paid", limit=RECENT_LIMIT))
-        figures.payments = [Payment(f.tx_hash, f.account, f.amount, await self._time_of(f.block)) for f in paid]
-        for fact in reversed(self._index.facts("claimed")):
-            figures.paid_by[Account(fact.account)] = fact.tx_hash
-        for fact in self._index.facts("posted"):
-            if fact.epoch is not None and fact.epoch not in figures.signers:
-                figures.postings[fact.epoch] = fact.tx_hash
-                figures.signers[fact.epoch] = await self._signers(fact.epoch)
-
-    async def _time_of(self, block: int) -> float:
-        if block not in self._times:
-            header = await self._chain.request("eth_getBlockByNumber", [hex(block), False])
-            self._times[block] = float(int(header["timestamp"], 16))
-        return self._times[block]
+        figures.requests_paid = self._told.revenue().count
+        paid = reversed(self._told.payments.payments(limit=RECENT_LIMIT))
+        figures.payments = [Payment(p.tx_hash, p.payer, p.amount, float(p.time)) for p in paid]
+        figures.paid_by = {holder: figure.tx_hash for holder, figure in self._told.claimed().items()}
+        for epoch, posting in self._told.postings().items():
+            if figures.postings.get(epoch) != posting.tx_hash:
+                figures.signers[epoch] = await self._signers(epoch)
+                figures.postings[epoch] = posting.tx_hash
 
     async def _read_epochs(self) -> None:
         for epoch in range(len(self.figures.epochs), await self._share.epoch_count()):

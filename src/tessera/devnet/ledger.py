@@ -51,13 +51,17 @@ class Ledger:
 
 
 @asynccontextmanager
-async def open_ledger(journal: Path, url: str | None, clock: Clock) -> AsyncIterator[Ledger]:
-    """The embedded chain in `journal`, or the network at `url`.
+async def open_ledger(
+    journal: Path, url: str | None, clock: Clock, operator: AccountKey | None = None
+) -> AsyncIterator[Ledger]:
+    """The embedded chain in `journal`, whose heads `operator` signs for members, or the network at `url`.
 
     Raises: Invalid for a damaged journal; Unavailable when nobody answers at `url`.
     """
     if url is None:
-        local = await to_thread.run_sync(lambda: LocalChain(journal, chain_id=LOCAL_CHAIN_ID, clock=clock))
+        local = await to_thread.run_sync(
+            lambda: LocalChain(journal, chain_id=LOCAL_CHAIN_ID, clock=clock, operator=operator)
+        )
         try:
             yield Ledger(local.client(), LOCAL_CHAIN_ID, _local_exchange(local), local, None)
         finally:

@@ -48,7 +48,8 @@ async def open_doors(
 ) -> AsyncIterator[tuple[Ledger, dict[str, str]]]:
     """The chain, and the two ports: page with gateway, and the chain's JSON-RPC. Yields the URLs with the chain."""
     async with AsyncExitStack() as stack:
-        ledger = await stack.enter_async_context(open_ledger(home.path / JOURNAL, config.chain_url, clock))
+        operator = load_people(home).operator
+        ledger = await stack.enter_async_context(open_ledger(home.path / JOURNAL, config.chain_url, clock, operator))
         url = await stack.enter_async_context(listening(front, sockets[0]))
         urls = {"page": f"{url}/", "gateway": f"{url}/v1", "chain": ledger.url or ""}
         if ledger.local is not None:

@@ -1,1 +1,1 @@
-"""Layer 7: pure maths of who gets what. Exact numbers, no input, no output."""
+"""Layer 8: pure maths of who gets what. Exact numbers, no input, no output."""

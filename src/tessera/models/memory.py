@@ -21,13 +21,14 @@ from tessera.models.config import ModelSpec
 
 __all__ = [
     "MAX_IN_FLIGHT", "MemoryNeed", "estimate_memory", "fit_memory", "free_ram_bytes", "in_flight_depth",
-    "parameter_shapes",
+    "parameter_shapes", "state_limit",
 ]  # fmt: skip
 
 MAX_IN_FLIGHT = 256  # microbatches of one stage; each holds its graph, or its codes
 
 FLOAT = 4  # bytes; parameters, gradients and the optimiser's state are float32 whatever the products take
 LOW = 2  # bytes of bfloat16
+HEADER = 2**20  # bytes; a saved state names some ten tensors of each layer, in a hundred bytes each
 CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT = 2**60  # bytes; version 1 says "no limit" with a number near 2^63
 _FILES = {  # version: limit, use, and which of the use is file cache that would be dropped
@@ -86,8 +87,7 @@ def estimate_memory(
     """
     shapes = parameter_shapes(spec, stage)
     hidden = {name: shape for name, shape in shapes.items() if name.startswith("hidden.")}
-    count, matrices = _count(shapes), _count(hidden)
-    state = FLOAT * (2 * matrices + 3 * (count - matrices))  # Muon keeps one number for each, AdamW two
+    count, matrices, state = _count(shapes), _count(hidden), _state_bytes(shapes)
     groups = _groups(spec, hidden)
     parts = ranks if shard else 1
     tokens = -(-sequences // ranks) * length
@@ -161,6 +161,20 @@ def parameter_shapes(spec: ModelSpec, stage: int) -> dict[str, tuple[int, ...]]:
         shapes |= {"decode": (d, k)} if stage > 0 else {}
         shapes |= {"encode": (k, d)} if not last else {}
     return shapes | ({"head": (m.vocab_size, d), "head_gain": (d,)} if last else {})
+
+
+def state_limit(spec: ModelSpec, stage: int) -> int:
+    """Most bytes of what the stage's trainer saves, on however many devices.
+
+    Raises: Invalid: no such stage.
+    """
+    return _state_bytes(parameter_shapes(spec, stage)) + HEADER
+
+
+def _state_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Parameters, and of each number what the optimiser keeps: Muon one, AdamW two."""
+    matrices = _count({name: shape for name, shape in shapes.items() if name.startswith("hidden.")})
+    return FLOAT * (2 * matrices + 3 * (_count(shapes) - matrices))
 
 
 def _groups(spec: ModelSpec, hidden: dict[str, tuple[int, ...]]) -> dict[tuple[int, int], int]:

@@ -1,1 +1,1 @@
-"""Layer 6: messages between peers. `transport` is what the others see; `iroh_transport` and `memory` do it."""
+"""Layer 7: messages between peers. `transport` is what the others see; `iroh_transport` and `memory` do it."""

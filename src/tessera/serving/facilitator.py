@@ -1,7 +1,9 @@
 """The x402 facilitator inside the gateway: its signer, over our chain client.
 
-x402's `exact` scheme verifies and settles synchronously; the chain client is asynchronous. So the scheme runs in a
-worker thread of its own limiter, and each chain call goes back to the event loop. A failure to reach the chain is kept
+Two schemes: `exact` moves what was signed, by EIP-3009 or through Permit2; `upto` moves what was used, at most what was
+signed, through Permit2 and x402's proxy, and only by this facilitator's hand. x402's schemes verify and settle
+synchronously; the chain client is asynchronous. So a scheme runs in a worker thread of its own limiter, and each chain
+call goes back to the event loop. A failure to reach the chain is kept
 apart from a payment that the chain refuses: the first is the gateway's trouble, the second is the buyer's.
 """
 
@@ -22,7 +24,13 @@ from tessera.core.signing import AccountKey
 
 if TYPE_CHECKING:
     from x402.mechanisms.evm.types import TransactionReceipt
-    from x402.schemas import PaymentPayload, PaymentRequirements, SettleResponse, VerifyResponse
+    from x402.schemas import (
+        PaymentPayload,
+        PaymentRequirements,
+        SettleResponse,
+        SupportedResponse,
+        VerifyResponse,
+    )
 
 __all__ = ["Facilitator", "PaymentChain", "load_x402"]
 
@@ -47,7 +55,7 @@ class PaymentChain(Protocol):
     """What payments ask of a chain; `tessera.chain.RpcChain` is one."""
 
     async def chain_id(self) -> int: ...
-    async def call(self, to: Account, data: bytes) -> bytes: ...
+    async def call(self, to: Account, data: bytes, *, sender: Account | None = None) -> bytes: ...
     async def code(self, account: Account) -> bytes: ...
     async def block_number(self) -> int: ...
     async def logs(self, address: Account, topics: Sequence[bytes], from_block: int) -> Sequence[Any]: ...
@@ -60,11 +68,14 @@ class PaymentChain(Protocol):
 def load_x402() -> None:
     """Imports x402, which takes about a second: call it in a thread before the first payment comes."""
     import x402.mechanisms.evm.exact.facilitator
+    import x402.mechanisms.evm.upto.facilitator
     import x402.schemas  # noqa: F401
 
 
 class Facilitator:
-    """Verifies and settles payments on one chain, paying the gas with `key`."""
+    """Verifies and settles payments on one chain, paying the gas with `key`. It is a facilitator client of x402's own
+    resource server too: hand it over in the place of a URL.
+    """
 
     def __init__(self, chain: PaymentChain, key: AccountKey, chain_id: int) -> None:
         from x402.pending_settlement_store import InMemoryPendingSettlementStore
@@ -78,17 +89,33 @@ class Facilitator:
 
     async def verify(self, payload: PaymentPayload, requirements: PaymentRequirements) -> VerifyResponse:
         """x402's verdict. Raises: Unavailable or Late when the chain could not be asked."""
-        return await self._run(lambda scheme: scheme.verify(payload, requirements))
+        return await self._run(requirements, lambda scheme: scheme.verify(payload, requirements))
 
     async def settle(self, payload: PaymentPayload, requirements: PaymentRequirements) -> SettleResponse:
-        """Sends the transfer and waits for it. Raises: Unavailable or Late when the chain gave no answer."""
-        return await self._run(lambda scheme: scheme.settle(payload, requirements))
+        """Sends the transfer of `requirements.amount` and waits for it.
 
-    async def _run(self, work: Callable[[Any], T]) -> T:
+        Raises: Unavailable or Late when the chain gave no answer.
+        """
+        return await self._run(requirements, lambda scheme: scheme.settle(payload, requirements))
+
+    def get_supported(self) -> SupportedResponse:
+        """What x402's resource server asks before it makes offers."""
+        from x402.schemas import SupportedKind, SupportedResponse
+
+        extras = {"exact": None, "upto": {"facilitatorAddress": self._key.account}}
+        kinds = [
+            SupportedKind(x402_version=2, scheme=scheme, network=f"eip155:{self._chain_id}", extra=extra)
+            for scheme, extra in extras.items()
+        ]
+        return SupportedResponse(kinds=kinds, signers={"eip155:*": [self._key.account]})
+
+    async def _run(self, requirements: PaymentRequirements, work: Callable[[Any], T]) -> T:
         from x402.mechanisms.evm.exact.facilitator import ExactEvmScheme
+        from x402.mechanisms.evm.upto.facilitator import UptoEvmScheme
 
         signer = _Signer(self._chain, self._key, self._chain_id)
-        scheme = ExactEvmScheme(signer, pending_store=self._pending)
+        kind = UptoEvmScheme if requirements.scheme == "upto" else ExactEvmScheme
+        scheme = kind(signer, pending_store=self._pending)
         # Shielded, also because a call from a thread whose scope is cancelled already never ends in anyio 4.16: its
         # first checkpoint waits for a cancellation that was delivered before. Each chain call has its own deadline.
         with anyio.CancelScope(shield=True):
@@ -121,7 +148,7 @@ class _Signer:
         from x402.mechanisms.evm.multicall import encode_contract_call
 
         data = encode_contract_call(abi, function_name, *args)
-        result = self._ask(lambda: self._chain.call(parse_account(address), data))
+        result = self._ask(lambda: self._chain.call(parse_account(address), data, sender=self._key.account))
         function = next(entry for entry in abi if entry.get("name") == function_name)
         values = abi_decode([output["type"] for output in function.get("outputs", [])], result)
         return values[0] if len(values) == 1 else (values or None)
@@ -158,10 +185,10 @@ class _Signer:
         return TransactionReceipt(1 if receipt.ok else 0, receipt.block_number, tx_hash, logs)
 
     def verify_typed_data(self, *args: Any, **kwargs: Any) -> bool:
-        raise NotImplementedError("only EIP-3009 is offered; Permit2 alone asks for this")
+        raise NotImplementedError("x402 checks signatures by itself, with `get_code` and `read_contract`")
 
     def get_balance(self, address: str, token_address: str) -> int:
-        raise NotImplementedError("only EIP-3009 is offered; Permit2 alone asks for this")
+        raise NotImplementedError("x402 reads balances with `read_contract`")
 
     def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
         async def asked() -> T:

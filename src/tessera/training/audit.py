@@ -144,8 +144,8 @@ class Verdict:
             raise Invalid(f"an outcome is passed, failed or withheld, not {str(outcome)[:20]!r}")
         if not isinstance(reason, str) or len(reason) > REASON_CHARS:
             raise Invalid(f"a reason is a text of at most {REASON_CHARS} characters")
-        lot = Draw(run_id, step, parse_peer_id(worker), index, parse_peer_id(auditor), hex_bytes(lot, 64))
-        return cls(lot, outcome, reason, hex_bytes(evidence, 32), hex_bytes(signature, 64))
+        lot = Draw(run_id, step, parse_peer_id(worker), index, parse_peer_id(auditor), encoding.hex_bytes(lot, 64))
+        return cls(lot, outcome, reason, encoding.hex_bytes(evidence, 32), encoding.hex_bytes(signature, 64))
 
     def _facts(self) -> list[Any]:
         d = self.draw
@@ -248,14 +248,3 @@ def check_place(step: object, index: object) -> None:
         raise Invalid(f"a step is a number from 0, not {str(step)[:40]!r}")
     if index is not None and (type(index) is not int or not 0 <= index < MAX_MICROBATCHES):
         raise Invalid(f"a microbatch is a number under {MAX_MICROBATCHES} or null, not {str(index)[:40]!r}")
-
-
-def hex_bytes(text: object, size: int) -> bytes:
-    """Raises: Invalid for anything but `size` bytes in lower-case hex."""
-    try:
-        data = bytes.fromhex(text) if isinstance(text, str) else b""
-    except ValueError:
-        data = b""
-    if len(data) != size or data.hex() != text:
-        raise Invalid(f"expected {size} bytes in lower-case hex")
-    return data

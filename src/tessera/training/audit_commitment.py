@@ -15,7 +15,7 @@ from tessera.core.errors import Invalid, Misbehaviour
 from tessera.core.hashing import sha256
 from tessera.core.ids import PeerId, RunId, parse_peer_id
 from tessera.core.signing import PeerKey, verify_peer
-from tessera.training.audit import MAX_MICROBATCHES, check_place, hex_bytes
+from tessera.training.audit import MAX_MICROBATCHES, check_place
 from tessera.training.receipts import payloads_digest
 
 __all__ = [
@@ -112,8 +112,9 @@ class Commitment:
         if not isinstance(sent, list) or len(sent) > MAX_FLOWS:
             raise Invalid(f"a commitment names at most {MAX_FLOWS} neighbours")
         return cls(
-            run_id, step, worker, hex_bytes(version, 32), check_microbatches(microbatches), tuple(map(_sent, sent)),
-            hex_bytes(losses, 32), hex_bytes(update, 32), hex_bytes(signature, 64),
+            run_id, step, worker, encoding.hex_bytes(version, 32), check_microbatches(microbatches),
+            tuple(map(_sent, sent)), encoding.hex_bytes(losses, 32), encoding.hex_bytes(update, 32),
+            encoding.hex_bytes(signature, 64),
         )  # fmt: skip
 
     def names(self, receipt: SignedReceipt) -> bool:
@@ -164,4 +165,4 @@ def check_microbatches(value: object) -> tuple[int, ...]:
 def _sent(row: object) -> Sent:
     if not isinstance(row, list) or len(row) != 3 or row[0] not in ("forward", "backward"):
         raise Invalid("what was sent is a direction, a peer and a digest")
-    return Sent(row[0], parse_peer_id(row[1]), hex_bytes(row[2], 32))
+    return Sent(row[0], parse_peer_id(row[1]), encoding.hex_bytes(row[2], 32))

@@ -31,7 +31,7 @@ from tessera.core import encoding
 from tessera.core.errors import Invalid
 from tessera.core.hashing import sha256
 from tessera.core.ids import PeerId, RunId, parse_peer_id
-from tessera.training.audit import MAX_MICROBATCHES, Draw, check_place, hex_bytes
+from tessera.training.audit import MAX_MICROBATCHES, Draw, check_place
 from tessera.training.audit_commitment import (
     MAX_FLOWS,
     Commitment,
@@ -170,7 +170,9 @@ class Evidence:
             step, worker, index, auditor, signature = head["draw"]
             rows, sizes, has_gradient = head["flows"], head["sizes"], head["gradient"]
             check_place(step, index)
-            lot = Draw(run_id, step, parse_peer_id(worker), index, parse_peer_id(auditor), hex_bytes(signature, 64))
+            lot = Draw(
+                run_id, step, parse_peer_id(worker), index, parse_peer_id(auditor), encoding.hex_bytes(signature, 64)
+            )
             promise = Commitment.from_row(run_id, lot.worker, head["commitment"])
             parts = _cut(data[end:], sizes)
             if len(rows) > MAX_FLOWS or type(has_gradient) is not bool:
@@ -207,7 +209,7 @@ def _flow(run_id: RunId, row: list[Any], parts: list[bytes], parse: ReceiptParse
     taken, parts[: len(indices)] = parts[: len(indices)], []
     return Flow(
         parse(run_id, receipt),
-        tuple(hex_bytes(h, 32) for h in hashes),
+        tuple(encoding.hex_bytes(h, 32) for h in hashes),
         dict(zip(check_microbatches(indices), taken, strict=True)),
     )
 

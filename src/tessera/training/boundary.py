@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import anyio
 import anyio.abc
@@ -18,6 +19,7 @@ from tessera.core import encoding
 from tessera.core.errors import Conflict, Late, Misbehaviour, Refused, TesseraError, Unavailable
 from tessera.core.ids import PeerId, RunId
 from tessera.p2p.transport import PeerRecord, Stream, Transport
+from tessera.training.both_ways import both_ways
 from tessera.training.frames import Frame, Kind
 from tessera.training.mailbox import Mailbox
 from tessera.training.protocols import CALL_S, PIPELINE, SMALL
@@ -158,25 +160,13 @@ class Boundary:
 
     async def _pump(self, link: _Link, opened: Callable[[], Awaitable[Stream]]) -> TesseraError:
         """Move frames until the link fails; why it did."""
-        failures: list[TesseraError] = []
-
-        async def guarded(work: Callable[[], Awaitable[None]]) -> None:
-            try:
-                await work()
-            except TesseraError as error:
-                failures.append(error)
-            tasks.cancel_scope.cancel()
-
         try:
             stream = await opened()
         except TesseraError as error:
             return error
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(guarded, lambda: self._read(link, stream))
-            tasks.start_soon(guarded, lambda: self._write(link, stream))
-        return next((e for e in failures if isinstance(e, Misbehaviour)), failures[0])
+        return await both_ways(lambda: self._read(link, stream), lambda: self._write(link, stream))
 
-    async def _read(self, link: _Link, stream: Stream) -> None:
+    async def _read(self, link: _Link, stream: Stream) -> NoReturn:
         while data := await stream.recv(self._limit):
             frame = Frame.parse(data)
             if (frame.kind in (Kind.FORWARD, Kind.EVALUATE)) is link.below and frame.kind is not Kind.RECEIPT:
@@ -186,7 +176,7 @@ class Boundary:
             self._deliver(link.peer, frame)
         raise Unavailable(f"{link.peer[:16]}… closed the link")
 
-    async def _write(self, link: _Link, stream: Stream) -> None:
+    async def _write(self, link: _Link, stream: Stream) -> NoReturn:
         while True:
             data = await link.outbox.get()
             with anyio.move_on_after(self._wait_s) as scope:

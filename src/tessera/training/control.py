@@ -9,13 +9,14 @@ A line that is full or silent is cut; the lead dials again. The lead's own worke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import anyio
 
 from tessera.core import encoding
-from tessera.core.errors import Invalid, Late, Misbehaviour, TesseraError, Unavailable
+from tessera.core.errors import Late, Misbehaviour, TesseraError, Unavailable
 from tessera.p2p.transport import Stream
+from tessera.training.both_ways import both_ways
 from tessera.training.mailbox import Mailbox
 
 __all__ = ["Line", "LocalLine", "Message", "StreamLine", "local_pair"]
@@ -57,25 +58,16 @@ class StreamLine:
         self._scope.cancel()
 
     async def run(self, hear: Callable[[Message], None]) -> None:
-        failure: list[TesseraError] = []
+        failure: TesseraError = Unavailable(f"the line to {self._stream.peer[:16]}… was cut")
         try:
             with self._scope:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._guarded, self._write, failure, tasks.cancel_scope)
-                    await self._guarded(lambda: self._read(hear), failure, tasks.cancel_scope)
+                failure = await both_ways(lambda: self._read(hear), self._write)
         finally:
             with anyio.CancelScope(shield=True):
                 await self._stream.abort()
-        raise failure[0] if failure else Unavailable(f"the line to {self._stream.peer[:16]}… was cut")
+        raise failure
 
-    async def _guarded(self, work: Any, failure: list[TesseraError], scope: anyio.CancelScope) -> None:
-        try:
-            await work()
-        except (Unavailable, Misbehaviour, Late, Invalid) as error:
-            failure.append(error)
-        scope.cancel()
-
-    async def _read(self, hear: Callable[[Message], None]) -> None:
+    async def _read(self, hear: Callable[[Message], None]) -> NoReturn:
         while data := await self._stream.recv(LINE_LIMIT):
             message = encoding.decode(data, LINE_LIMIT)
             if not isinstance(message, dict) or not isinstance(message.get("op"), str):
@@ -83,7 +75,7 @@ class StreamLine:
             hear(message)
         raise Unavailable(f"{self._stream.peer[:16]}… closed the line")
 
-    async def _write(self) -> None:
+    async def _write(self) -> NoReturn:
         while True:
             data = await self._outbox.get()
             with anyio.move_on_after(TAKE_S) as scope:

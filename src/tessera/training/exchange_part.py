@@ -78,8 +78,8 @@ class PartHead:
         size = value["size"]
         if type(size) is not int or size < 0:
             raise Invalid(f"a part's size is a number of bytes, not {str(size)[:40]!r}")
-        digest = _from_hex(value["digest"], DIGEST_BYTES)
-        return cls(owner, size, digest, _from_hex(value["signature"], SIGNATURE_BYTES))
+        digest = encoding.hex_bytes(value["digest"], DIGEST_BYTES)
+        return cls(owner, size, digest, encoding.hex_bytes(value["signature"], SIGNATURE_BYTES))
 
     def accusation(self, name: PartName, fault: str) -> Misbehaviour:
         """Against the owner, with what convinces everybody who has the bytes."""
@@ -101,12 +101,3 @@ class SignedPart:
 
 def _statement(name: PartName, owner: PeerId, size: int, digest: bytes) -> bytes:
     return encoding.encode({**name.to_value(), "digest": digest.hex(), "owner": owner, "size": size})
-
-
-def _from_hex(value: object, size: int) -> bytes:
-    if isinstance(value, str) and len(value) == 2 * size:
-        try:
-            return bytes.fromhex(value)
-        except ValueError:
-            pass
-    raise Invalid(f"expected {size} bytes in hex, not {str(value)[:40]!r}")

@@ -111,7 +111,7 @@ class Receipt:
             raise Invalid(f"a receipt's direction is forward or backward, not {str(direction)[:20]!r}")
         return cls(
             run_id, step, parse_peer_id(worker), parse_peer_id(signer), direction, _from_bitmap(microbatches),
-            _hex(digest, 32), _hex(version, 32), _hex(signature, 64),
+            encoding.hex_bytes(digest, 32), encoding.hex_bytes(version, 32), encoding.hex_bytes(signature, 64),
         )  # fmt: skip
 
     def to_payload(self) -> bytes:
@@ -207,12 +207,3 @@ def _from_bitmap(text: object) -> tuple[int, ...]:
         raise Invalid(f"microbatches are up to 256 hex digits that do not begin with 0, not {str(text)[:40]!r}")
     bits = int(text, 16)
     return tuple(index for index in range(bits.bit_length()) if bits >> index & 1)
-
-
-def _hex(text: object, size: int) -> bytes:
-    if not isinstance(text, str) or len(text) != 2 * size:
-        raise Invalid(f"expected {size} bytes in hex")
-    try:
-        return bytes.fromhex(text)
-    except ValueError as error:
-        raise Invalid(f"expected {size} bytes in hex") from error

@@ -92,7 +92,10 @@ class BoundarySecret:
             raise Refused(f"{maker[:16]}… does not make this boundary's secrets", rule="boundary-owner")
         if value["to"] != key.id:
             raise Invalid("the boundary's secret is sealed for another peer")
-        sealed, signature = _unhex(value["sealed"], _SEALED_BYTES), _unhex(value.pop("signature"), 64)
+        sealed, signature = (
+            encoding.hex_bytes(value["sealed"], _SEALED_BYTES),
+            encoding.hex_bytes(value.pop("signature"), 64),
+        )
         verify_peer(maker, DOMAIN, encoding.encode(value), signature)
         try:
             secret = nacl.public.SealedBox(nacl.public.PrivateKey(CurveKeys.of(key).secret)).decrypt(sealed)
@@ -146,12 +149,3 @@ def _parse(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict) or value.keys() != _FIELDS:
         raise Invalid(f"a sealed secret has the fields {', '.join(sorted(_FIELDS))}")
     return value
-
-
-def _unhex(text: object, size: int) -> bytes:
-    if not isinstance(text, str) or len(text) != 2 * size:
-        raise Invalid(f"expected {2 * size} hex digits in a sealed secret")
-    try:
-        return bytes.fromhex(text)
-    except ValueError as error:
-        raise Invalid(f"expected {2 * size} hex digits in a sealed secret") from error

@@ -29,7 +29,7 @@ OPEN_METHODS = frozenset(
         "eth_getBalance", "eth_getBlockByHash", "eth_getBlockByNumber", "eth_getCode", "eth_getLogs",
         "eth_getStorageAt", "eth_getTransactionByHash", "eth_getTransactionCount", "eth_getTransactionReceipt",
         "eth_maxPriorityFeePerGas", "eth_sendRawTransaction", "eth_syncing", "net_version",
-        "tessera_journal", "tessera_stateRoot", "web3_clientVersion",
+        "tessera_genesis", "tessera_head", "tessera_journal", "tessera_stateRoot", "web3_clientVersion",
     }
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from tessera.chain.faces import ModelShare, Run
 from tessera.core.clock import Clock
 from tessera.core.errors import TesseraError
 from tessera.core.ids import Account
+from tessera.models.memory import state_limit
 from tessera.models.parallel_link import RankLink
 from tessera.training.attendance import Attendance
 from tessera.training.audit import Verdict
@@ -54,7 +55,6 @@ STATUS_S = 2.0
 BOND_S = 30.0  # between two looks at our bond
 REPORT_POINTS = 200  # losses in one report
 TELL_TRIES = 10
-STATE_ROOM = 2  # times our own state: what one of the same stage can be, its format allowed for
 FIRST_LOOK_S = 1.0  # the gate is shut until somebody has looked: that is no reason to say that we pause
 
 
@@ -182,7 +182,7 @@ class Worker:
                 seated.checkpoints,
                 stage=seated.stage,
                 roster=lambda: seated.roster,
-                size_limit=STATE_ROOM * len(seated.trainer.save()),
+                size_limit=state_limit(manifest.model, seated.stage),
             )
         records = self._records(seated)
         pipeline = Pipeline(
