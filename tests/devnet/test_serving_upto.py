@@ -16,6 +16,7 @@ from x402 import x402Client
 from x402.http.clients.httpx import x402AsyncTransport
 from x402.http.middleware.fastapi import payment_middleware, set_settlement_overrides
 from x402.http.types import PaymentOption, RouteConfig
+from x402.mechanisms.evm.exact import ExactEvmClientScheme
 from x402.mechanisms.evm.signers import EthAccountSigner
 from x402.mechanisms.evm.upto import UptoEvmClientScheme, UptoEvmServerScheme
 from x402.schemas import AssetAmount, PaymentPayload, PaymentRequirements
@@ -153,3 +154,14 @@ async def test_what_used_nothing_costs_nothing_and_needs_no_transaction(market: 
     height = market.local.head.number
     settled = await market.facilitator.settle(market.sign(), market.offer().model_copy(update={"amount": "0"}))
     assert (settled.success, settled.transaction, market.local.head.number) == (True, "", height)
+
+
+async def test_exact_goes_through_permit2_too_for_coins_without_eip_3009(market: Market) -> None:
+    extra = {"assetTransferMethod": "permit2", "name": "Test USD", "version": "2"}
+    offer = market.offer().model_copy(update={"scheme": "exact", "amount": "900", "extra": extra})
+    scheme = ExactEvmClientScheme(EthAccountSigner(EthAccount.from_key(PAYER.secret)))
+    payment = PaymentPayload(x402_version=2, payload=scheme.create_payment_payload(offer), accepted=offer)
+    assert (await market.facilitator.verify(payment, offer)).is_valid
+    assert (await market.facilitator.settle(payment, offer)).success
+    assert not (await market.facilitator.settle(payment, offer)).success
+    assert await market.coin.balanceOf(SELLER) == 900

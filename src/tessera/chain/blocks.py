@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tessera.chain.engine import GAS_LIMIT, SignedTx, decode_transaction
-from tessera.chain.transactions import rlp_encode
+from tessera.chain.transactions import rlp_encode, rlp_prefix
 from tessera.core.hashing import keccak, sha256
 
 __all__ = ["Block", "RawLog", "Result", "bloom", "make_block", "restore_block"]
@@ -24,8 +24,8 @@ EMPTY_LIST = keccak(rlp_encode([]))
 EMPTY_REQUESTS = sha256(b"")
 EXTRA_DATA = b"tessera"
 NO_BLOOM = bytes(256)
-# A header is an RLP list whose fields are mostly constant or of one length. Put together by hand it takes less
-# time, of which a start from a checkpoint mostly consists; a test compares it with another implementation's.
+# Headers and receipts are RLP lists whose fields are mostly of one length. Put together by hand they take less time, of
+# which a start from a checkpoint mostly consists; tests compare them with two other implementations.
 _NOBODY = rlp_encode(EMPTY_LIST) + rlp_encode(bytes(20))  # no uncles, no fee recipient
 _GAS_LIMIT = rlp_encode(GAS_LIMIT)
 _TAIL = b"".join(  # extra data, randomness, nonce, base fee, withdrawals, blob gas twice, beacon root, requests
@@ -146,9 +146,8 @@ def _assemble(
     ok, gas_used, logs = kept
     transactions_root = receipts_root = EMPTY_TRIE
     if raw is not None:
-        receipt = rlp_encode(
-            [int(ok), gas_used, bits, [[address, list(topics), data] for address, topics, data in logs]]
-        )
+        numbers = (b"\x01" if ok else b"\x80") + rlp_encode(gas_used)
+        receipt = _list(numbers + b"\xb9\x01\x00" + bits + _list(b"".join(map(_log, logs))))
         transactions_root = _trie_of_one(raw)
         receipts_root = _trie_of_one(receipt if raw[0] >= 0xC0 else raw[:1] + receipt)
     roots = b"\xa0" + state_root + b"\xa0" + transactions_root + b"\xa0" + receipts_root + b"\xb9\x01\x00" + bits
@@ -159,6 +158,16 @@ def _assemble(
         number, timestamp, parent, keccak(header), state_root, transactions_root, receipts_root, bits,
         len(header) + len(raw or b""), raw, tx_hash, ok, gas_used, logs,
     )  # fmt: skip
+
+
+def _log(log: RawLog) -> bytes:
+    address, topics, data = log
+    return _list(b"\x94" + address + _list(b"".join([b"\xa0" + topic for topic in topics])) + rlp_encode(data))
+
+
+def _list(body: bytes) -> bytes:
+    """The RLP list of items that are encoded already."""
+    return rlp_prefix(len(body), 0xC0) + body
 
 
 def _trie_of_one(value: bytes) -> bytes:

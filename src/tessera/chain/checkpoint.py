@@ -47,6 +47,7 @@ class Checkpoint:
         self._path = path
         self._db: sqlite3.Connection | None = None
         self._height = -1  # of the last block that is in the file
+        self._failed_at = -1  # where the disk refused
         self._names: set[bytes] = set()  # nodes in the file
         self._live = 0  # nodes that the state needed when the file was last written anew
 
@@ -80,7 +81,7 @@ class Checkpoint:
         Cost: about 20 µs a block since then, and 30 µs for each node that has changed.
         """
         head = blocks[-1]
-        if head.number - self._height < least:
+        if head.number - max(self._height, self._failed_at) < least:
             return
         try:
             self._open()
@@ -89,7 +90,7 @@ class Checkpoint:
         except sqlite3.Error as error:  # a full disk, for one: the journal says so itself, when it matters
             log.warning("checkpoint_not_written", file=str(self._path), reason=str(error)[:200])
             self._discard()
-            self._height = head.number  # tried again after as many blocks
+            self._failed_at = head.number  # tried again after as many blocks, then with all of it
 
     def close(self) -> None:
         if self._db is not None:

@@ -57,11 +57,11 @@ def _class(name: str, artifact: Entry) -> str:
 
 
 def _event(entry: Entry) -> str:
-    inputs = entry["inputs"]
+    topic = keccak(_signature(entry["name"], entry["inputs"]).encode()).hex()
+    inputs = [_topic(item) for item in entry["inputs"]]
     indexed = [item for item in inputs if item["indexed"]]
     plain = [item for item in inputs if not item["indexed"]]
     order = tuple((indexed + plain).index(item) for item in inputs)
-    topic = keccak(_signature(entry["name"], inputs).encode()).hex()
     fields = "".join(f"        {item['name']}: {_python(item)}\n" for item in inputs)
     return (
         f"    @dataclass(frozen=True, slots=True)\n    class {entry['name']}(Event):\n{fields}\n"
@@ -70,6 +70,11 @@ def _event(entry: Entry) -> str:
         f"        PLAIN: ClassVar[tuple[str, ...]] = {tuple(item['type'] for item in plain)!r}\n"
         f"        ORDER: ClassVar[tuple[int, ...]] = {order!r}\n\n"
     )
+
+
+def _topic(item: Entry) -> Entry:
+    """An indexed text is in the log as its hash alone."""
+    return item | {"type": "bytes32"} if item["indexed"] and item["type"] in ("string", "bytes") else item
 
 
 def _struct(entry: Entry) -> str:

@@ -15,7 +15,19 @@ from tessera.chain.types import Chain, Receipt
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
 
-__all__ = ["Coin", "JobEscrow", "ModelShare", "Permit2", "Run", "SpendPolicy", "X402ExactProxy", "X402UptoProxy"]
+__all__ = [
+    "Coin",
+    "IdentityRegistry",
+    "JobEscrow",
+    "ModelShare",
+    "Permit2",
+    "ReputationRegistry",
+    "Run",
+    "SpendPolicy",
+    "ValidationRegistry",
+    "X402ExactProxy",
+    "X402UptoProxy",
+]
 
 
 class Coin(Contract):
@@ -163,6 +175,197 @@ class Coin(Contract):
 
     async def authorizationState(self, arg0: Account, arg1: bytes) -> bool:
         return await self._call("e94a0102", ("address", "bytes32"), (arg0, arg1), ("bool",))
+
+
+class IdentityRegistry(Contract):
+    """Who an agent is: the identity registry of ERC-8004 for chains where the deployed one is not, with its calls and
+    events.
+    """
+
+    ARTIFACT: ClassVar[str] = "identity_registry"
+
+    @dataclass(frozen=True, slots=True)
+    class Transfer(Event):
+        sender: Account
+        receiver: Account
+        tokenId: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("ddf252ad1be2c89b69c2b068fc378daa952ba7f163c4a11628f55a4df523b3ef")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address", "address", "uint256")
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class Approval(Event):
+        owner: Account
+        approved: Account
+        tokenId: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("8c5be1e5ebec7d5bd14f71427d1e84f3dd0314c0f7b2291e5b200ac8c7c3b925")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address", "address", "uint256")
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class ApprovalForAll(Event):
+        owner: Account
+        operator: Account
+        approved: bool
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("17307eab39ab6107e8899845ad3d59bd9653f200f220920489ca2b5937696c31")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("bool",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class Registered(Event):
+        agentId: int
+        agentURI: str
+        owner: Account
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("ca52e62c367d81bb2e328eb795f7c7ba24afb478408a26c0e201d155c449bc4a")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("string",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 2, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class URIUpdated(Event):
+        agentId: int
+        newURI: str
+        updatedBy: Account
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("3a2c7fffc2cba7582c690e3b82c453ea02a308326a98a3ad7576c606336409fb")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("string",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 2, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class MetadataSet(Event):
+        agentId: int
+        indexedMetadataKey: bytes
+        metadataKey: str
+        metadataValue: bytes
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("2c149ed548c6d2993cd73efe187df6eccabe4538091b33adbd25fafdb8a1468b")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "bytes32")
+        PLAIN: ClassVar[tuple[str, ...]] = ("string", "bytes")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey) -> IdentityRegistry:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "identity_registry"))
+
+    async def register(
+        self, key: AccountKey, agentURI: str | None = None, entries: Sequence[tuple[str, bytes]] | None = None
+    ) -> Receipt:
+        """Become an agent: the caller is its owner and its first wallet."""
+        if agentURI is None:
+            return await self._send(key, "1aa3a008", (), ())
+        if entries is None:
+            return await self._send(key, "f2c298be", ("string",), (agentURI,))
+        return await self._send(key, "8ea42286", ("string", "(string,bytes)[]"), (agentURI, entries))
+
+    async def setAgentURI(self, key: AccountKey, agentId: int, newURI: str) -> Receipt:
+        """Point to another description."""
+        return await self._send(key, "0af28bd3", ("uint256", "string"), (agentId, newURI))
+
+    async def setMetadata(self, key: AccountKey, agentId: int, metadataKey: str, metadataValue: bytes) -> Receipt:
+        """Say something about the agent on the chain itself. The key `agentWallet` is reserved."""
+        return await self._send(key, "466648da", ("uint256", "string", "bytes"), (agentId, metadataKey, metadataValue))
+
+    async def setAgentWallet(
+        self, key: AccountKey, agentId: int, newWallet: Account, deadline: int, signature: bytes
+    ) -> Receipt:
+        """Be paid at another account, which has signed `wallet_digest`."""
+        return await self._send(
+            key, "2d1ef5ae", ("uint256", "address", "uint256", "bytes"), (agentId, newWallet, deadline, signature)
+        )
+
+    async def unsetAgentWallet(self, key: AccountKey, agentId: int) -> Receipt:
+        """Have no wallet."""
+        return await self._send(key, "3fddcf19", ("uint256",), (agentId,))
+
+    async def wallet_digest(self, agentId: int, newWallet: Account, deadline: int) -> bytes:
+        """The EIP-712 digest that a wallet signs to become an agent's."""
+        return await self._call(
+            "cb9d11b9", ("uint256", "address", "uint256"), (agentId, newWallet, deadline), ("bytes32",)
+        )
+
+    async def getAgentWallet(self, agentId: int) -> Account:
+        """Where the agent is paid; empty for nowhere."""
+        return await self._call("00339509", ("uint256",), (agentId,), ("address",))
+
+    async def getMetadata(self, agentId: int, metadataKey: str) -> bytes:
+        """What was set under a key; empty for nothing."""
+        return await self._call("cb4799f2", ("uint256", "string"), (agentId, metadataKey), ("bytes",))
+
+    async def isAuthorizedOrOwner(self, spender: Account, agentId: int) -> bool:
+        """Whether `spender` is the owner, or may act for him."""
+        return await self._call("d95e72be", ("address", "uint256"), (spender, agentId), ("bool",))
+
+    async def eip712Domain(self) -> tuple[bytes, str, str, int, Account, bytes, Sequence[int]]:
+        """The signing domain, as ERC-5267 has it."""
+        return await self._call(
+            "84b0196e", (), (), ("bytes1", "string", "string", "uint256", "address", "bytes32", "uint256[]")
+        )
+
+    async def ownerOf(self, tokenId: int) -> Account:
+        """Whose agent it is."""
+        return await self._call("6352211e", ("uint256",), (tokenId,), ("address",))
+
+    async def balanceOf(self, owner: Account) -> int:
+        """How many agents an account owns."""
+        return await self._call("70a08231", ("address",), (owner,), ("uint256",))
+
+    async def tokenURI(self, tokenId: int) -> str:
+        """Where the agent is described."""
+        return await self._call("c87b56dd", ("uint256",), (tokenId,), ("string",))
+
+    async def getApproved(self, tokenId: int) -> Account:
+        """Who may act for this one agent, beside its owner."""
+        return await self._call("081812fc", ("uint256",), (tokenId,), ("address",))
+
+    async def supportsInterface(self, interfaceId: bytes) -> bool:
+        """ERC-165, ERC-721 and its metadata."""
+        return await self._call("01ffc9a7", ("bytes4",), (interfaceId,), ("bool",))
+
+    async def approve(self, key: AccountKey, receiver: Account, tokenId: int) -> Receipt:
+        """Let one account act for one agent."""
+        return await self._send(key, "095ea7b3", ("address", "uint256"), (receiver, tokenId))
+
+    async def setApprovalForAll(self, key: AccountKey, operator: Account, approved: bool) -> Receipt:
+        """Let an account act for all agents of the caller, or no longer."""
+        return await self._send(key, "a22cb465", ("address", "bool"), (operator, approved))
+
+    async def transferFrom(self, key: AccountKey, sender: Account, receiver: Account, tokenId: int) -> Receipt:
+        """Hand an agent over. Its wallet is cleared."""
+        return await self._send(key, "23b872dd", ("address", "address", "uint256"), (sender, receiver, tokenId))
+
+    async def safeTransferFrom(
+        self, key: AccountKey, sender: Account, receiver: Account, tokenId: int, data: bytes | None = None
+    ) -> Receipt:
+        """The same, and a contract must say that it can hold an agent."""
+        if data is None:
+            return await self._send(key, "42842e0e", ("address", "address", "uint256"), (sender, receiver, tokenId))
+        return await self._send(
+            key, "b88d4fde", ("address", "address", "uint256", "bytes"), (sender, receiver, tokenId, data)
+        )
+
+    async def name(self) -> str:
+        return await self._call("06fdde03", (), (), ("string",))
+
+    async def symbol(self) -> str:
+        return await self._call("95d89b41", (), (), ("string",))
+
+    async def agent_count(self) -> int:
+        return await self._call("3abc123b", (), (), ("uint256",))
+
+    async def isApprovedForAll(self, arg0: Account, arg1: Account) -> bool:
+        return await self._call("e985e9c5", ("address", "address"), (arg0, arg1), ("bool",))
+
+    async def was_wallet(self, arg0: int, arg1: Account) -> bool:
+        return await self._call("6adf165c", ("uint256", "address"), (arg0, arg1), ("bool",))
 
 
 class JobEscrow(Contract):
@@ -745,6 +948,179 @@ class Permit2(Contract):
 
     async def nonceBitmap(self, arg0: Account, arg1: int) -> int:
         return await self._call("4fe02b44", ("address", "uint256"), (arg0, arg1), ("uint256",))
+
+
+class ReputationRegistry(Contract):
+    """What clients say of agents: the reputation registry of ERC-8004, with its calls and events, and one rule more."""
+
+    ARTIFACT: ClassVar[str] = "reputation_registry"
+
+    @dataclass(frozen=True, slots=True)
+    class NewFeedback(Event):
+        agentId: int
+        clientAddress: Account
+        feedbackIndex: int
+        value: int
+        valueDecimals: int
+        indexedTag1: bytes
+        tag1: str
+        tag2: str
+        endpoint: str
+        feedbackURI: str
+        feedbackHash: bytes
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("6a4a61743519c9d648a14e6493f47dbe3ff1aa29e7785c96c8326a205e58febc")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address", "bytes32")
+        PLAIN: ClassVar[tuple[str, ...]] = (
+            "uint64",
+            "int128",
+            "uint8",
+            "string",
+            "string",
+            "string",
+            "string",
+            "bytes32",
+        )
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 3, 4, 5, 2, 6, 7, 8, 9, 10)
+
+    @dataclass(frozen=True, slots=True)
+    class FeedbackRevoked(Event):
+        agentId: int
+        clientAddress: Account
+        feedbackIndex: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("25156fd3288212246d8b008d5921fde376c71ed14ac2e072a506eb06fde6d09d")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address", "uint64")
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class ResponseAppended(Event):
+        agentId: int
+        clientAddress: Account
+        feedbackIndex: int
+        responder: Account
+        responseURI: str
+        responseHash: bytes
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("b1c6be0b5b8aef6539e2fac0fd131a2faa7b49edf8e505b5eb0ad487d56051d4")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint64", "string", "bytes32")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 3, 2, 4, 5)
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey, identity: Account, escrow: Account) -> ReputationRegistry:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "reputation_registry", identity, escrow))
+
+    async def giveFeedback(
+        self,
+        key: AccountKey,
+        agentId: int,
+        score: int,
+        valueDecimals: int,
+        tag1: str,
+        tag2: str,
+        endpoint: str,
+        feedbackURI: str,
+        feedbackHash: bytes,
+    ) -> Receipt:
+        """The client of a completed job says how the agent did it."""
+        return await self._send(
+            key,
+            "3c036a7e",
+            ("uint256", "int128", "uint8", "string", "string", "string", "string", "bytes32"),
+            (agentId, score, valueDecimals, tag1, tag2, endpoint, feedbackURI, feedbackHash),
+        )
+
+    async def revokeFeedback(self, key: AccountKey, agentId: int, feedbackIndex: int) -> Receipt:
+        """Take one's own word back. Its job does not vote again."""
+        return await self._send(key, "4ab3ca99", ("uint256", "uint64"), (agentId, feedbackIndex))
+
+    async def appendResponse(
+        self,
+        key: AccountKey,
+        agentId: int,
+        clientAddress: Account,
+        feedbackIndex: int,
+        responseURI: str,
+        responseHash: bytes,
+    ) -> Receipt:
+        """Anyone answers to a feedback: the agent with a refund, an observer with a doubt."""
+        return await self._send(
+            key,
+            "c2349ab2",
+            ("uint256", "address", "uint64", "string", "bytes32"),
+            (agentId, clientAddress, feedbackIndex, responseURI, responseHash),
+        )
+
+    async def readFeedback(
+        self, agentId: int, clientAddress: Account, feedbackIndex: int
+    ) -> tuple[int, int, str, str, bool]:
+        """Value, decimals, both tags, and whether it is revoked."""
+        return await self._call(
+            "232b0810",
+            ("uint256", "address", "uint64"),
+            (agentId, clientAddress, feedbackIndex),
+            ("int128", "uint8", "string", "string", "bool"),
+        )
+
+    async def getSummary(
+        self, agentId: int, clientAddresses: Sequence[Account], tag1: str, tag2: str
+    ) -> tuple[int, int, int]:
+        """How many words of these clients count, their mean towards zero, and its decimals: the most frequent ones."""
+        return await self._call(
+            "81bbba58",
+            ("uint256", "address[]", "string", "string"),
+            (agentId, clientAddresses, tag1, tag2),
+            ("uint64", "int128", "uint8"),
+        )
+
+    async def readAllFeedback(
+        self, agentId: int, clientAddresses: Sequence[Account], tag1: str, tag2: str, includeRevoked: bool
+    ) -> tuple[
+        Sequence[Account], Sequence[int], Sequence[int], Sequence[int], Sequence[str], Sequence[str], Sequence[bool]
+    ]:
+        """Clients, indexes, values, decimals, tags and whether they are revoked, of up to 64 words."""
+        return await self._call(
+            "d9d84224",
+            ("uint256", "address[]", "string", "string", "bool"),
+            (agentId, clientAddresses, tag1, tag2, includeRevoked),
+            ("address[]", "uint64[]", "int128[]", "uint8[]", "string[]", "string[]", "bool[]"),
+        )
+
+    async def getResponseCount(
+        self, agentId: int, clientAddress: Account, feedbackIndex: int, responders: Sequence[Account]
+    ) -> int:
+        """How many answers there are to a feedback; with index 0, to all of a client; without a client, to all."""
+        return await self._call(
+            "6e04cacd",
+            ("uint256", "address", "uint64", "address[]"),
+            (agentId, clientAddress, feedbackIndex, responders),
+            ("uint64",),
+        )
+
+    async def getClients(self, agentId: int) -> Sequence[Account]:
+        """Who has said something of an agent: the newest 1,024; `client_at` has all."""
+        return await self._call("42dd519c", ("uint256",), (agentId,), ("address[]",))
+
+    async def getIdentityRegistry(self) -> Account:
+        return await self._call("bc4d861b", (), (), ("address",))
+
+    async def escrow(self) -> Account:
+        return await self._call("e2fdcc17", (), (), ("address",))
+
+    async def job_voted(self, arg0: int) -> bool:
+        return await self._call("b27e3c94", ("uint256",), (arg0,), ("bool",))
+
+    async def getLastIndex(self, arg0: int, arg1: Account) -> int:
+        return await self._call("f2d81759", ("uint256", "address"), (arg0, arg1), ("uint64",))
+
+    async def client_count(self, arg0: int) -> int:
+        return await self._call("f4fd1151", ("uint256",), (arg0,), ("uint256",))
+
+    async def client_at(self, arg0: int, arg1: int) -> Account:
+        return await self._call("b2ad7902", ("uint256", "uint256"), (arg0, arg1), ("address",))
 
 
 class Run(Contract):
@@ -1390,6 +1766,101 @@ class SpendPolicy(Contract):
 
     async def proposals(self, arg0: bytes) -> Proposal:
         return self.Proposal(*await self._call("32ed5b12", ("bytes32",), (arg0,), ("(bytes32,uint256)",)))
+
+
+class ValidationRegistry(Contract):
+    """What validators say of an agent's work: the validation registry of ERC-8004, with its calls and events."""
+
+    ARTIFACT: ClassVar[str] = "validation_registry"
+
+    @dataclass(frozen=True, slots=True)
+    class ValidationRequest(Event):
+        validatorAddress: Account
+        agentId: int
+        requestURI: str
+        requestHash: bytes
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("530436c3634a98e1e626b0898be2f1e9980cc1bd2a78c07a0aba52d0a48a5059")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address", "uint256", "bytes32")
+        PLAIN: ClassVar[tuple[str, ...]] = ("string",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 3, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class ValidationResponse(Event):
+        validatorAddress: Account
+        agentId: int
+        requestHash: bytes
+        response: int
+        responseURI: str
+        responseHash: bytes
+        tag: str
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("afddf629e874ccc3963b6a888c477bd464a6c8525024fc88759ea3b2326349ae")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address", "uint256", "bytes32")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint8", "string", "bytes32", "string")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5, 6)
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey, identity: Account) -> ValidationRegistry:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "validation_registry", identity))
+
+    async def validationRequest(
+        self, key: AccountKey, validatorAddress: Account, agentId: int, requestURI: str, requestHash: bytes
+    ) -> Receipt:
+        """The agent's owner, or who may act for him, asks a validator."""
+        return await self._send(
+            key,
+            "aaf400c4",
+            ("address", "uint256", "string", "bytes32"),
+            (validatorAddress, agentId, requestURI, requestHash),
+        )
+
+    async def validationResponse(
+        self, key: AccountKey, requestHash: bytes, response: int, responseURI: str, responseHash: bytes, tag: str
+    ) -> Receipt:
+        """The validator answers, or answers again."""
+        return await self._send(
+            key,
+            "3d659a96",
+            ("bytes32", "uint8", "string", "bytes32", "string"),
+            (requestHash, response, responseURI, responseHash, tag),
+        )
+
+    async def getValidationStatus(self, requestHash: bytes) -> tuple[Account, int, int, bytes, str, int]:
+        """Validator, agent, last answer, its hash and tag, and when the request last changed."""
+        return await self._call(
+            "ff2febfc", ("bytes32",), (requestHash,), ("address", "uint256", "uint8", "bytes32", "string", "uint256")
+        )
+
+    async def getSummary(self, agentId: int, validatorAddresses: Sequence[Account], tag: str) -> tuple[int, int]:
+        """How many answers there are, and their mean, rounded down."""
+        return await self._call(
+            "1b7cabd6", ("uint256", "address[]", "string"), (agentId, validatorAddresses, tag), ("uint64", "uint8")
+        )
+
+    async def getAgentValidations(self, agentId: int) -> Sequence[bytes]:
+        """The newest requests for an agent."""
+        return await self._call("8d5d0c2d", ("uint256",), (agentId,), ("bytes32[]",))
+
+    async def getValidatorRequests(self, validatorAddress: Account) -> Sequence[bytes]:
+        """The newest requests to a validator."""
+        return await self._call("4bf3158c", ("address",), (validatorAddress,), ("bytes32[]",))
+
+    async def getIdentityRegistry(self) -> Account:
+        return await self._call("bc4d861b", (), (), ("address",))
+
+    async def agent_count(self, arg0: int) -> int:
+        return await self._call("c486ee1f", ("uint256",), (arg0,), ("uint256",))
+
+    async def by_agent(self, arg0: int, arg1: int) -> bytes:
+        return await self._call("97591459", ("uint256", "uint256"), (arg0, arg1), ("bytes32",))
+
+    async def validator_count(self, arg0: Account) -> int:
+        return await self._call("360cfbc2", ("address",), (arg0,), ("uint256",))
+
+    async def by_validator(self, arg0: Account, arg1: int) -> bytes:
+        return await self._call("a9bc9d8d", ("address", "uint256"), (arg0, arg1), ("bytes32",))
 
 
 class X402ExactProxy(Contract):

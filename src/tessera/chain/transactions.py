@@ -12,7 +12,7 @@ from tessera.core.hashing import keccak
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
 
-__all__ = ["Transaction", "rlp_encode", "sign"]
+__all__ = ["Transaction", "rlp_encode", "rlp_prefix", "sign"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,15 @@ def rlp_encode(item: int | bytes | list[Any]) -> bytes:
     """Ethereum's recursive length prefix for ints ≥ 0, bytes, and lists of them."""
     if isinstance(item, list):
         body = b"".join(rlp_encode(part) for part in item)
-        return _prefix(len(body), 0xC0) + body
+        return rlp_prefix(len(body), 0xC0) + body
     body = item.to_bytes((item.bit_length() + 7) // 8, "big") if isinstance(item, int) else item
     if len(body) == 1 and body[0] < 0x80:
         return body
-    return _prefix(len(body), 0x80) + body
+    return rlp_prefix(len(body), 0x80) + body
 
 
-def _prefix(length: int, offset: int) -> bytes:
+def rlp_prefix(length: int, offset: int) -> bytes:
+    """What stands before `length` bytes of a string (offset 0x80) or a list (0xC0)."""
     if length < 56:
         return bytes([offset + length])
     size = length.to_bytes((length.bit_length() + 7) // 8, "big")
