@@ -9,11 +9,11 @@ from typing import Any
 from chain_support import CHAIN_ID, NOW, WORKERS, key
 from fast_evm import FastEvm, Sent, mapped
 from tessera.chain.client import RpcChain
+from tessera.chain.consent import NOBODY
 from tessera.chain.face import decode_events
 from tessera.chain.faces import Coin, JobEscrow
 from tessera.chain.jobs import funding_digest, funding_nonce
 from tessera.chain.local import LocalChain
-from tessera.chain.consent import NOBODY
 from tessera.chain.types import Chain
 from tessera.core.clock import FakeClock
 from tessera.core.ids import Account

@@ -22,8 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from chain_support import NOW, key
 from escrow_world import HOOK, compiled
 from fast_evm import FastEvm, Reverted, mapped
-from tessera.chain.faces import JobEscrow
 from tessera.chain.consent import NOBODY
+from tessera.chain.faces import JobEscrow
 from tessera.core.errors import TesseraError
 from tessera.core.ids import Account
 from tessera.incentives.escrow_twin import EscrowTwin, Job, Status

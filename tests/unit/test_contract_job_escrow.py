@@ -30,10 +30,10 @@ from escrow_world import (
     local_escrow,
 )  # fmt: skip
 from tessera.chain import abi
+from tessera.chain.consent import NOBODY
 from tessera.chain.face import decode_events
 from tessera.chain.faces import Coin, JobEscrow
 from tessera.chain.jobs import PAY, REFUND, JobStatus, funding_digest, funding_nonce
-from tessera.chain.consent import NOBODY
 from tessera.core.errors import Conflict, Invalid, Late, Missing, PaymentRequired, Refused, TesseraError
 from tessera.core.hashing import keccak
 

@@ -15,9 +15,9 @@ from escrow_world import CLIENT, EVALUATOR, PROVIDER, REASON, STRANGER, FastEscr
 from fast_evm import Reverted
 from tessera.chain import artifact
 from tessera.chain.agents import job_proof, wallet_digest
+from tessera.chain.consent import NOBODY
 from tessera.chain.face import decode_events
 from tessera.chain.faces import IdentityRegistry, ReputationRegistry, ValidationRegistry
-from tessera.chain.consent import NOBODY
 from tessera.core.errors import Conflict, Invalid, Late, Missing, Refused
 from tessera.core.hashing import keccak
 
