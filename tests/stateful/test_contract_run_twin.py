@@ -205,6 +205,15 @@ class Runs(RuleBasedStateMachine):
             lambda: self.twin.withdraw(actor.account, self.vm.timestamp), lambda: self.run("withdraw", actor.account)
         )
 
+    @rule(status=st.sampled_from([Status.BONDED, Status.DRAWN, Status.LEAVING, Status.LEFT]), waits=st.booleans())
+    def go_on(self, status: Status, waits: bool) -> None:
+        """Somebody in this state takes the step that ends it: an actor at random is rarely in it for long enough."""
+        names = [name for name in self.twin.members if self.twin.status(name) is status]
+        if names:
+            self.vm.timestamp += 3_601 if waits else 0
+            step = {Status.LEAVING: self.exit, Status.LEFT: self.withdraw}.get(status, self.expire)
+            step(BY_NAME[names[0]])
+
     # --- epochs -------------------------------------------------------------------------------------------------------
 
     @rule(part=st.sampled_from([0, 1, 10_000, 10_000, 10_001]), ahead=st.sampled_from([0, 0, 0, 1]), consent=consents)

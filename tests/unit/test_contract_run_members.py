@@ -433,7 +433,7 @@ async def test_the_last_worker_goes_by_exit_and_the_run_is_over(world: World) ->
 async def test_there_are_at_most_128_workers() -> None:
     terms = TERMS._replace(stages=1, most=200)
     crowd = [key(f"worker {number}") for number in range(MAX_WORKERS)]
-    world = await make_world(memory_chain().client(), terms=terms, founders=crowd)
+    world = await make_world(QuickChain(memory_chain().client().rpc), terms=terms, founders=crowd)
     await world.candidate(JOINER)
     with pytest.raises(Refused, match="too many workers"):
         await world.change(joiner=JOINER.account)
