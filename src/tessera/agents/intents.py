@@ -12,10 +12,12 @@ the payment is for this resource and no other.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from eth_abi.abi import encode as abi_encode
+from eth_abi.exceptions import EncodingError
 
 from tessera.agents.mandates import parse_asset
 from tessera.agents.typed import domain_separator, struct_hash, typed_digest
@@ -26,7 +28,7 @@ from tessera.core.hashing import keccak, sha256
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 
-__all__ = ["Authorization", "Coin", "Intent", "authorize", "intent_id", "payment_nonce", "resource_name"]
+__all__ = ["Authorization", "Coin", "Intent", "authorize", "intent_id", "is_for", "payment_nonce", "resource_name"]
 
 RESOURCE_LIMIT = 4_096  # characters
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -63,6 +65,21 @@ def payment_nonce(intent: str, payer: Account, payee: Account, resource: str, un
     """32 bytes; see the module's text."""
     words = [bytes.fromhex(intent), payer, payee, keccak(resource.encode()), units]
     return keccak(abi_encode(["bytes32", "address", "address", "bytes32", "uint256"], words))
+
+
+def is_for(payment: Mapping[str, Any], resource: str) -> bool:
+    """For sellers: whether an x402 payment (decoded) was signed for this resource, and for no other of the same price.
+
+    Needs the intent's id, which our buyers send as x402's `payment-identifier`.
+    """
+    try:
+        terms = payment["payload"]["authorization"]
+        intent = payment["extensions"]["payment-identifier"]["info"]["id"]
+        payer, payee = parse_account(terms["from"]), parse_account(terms["to"])
+        nonce = payment_nonce(intent, payer, payee, resource, int(terms["value"]))
+    except (TypeError, KeyError, ValueError, Invalid, EncodingError):
+        return False
+    return "0x" + nonce.hex() == str(terms["nonce"]).lower()
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 HEADER_LIMIT = 16_384  # characters of an offer
+BUSY = (408, 425, 429)  # not now: the same payment may come again
 RENEW_S = 10  # an authorization with less time than this left is signed anew, with the same nonce
 
 
@@ -213,7 +214,7 @@ class Payer:
                 raise Refused("the seller sends the payment elsewhere", rule="redirect", state=entry.state)
             if answer.status == 402:
                 self._check_terms(answer, entry)
-            elif 400 <= answer.status < 500:
+            elif 400 <= answer.status < 500 and answer.status not in BUSY:
                 raise Refused(f"the seller refuses the request: status {answer.status}", rule="seller",
                               state=entry.state)  # fmt: skip
             why = f"status {answer.status}"
@@ -307,7 +308,7 @@ class Payer:
 def _free(answer: Bought) -> Bought:
     if 200 <= answer.status < 300:
         return answer
-    if answer.status in (429, 500, 502, 503, 504):
+    if answer.status in (*BUSY, 500, 502, 503, 504):
         raise Unavailable(f"the seller answers with status {answer.status}; nothing was signed")
     if 300 <= answer.status < 400:
         raise Refused("the seller sends us elsewhere", rule="redirect")
