@@ -164,7 +164,7 @@ def test_a_chain_that_its_node_holds_is_copied_between_two_blocks(tmp_path: Path
         writer.stdout.close()
     heights = []
     for copy in copies:
-        journal = Journal(copy, {"chain_id": 7})
+        journal = Journal(copy, {"chain_id": 7}, {})
         numbers = [entry.number for entry in journal.entries()]
         journal.close()
         assert numbers == list(range(len(numbers)))
