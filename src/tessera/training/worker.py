@@ -264,7 +264,7 @@ class Worker:
             checkpoint_every=CHECKPOINT_EVERY,
             members=lambda: seated.roster.seats,
             maker_of=lambda stage, step: choose_maker(run_id, stage, seated.roster.seats, step, every),
-            admitted=lambda peer, stage: seated.roster.stage_by_peer.get(peer) == stage,  # who has left did make them
+            admitted=lambda peer, stage: seated.roster.stage_of(peer) == stage,
             reached=reached,
         )
 
