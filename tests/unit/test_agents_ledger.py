@@ -150,6 +150,7 @@ def test_a_stop_is_for_good_and_stops_the_children(database_url: str) -> None:
             work()
         assert caught.value.rule == "stopped"
     ledger.check_running(other.id)
+    assert (ledger.is_stopped(root.id), ledger.is_stopped(other.id)) == (True, False)
     ledger.stop()
     with pytest.raises(Refused):
         ledger.check_running(other.id)

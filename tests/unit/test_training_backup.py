@@ -139,7 +139,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from tessera.chain.journal import Entry, Journal
-journal, number = Journal(Path(sys.argv[1]), {"chain_id": 7}), 0
+journal, number = Journal(Path(sys.argv[1]), {"chain_id": 7}, {}), 0
 while True:
     journal.append(Entry(number, number, bytes(3000), 1, bytes(32), bytes(32)))
     number += 1

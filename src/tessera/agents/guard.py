@@ -98,7 +98,7 @@ class Guard:
         me: the user's own names, addresses and accounts; more are learnt from tools whose source says `identity`.
         plan: the tools that the user's request needs, when somebody has said so before any outside text was read.
         approver: asked in place; None raises NeedsApproval, to be resumed with `resume`.
-        stopped: the kill switch, asked before each call, such as `ledger.check_running` in a wrapper.
+        stopped: the kill switch, asked before each call, such as `lambda: ledger.is_stopped(mandate)`.
         mandate: raises Refused when the mandate does not allow a payment; see `agents.mandates.check_payment`.
     """
 

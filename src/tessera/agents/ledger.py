@@ -124,6 +124,14 @@ class IntentLedger:
         with self._db.read() as db:
             self._check_stops(db, chain)
 
+    def is_stopped(self, mandate: str) -> bool:
+        """For a guard's `stopped`. Raises: Missing for a mandate that is not here."""
+        try:
+            self.check_running(mandate)
+        except Refused:
+            return True
+        return False
+
     def spent(self, mandate: str) -> Spent:
         """What counts under it now."""
         found = self.mandate(mandate)
