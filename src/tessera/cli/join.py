@@ -50,6 +50,7 @@ class JoinOptions:
     disk_floor: str
     uplink: str
     claim_above: int
+    until_stdin_closes: bool
 
 
 def run_join(invitation: str, options: JoinOptions) -> None:
@@ -99,7 +100,10 @@ def _join(invitation: str, options: JoinOptions, link: RankLink | None) -> None:
             Console(stderr=True).print("Nothing was taken. The invitation is as good as before.")
         return agreed
 
-    run_until_signal(lambda: run_node(Home(options.state_dir), invitation, config, agree=agree, link=link))
+    run_until_signal(
+        lambda: run_node(Home(options.state_dir), invitation, config, agree=agree, link=link),
+        until_stdin_closes=options.until_stdin_closes,
+    )
 
 
 def parse_relay(text: str) -> RelayUrl:

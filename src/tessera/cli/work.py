@@ -33,6 +33,9 @@ def join(
     disk_floor: Annotated[str, typer.Option(help="Pause while less than this is free on the disk.")] = "512MiB",
     uplink: Annotated[str, typer.Option(help="Most that this node may send: 40Mbit. Empty = measured.")] = "",
     claim_above: Annotated[int, typer.Option(help="Units of income that are worth a transaction.")] = 1,
+    until_stdin_closes: Annotated[
+        bool, typer.Option("--until-stdin-closes", help="Stop when the process that started this one is gone.")
+    ] = False,
 ) -> None:
     """Take a seat in a run and work: train one stage, serve it, get paid. Shows first what that means, and asks."""
     from tessera.cli.join import JoinOptions, run_join
@@ -41,6 +44,7 @@ def join(
         state_dir=state_dir, yes=yes, probe_s=probe_seconds, device=device, memory_limit=memory_limit,
         parallel=parallel, threads=threads, bind=bind, relays=tuple(relay or ()), only_when_idle=only_when_idle,
         hours=hours, disk_floor=disk_floor, uplink=uplink, claim_above=claim_above,
+        until_stdin_closes=until_stdin_closes,
     )  # fmt: skip
     run_join(invitation, options)
 

@@ -29,7 +29,7 @@ HEALTHY_S = 30.0  # a process that lived this long starts again without a pause
 STOP_S = 5.0
 LOG_LOOK_S = 30.0
 LOG_BYTES = 5_000_000
-ALONE = ("--yes", "--probe-seconds", "0")  # nobody is there to be asked
+ALONE = ("--yes", "--probe-seconds", "0", "--until-stdin-closes")  # nobody is there to be asked
 
 
 class WorkerProcesses:
@@ -77,7 +77,7 @@ class WorkerProcesses:
         with self._log_file(number).open("ab") as output:
             process = await anyio.open_process(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # held open and never written: it closes when we die, even by SIGKILL
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
