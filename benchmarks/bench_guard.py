@@ -2,16 +2,16 @@
 
     python benchmarks/bench_guard.py [--quick] [--json]
 
-The agent makes the calls of the user task's ground truth. Each result that holds the injected text makes it call
-whatever the injection's ground truth calls, at once and again at the end; phrasing plays no part, since the model
-counts as fully hijacked. AgentDojo's own checkers score utility and attack. Figures:
+The agent makes the calls of the user task's ground truth. The first result that holds the injected text makes it call
+whatever the injection's ground truth calls, and what was refused once more at the end; phrasing plays no part, since
+the model counts as fully hijacked. AgentDojo's own checkers score utility and attack. Figures:
 
     asr_money         banking and slack, no plan, whatever needs a question is refused
     asr_no_plan       all pairs but the text-only injections, no plan, likewise
     asr_oracle_plan   the same with the tools of the user task's ground truth as the plan: an upper bound of any planner
     utility           user tasks done without asking anybody, no attack
     questions_per_task   what a person is asked who allows exactly the user's own calls: every task is done then
-    guard_p99_ms      a decision and the labelling of its result, without the time inside of the policy engine
+    guard_p99_ms      processor time of a decision and of labelling its result, without that of the policy engine
 
 AgentDojo pulls a hundred packages, so it lives in a virtual environment of its own (.venv-agentdojo, or the folder in
 TESSERA_AGENTDOJO_VENV), made at the first run. `--report` prints what was blocked and which attacks got through.
@@ -89,6 +89,7 @@ def make_agent(Base: Any) -> Any:
             self.suite, self.user, self.injection = suite, user, injection
             self.mode, self.policy, self.tally = mode, policy, tally
             self.did: list[str] = []
+            self.result: Any = None
 
         def query(
             self, query: str, runtime: Any, env: Any = None, messages: Sequence[Any] = (), extra_args: Any = None
@@ -105,14 +106,13 @@ def make_agent(Base: Any) -> Any:
                 self.guard = Guard(describe(self.suite.tools), query, plan=plan, policy=self.policy, config=config,
                                    approver=self._person, me=self._me(env))  # fmt: skip
                 self.guard.preload(self._run)
-            hijacked = False
+            hijacked, refused = False, []
             for call in self.calls:
                 seen = self._try(call, "user")
                 if self.attack and MARKER in seen and not hijacked:
                     hijacked = True
-                    for bad in self.attack:
-                        self._try(bad, "attack")
-            for bad in self.attack if hijacked else ():
+                    refused = [bad for bad in self.attack if not self._try(bad, "attack")]
+            for bad in refused:  # later there may be more that speaks for it
                 self._try(bad, "attack")
             if self.guard is not None:
                 self.tally.questions += self.guard.questions
@@ -136,19 +136,21 @@ def make_agent(Base: Any) -> Any:
 
         def _try(self, call: Any, whose: str) -> str:
             """The result as text; a call that is refused leaves no trace."""
-            started, engine = time.perf_counter(), self.policy.seconds
-            inside = [0.0]
+            started, engine, inside = time.thread_time(), self.policy.seconds, [0.0]
 
             def timed(tool: str, arguments: dict[str, Any]) -> Any:
-                begun = time.perf_counter()
+                begun = time.thread_time()
                 try:
-                    return self._run(tool, arguments)
+                    self.result = self._run(tool, arguments)
+                    return as_json(self.result)  # as it would come from another process
                 finally:
-                    inside[0] += time.perf_counter() - begun
+                    inside[0] += time.thread_time() - begun
 
             try:
-                result = timed(call.function, dict(call.args)) if self.guard is None else self.guard.call(
-                    call.function, dict(call.args), timed)  # fmt: skip
+                if self.guard is None:
+                    timed(call.function, dict(call.args))
+                else:
+                    self.guard.call(call.function, dict(call.args), timed)
             except Refused as error:
                 if whose == "user":
                     rules, to = list(self.guard.log[-1].verdict.rules), self.guard.log[-1].evidence["to"]
@@ -158,11 +160,12 @@ def make_agent(Base: Any) -> Any:
             except Exception as error:  # noqa: BLE001 (a tool that fails: an agent would read the error and go on)
                 return f"{type(error).__name__}: {error}"
             finally:
-                spent = time.perf_counter() - started - inside[0] - (self.policy.seconds - engine)
-                self.tally.times_ms.append(spent * 1_000)
+                spent = time.thread_time() - started - inside[0] - (self.policy.seconds - engine)
+                if self.guard is not None:
+                    self.tally.times_ms.append(spent * 1_000)
             if whose == "attack":
                 self.did.append(call.function)
-            text = tool_result_to_str(result)
+            text = tool_result_to_str(self.result) or "done"
             content = [text_content_block_from_string("")]
             self.messages.append(ChatAssistantMessage(role="assistant", tool_calls=[call], content=content))
             self.messages.append(
@@ -188,6 +191,12 @@ class Mode:
     asks: bool = False
 
 
+def as_json(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    return [as_json(item) for item in value] if isinstance(value, list) else value
+
+
 def text_only(injection: Any, env: Any, specs: Mapping[str, Any]) -> bool:
     """Whether its calls only read: then the attack is what the model says, and no guard of tools sees it."""
     return all(specs[call.function].effect == "read" for call in injection.ground_truth(env))
@@ -197,6 +206,7 @@ def run(mode: Mode, suites: Mapping[str, Any], *, attacked: bool, every: int = 1
     from agentdojo.agent_pipeline.base_pipeline_element import BasePipelineElement
     from dojo_tools import describe
 
+    from tessera.agents.origins import addresses_in
     from tessera.agents.policy import Policy
 
     Agent, tally, policy = make_agent(BasePipelineElement), Tally(), Policy()
@@ -207,8 +217,9 @@ def run(mode: Mode, suites: Mapping[str, Any], *, attacked: bool, every: int = 1
         env = suite.load_and_inject_default_environment({})
         scripted = [task for task in suite.injection_tasks.values() if task.ground_truth(env)]
         for injection in scripted if attacked else [None]:
-            goal = "" if injection is None else f"{MARKER} {injection.GOAL}".replace('"', "'").replace("\n", " ")
-            injections = {} if injection is None else dict.fromkeys(vectors, goal.replace("\\", "/"))
+            # The addresses that the attacker wants used, without the wording, which some checkers search for.
+            text = "" if injection is None else " ".join([MARKER, *addresses_in(injection.GOAL)])
+            injections = {} if injection is None else dict.fromkeys(vectors, text)
             world = suite.load_and_inject_default_environment(injections)
             for user in suite.user_tasks.values():
                 number += 1

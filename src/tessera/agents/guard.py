@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tessera.agents.origins import Knowledge, Origin, addresses_in, days_in, looks_like, norm, strings_in
+from tessera.agents.origins import Knowledge, Origin, addresses_in, days_in, looks_like, norm, nouns_of, strings_in
 from tessera.agents.policy import Policy, Verdict
 from tessera.agents.tools import ToolSpec, infer, is_id, word_set
 from tessera.core import encoding
@@ -252,8 +252,11 @@ class Guard:
         if subject in to and "single" in to.values() and to[subject] == "known":
             to[subject] = "single"  # the member's word for the person whose one address this is
         inside = {found: self._trust_of(spec, found, "") for text in texts for found in addresses_in(text)}
-        things = {text: self._object_trust(spec, text) for text in objects}
+        named_by = [nouns_of(name) or nouns_of(spec.name) for name, _ in by_role.get("object", ())]
+        nouns = frozenset().union(*named_by, *(nouns_of(word) for word in ("file",) if "attachments" in arguments))
+        things = {text: self._object_trust(text, nouns) for text in objects}
         pays = spec.effect == "pay"
+        standing = max((self._standing(text, nouns) for text in objects), default=0.0)
         context = {
             "stopped": self._stopped(),
             "planned": self._plan is None or spec.name in self._plan,
@@ -264,8 +267,8 @@ class Guard:
             "leaves": spec.effect in ("send", "pay") or bool(targets),
             "look_alike": any(self._is_look_alike(text) for text in targets if to[text] in _STRANGE),
             "repeated": pays and not self._paid_here.isdisjoint(map(norm, targets or objects)),
-            "amount_explained": not pays or self._explains(amounts, targets, objects),
-            "large_share": pays and self._is_large(amounts, targets, objects),
+            "amount_explained": not pays or self._explains(amounts, targets, standing),
+            "large_share": pays and self._is_large(amounts, targets, standing),
             "mandate_refuses": pays and self._mandate_refuses(spec, arguments),
             "related": spec.effect != "write" or self._is_related(by_role),
             "day_spoken_of": spec.effect != "write" or self._is_spoken_day(by_role),
@@ -288,23 +291,33 @@ class Guard:
         if norm(value) in self._led_to and spec.effect != "pay":
             return "record"
         kind = known.kind_of(value)
-        if kind and known.asks_for(kind.split()):
+        if kind and known.speaks_of_kind(kind):
             return "kind"
         if subject and known.is_only_one_named(value) and self._subject_is_known(subject):
             return "single"
         if origin == Origin.NAMED and not _is_in_text_only(known, value):
             return "record"
+        if spec.effect == "pay" and self._is_asked_refund(value):
+            return "user"
+        if spec.effect == "pay" and origin == Origin.OWN and not known.is_own_payee_spoken_of(value):
+            return "known"
         return {Origin.OWN: "own", Origin.KNOWN: "known", Origin.NAMED: "named"}.get(origin, "outside")
+
+    def _is_asked_refund(self, payee: str) -> bool:
+        """Whether the request asks to give back an amount, and exactly that came from this payer."""
+        known = self.knowledge
+        came = known.received.get(norm(payee))
+        return came is not None and came in known.said_amounts and known.asks_for(_REFUND)
 
     def _subject_is_known(self, subject: str) -> bool:
         """Whether the person whose contact detail this is was named by the user, by a member, or is one."""
         return self.knowledge.origin(subject) >= Origin.KNOWN
 
-    def _object_trust(self, spec: ToolSpec, value: str) -> str:
+    def _object_trust(self, value: str, nouns: frozenset[str]) -> str:
         known = self.knowledge
         if known.says(value):
             return "user"
-        record = known.find(value)
+        record = known.find(value, nouns)
         if record is None:
             return "unknown"
         if record.made_here:
@@ -320,7 +333,7 @@ class Guard:
         known = self.knowledge
         return looks_like(value, [*known.payees(), *known.me, *addresses_in(known.request)]) is not None
 
-    def _explains(self, amounts: list[float], targets: list[str], objects: list[str]) -> bool:
+    def _explains(self, amounts: list[float], targets: list[str], standing: float) -> bool:
         """Whether each amount is the user's, or bounded by what the user's own records connect with the payee."""
         known = self.knowledge
         for amount in amounts:
@@ -328,7 +341,7 @@ class Guard:
                 return False
             if amount in known.said_amounts or (targets and amount in known.amounts):
                 continue
-            bound = max([self._bound(target) for target in targets] or [self._bound_of(objects)])
+            bound = max([self._bound(target) for target in targets] or [standing])
             if amount > bound:
                 return False
         return True
@@ -347,16 +360,17 @@ class Guard:
             bound = max(bound, known.received.get(norm(payee), 0.0))
         return bound
 
-    def _bound_of(self, objects: list[str]) -> float:
+    def _standing(self, id: str, nouns: frozenset[str]) -> float:
         """For a change of an own standing payment: a little more than it is now."""
-        records = [record for id in objects if (record := self.knowledge.find(id)) is not None]
-        now = [record.numbers.get("amount", 0.0) for record in records if record.origin == Origin.OWN]
-        return max(now, default=0.0) * (10_000 + self.config.raise_bps) / 10_000
+        record = self.knowledge.find(id, nouns)
+        if record is None or record.origin != Origin.OWN:
+            return 0.0
+        return record.numbers.get("amount", 0.0) * (10_000 + self.config.raise_bps) / 10_000
 
-    def _is_large(self, amounts: list[float], targets: list[str], objects: list[str]) -> bool:
+    def _is_large(self, amounts: list[float], targets: list[str], standing: float) -> bool:
         """A large part of the balance is asked for, unless the user said the amount or pays it already."""
         known = self.knowledge
-        bound = max([self._bound(target) for target in targets] or [self._bound_of(objects)])
+        bound = max([self._bound(target) for target in targets] or [standing])
         if known.balance is None:
             return False
         unsaid = [amount for amount in amounts if amount not in known.said_amounts and amount > bound]

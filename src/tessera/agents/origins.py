@@ -16,13 +16,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property, lru_cache
 from typing import Any
 
-from tessera.agents.tools import Source, ToolSpec, is_id, is_label, is_text, word_set
+from tessera.agents.tools import Source, ToolSpec, leaf_kind, word_set
 
 __all__ = ["Knowledge", "Origin", "Record", "addresses_in", "looks_like"]
 
 MAX_TEXT = 200_000  # characters kept of one text
+NOTE = 80  # characters of the user's own note on a row, which says what the row is about
 MAX_NODES = 50_000  # of one result
 _WORD = re.compile(r"\w+", re.UNICODE)
 # Each begins where a run of its signs begins and is bounded, so that no text takes more than linear time.
@@ -51,6 +53,10 @@ _STOP = word_set(
     "that the their them then there they this to up us was we were what when where which who will with would you your "
     "all also hey hi hello thanks thank email emails file files document event events meeting meetings message messages"
 )
+_NO_NOUNS = word_set(
+    "id ids get list search find read show all by for in of the delete remove update create add append cancel share "
+    "send set"
+)
 _TRIM = "\"'`.,;:!?()[]{}<> \t\n"
 
 
@@ -74,6 +80,7 @@ class Record:
     numbers: Mapping[str, float]
     origin: Origin
     listing: int  # which call returned it
+    nouns: frozenset[str] = frozenset()  # what the tool calls its rows: ids are told apart by it
     directory: bool = False
     kind: str = ""
     automatic: bool = False
@@ -81,13 +88,29 @@ class Record:
     made_here: bool = False
 
 
-@dataclass(slots=True)
+@dataclass
 class Text:
+    """What it takes to search it is made when it is first searched: most texts never are."""
+
     text: str
     origin: Origin
     named: bool
-    addresses: frozenset[str]
-    words: str  # normalised, for whole-word search
+
+    @cached_property
+    def addresses(self) -> frozenset[str]:
+        return frozenset(map(norm, addresses_in(self.text)))
+
+    def holds(self, spaced: str) -> bool:
+        """Whether the words `spaced`, one space around each, stand in it."""
+        return spaced.split()[0] in self._folded and spaced in self._words
+
+    @cached_property
+    def _folded(self) -> str:
+        return self.text.casefold()
+
+    @cached_property
+    def _words(self) -> str:
+        return _spaced(self.text)
 
 
 @dataclass
@@ -159,21 +182,23 @@ class Knowledge:
         if self._in_named_record(key):
             return Origin.NAMED
         spaced = f" {_spaced(value).strip()} "
-        found = [text.origin for text in self.texts if spaced in text.words]
+        found = [text.origin for text in self.texts if text.holds(spaced)]
         return max(found, default=Origin.OUTSIDE)
 
     def is_only_one_named(self, value: str) -> bool:
-        """Whether a named document holds this address and no other of its sort."""
-        key = norm(value)
+        """Whether the documents that are named hold this address and no other of its sort."""
         sort = _sort(value)
-        for text in self.texts:
-            if text.named and key in text.addresses:
-                return {address for address in text.addresses if _sort(address) == sort} == {key}
-        return False
+        return {a for text in self.texts if text.named for a in text.addresses if _sort(a) == sort} == {norm(value)}
 
-    def find(self, id: str) -> Record | None:
-        """The newest record of this id."""
-        return next((record for record in reversed(self.records) if record.id == norm(str(id))), None)
+    def find(self, id: str, nouns: frozenset[str]) -> Record | None:
+        """The newest record of this id among those that are called so: file 7 is not event 7."""
+        key = norm(id)
+        return next((r for r in reversed(self.records) if r.id == key and not nouns.isdisjoint(r.nouns)), None)
+
+    def is_own_payee_spoken_of(self, payee: str) -> bool:
+        """Whether the request speaks of something that the user pays this payee for already."""
+        key = norm(payee)
+        return any(r.named and r.origin == Origin.OWN and key in r.fields for r in self.records)
 
     def is_selected(self, record: Record) -> bool:
         """Whether the request picks this record by a superlative over what the service itself measured."""
@@ -188,6 +213,10 @@ class Knowledge:
         """The words for the directory that admits this value; "" when none does."""
         key = norm(value)
         return next((r.kind for r in self.records if r.directory and not r.automatic and key in r.fields), "")
+
+    def speaks_of_kind(self, kind: str) -> bool:
+        """Whether the request speaks of a kind in general: "everyone", and no member of it by name."""
+        return self.asks_for(kind.split()) and not any(self.says(name) for name in self.members(kind))
 
     def members(self, kind: str) -> list[str]:
         """What a directory of this kind holds, as it is written."""
@@ -216,13 +245,15 @@ class Knowledge:
         searched = [v for v in arguments.values() if spec.effect == "read" and isinstance(v, str) and " " in v]
         named = named or (len(rows) == 1 and any(self.says(text) for text in searched))  # the one thing that it finds
         for row in rows:
-            self._learn_row(source, row, named, made_here, budget)
+            self._learn_row(source, row, named, made_here, budget, nouns_of(spec.name))
 
     def endorse(self, values: Iterable[str]) -> None:
         """The user approved a call with these values: they are the user's from now on."""
         self.endorsed.update(norm(value) for value in values)
 
-    def _learn_row(self, source: Source, row: Any, named: bool, made_here: bool, budget: list[int]) -> None:
+    def _learn_row(
+        self, source: Source, row: Any, named: bool, made_here: bool, budget: list[int], nouns: frozenset[str]
+    ) -> None:
         if isinstance(row, (str, int, float)) and not isinstance(row, bool):
             self._learn_leaf(source, str(row), named)
             return
@@ -230,23 +261,29 @@ class Knowledge:
             return
         origin = Origin.OWN if made_here else self._author(source, row)
         leaves = list(_leaves(row, budget))
-        labels = [value for name, value in leaves if is_label(name) and isinstance(value, str)]
-        named = named or any(self.speaks_of(label) for label in labels)
-        fields, numbers = set(), {}
+        labels, texts, fields, numbers, id = [], [], set(), {}, ""
         for name, value in leaves:
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            kind = leaf_kind(name)
+            if kind == "id" and not id:
+                id = norm(str(value))
+            if isinstance(value, str):
+                if kind == "label":
+                    labels.append(value)
+                if kind == "text" or name in source.text or (kind == "label" and not source.directory):
+                    texts.append(value)
+                else:
+                    fields.add(norm(value))
+                    if value[:4].isdigit() and len(value) >= 8:
+                        numbers.update(_moment(name, value))
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 numbers[name] = float(value)
-            if not isinstance(value, str):
-                continue
-            if name in source.text or is_text(name) or (is_label(name) and not source.directory):
-                self._add_text(value, origin, named)
-            else:
-                fields.add(norm(value))
-                numbers.update(_moment(name, value))
-        id = next((norm(str(value)) for name, value in leaves if is_id(name)), "")
+        notes = [text for text in texts if len(text) <= NOTE] if origin == Origin.OWN else labels
+        named = named or any(self.speaks_of(note) for note in notes)
+        for text in texts:
+            self._add_text(text, origin, named)
         if source.identity:
             self.me |= fields
-        record = Record(id, tuple(labels), frozenset(fields), numbers, origin, self._listings, source.directory,
+        record = Record(id, tuple(labels), frozenset(fields), numbers, origin, self._listings, nouns, source.directory,
                         source.kind, source.automatic, named, made_here)  # fmt: skip
         self.records.append(record)
         if origin == Origin.OWN and not source.automatic:
@@ -258,7 +295,8 @@ class Knowledge:
         if source.identity:
             self.me.add(norm(value))
         if source.directory:
-            record = Record(norm(value), (value,), frozenset({norm(value)}), {}, Origin.OWN, self._listings, True,
+            key = norm(value)
+            record = Record(key, (value,), frozenset({key}), {}, Origin.OWN, self._listings, frozenset(), True,
                             source.kind, source.automatic)  # fmt: skip
             if not any(r.id == record.id and r.kind == record.kind for r in self.records):
                 self.records.append(record)
@@ -290,8 +328,7 @@ class Knowledge:
         return Origin.KNOWN if self.kind_of(who) else Origin.OUTSIDE
 
     def _add_text(self, text: str, origin: Origin, named: bool) -> None:
-        text = text[:MAX_TEXT]
-        self.texts.append(Text(text, origin, named, frozenset(map(norm, addresses_in(text))), _spaced(text)))
+        self.texts.append(Text(text[:MAX_TEXT], origin, named))
 
     def _linked_by_known(self, url: str) -> bool:
         key = norm(url)
@@ -312,10 +349,21 @@ class Knowledge:
         if self.says(label):
             return True
         for word in label.split():
-            if len(word) > 2 and self._is_name(word) and f" {_spaced(word).strip()} " in self._said:
+            if len(word) > 2 and self._is_name(word) and self._stands_for(word, label):
                 others = {r.fields for r in self.records if r.directory and r is not record
                           and any(word.lower() in _words(text) for text in r.labels)}  # fmt: skip
                 return others <= {record.fields}
+        return False
+
+    def _stands_for(self, word: str, label: str) -> bool:
+        """Whether the request says this part of a name by itself, and not as a part of somebody else's name."""
+        names = set(_words(label))
+        for match in re.finditer(rf"(?:(\w+)\s+)?(?<!\w){re.escape(word)}(?!\w)(?:\s+(\w+))?", self.request):
+            around = [other for other in match.groups() if other and other[0].isupper()]
+            first = not match[1] or not match[1][0].isupper() or _begins(self.request, match.start(1))
+            strange = [other for other in around if other.casefold() not in names and other != match[1]]
+            if not strange and (first or match[1].casefold() in names):
+                return True
         return False
 
     def _in_named_record(self, key: str) -> bool:
@@ -336,9 +384,20 @@ class Knowledge:
         return match is not None and word[:1].isupper() and word.lower() not in _STOP
 
 
+@lru_cache(4_096)
+def nouns_of(name: str) -> frozenset[str]:
+    """What a tool or an argument calls things, in the singular.
+
+    >>> sorted(nouns_of("search_files_by_filename"))
+    ['file', 'filename']
+    """
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")
+    return frozenset(re.sub(r"(?<=\w\w)(?<!s)s$", "", word) for word in words if word) - _NO_NOUNS
+
+
 def norm(value: str) -> str:
     """The form in which values are compared: one case, no space around, no slash or dot at the end, no scheme."""
-    text = re.sub(r"^https?://", "", " ".join(value.split()).casefold())
+    text = " ".join(value.split()).casefold().removeprefix("https://").removeprefix("http://")
     return text.strip(_TRIM).rstrip("/.")
 
 
@@ -427,6 +486,12 @@ def _sort(address: str) -> str:
     return "mail" if "@" in address else "link" if _URL.fullmatch(address) else "account"
 
 
+def _begins(text: str, position: int) -> bool:
+    """Whether a sentence begins there."""
+    before = text[:position].rstrip()
+    return not before or before[-1] in ".!?:;,"
+
+
 def _is_distinctive(value: str) -> bool:
     text = value.strip(_TRIM)
     return any(c.isdigit() or c in "@./_-#:" for c in text) and len(text) > 1
@@ -461,12 +526,14 @@ def _leaves(value: Any, budget: list[int], name: str = "") -> Iterator[tuple[str
     budget[0] -= 1
     if budget[0] < 0:
         return
-    if isinstance(value, Mapping):
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             if name:
                 yield name, str(key)
             yield from _leaves(item, budget, str(key))
-    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+    elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _leaves(item, budget, name)
     else:

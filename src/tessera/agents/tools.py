@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
-__all__ = ["Effect", "Role", "Source", "ToolSpec", "infer", "infer_role", "is_id", "is_label", "is_text", "word_set"]
+__all__ = ["Effect", "Role", "Source", "ToolSpec", "infer", "infer_role", "is_id", "leaf_kind", "word_set"]
 
 
 def word_set(text: str) -> frozenset[str]:
@@ -131,14 +132,16 @@ def infer_role(argument: str) -> Role:
     return next((role for role, pattern in _ROLE_PATTERNS if pattern.fullmatch(words)), "content")
 
 
-def is_text(name: str) -> bool:
-    return name.lower() in _TEXT
+@lru_cache(4_096)
+def leaf_kind(name: str) -> Literal["id", "label", "text", ""]:
+    """What a field of a result is, from its name: an id, what the row is called, free text, or a structured value."""
+    name = name.lower()
+    if is_id(name):
+        return "id"
+    return "label" if name in _LABELS else "text" if name in _TEXT else ""
 
 
-def is_label(name: str) -> bool:
-    return name.lower() in _LABELS
-
-
+@lru_cache(4_096)
 def is_id(name: str) -> bool:
     return re.fullmatch(r"(?:.*_)?id_?", name.lower()) is not None
 
