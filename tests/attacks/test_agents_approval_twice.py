@@ -67,6 +67,39 @@ def test_an_approved_payment_that_is_resumed_at_once_is_set_aside_once(database_
     assert (len(ledger.entries()), ledger.spent(mandate.id).units) == (1, 40)
 
 
+def test_a_call_that_was_approved_elsewhere_runs_once_also_after_a_restart() -> None:
+    approvals, done, tools = (
+        Approvals(APPROVER.account, clock=FakeClock(NOW)),
+        [],
+        [infer("send_email", ["recipients"])],
+    )
+    before = Guard(tools, "Write somebody")
+    with pytest.raises(NeedsApproval) as caught:
+        before.call("send_email", dict(CALL.arguments), lambda tool, _: done.append(tool))
+    decision = caught.value.decision
+    call = Call(decision.tool, decision.arguments, nonce=decision.nonce)
+    approvals.request(call, decision.evidence)
+    approval = approve(approvals.find(call.digest).call, APPROVER, NOW + 60)
+
+    def resume(arguments: Any) -> None:
+        """In a process of its own."""
+        same = Call("send_email", arguments, nonce=call.nonce)
+        guard = Guard(tools, "Write somebody")
+        guard.call_approved(
+            "send_email", arguments, lambda tool, _: done.append(tool), lambda: approvals.use(approval, same)
+        )
+
+    resume(CALL.arguments)
+    for arguments in (CALL.arguments, {"recipients": ["eve@x.org"]}):
+        with pytest.raises((Conflict, Refused)):
+            resume(arguments)
+    stopped = Guard(tools, "Write somebody", stopped=lambda: True)
+    with pytest.raises(Refused) as refused:
+        stopped.call_approved("send_email", CALL.arguments, lambda tool, _: done.append(tool), lambda: None)
+    assert (refused.value.rule, done) == ("stopped", ["send_email"])
+    approvals.close()
+
+
 def test_a_guard_runs_a_call_that_waited_once() -> None:
     done: list[str] = []
     guard = Guard([infer("send_email", ["recipients"])], "Write somebody")

@@ -170,6 +170,27 @@ class Guard:
         self._learn(decision, result)
         return result
 
+    def call_approved(
+        self, tool: str, arguments: Mapping[str, Any], executor: Executor, use: Callable[[], None]
+    ) -> Any:
+        """Run a call that was approved elsewhere, also by a process that has ended since.
+
+        Args:
+            use: takes the approval for these very arguments, or raises, such as
+                `lambda: approvals.use(approval, call)`; called only when a person's word is enough for this call.
+
+        Raises: Refused when it is not enough; what `use` raises.
+        """
+        decision = self.decide(tool, arguments)
+        if decision.answer == "deny":
+            rules = ", ".join(decision.verdict.rules)
+            raise Refused(f"{tool} is refused: {rules}", rule=decision.verdict.rules[0], rules=rules)
+        use()
+        result = executor(tool, dict(decision.arguments))
+        self._endorse(decision)
+        self._learn(decision, result)
+        return result
+
     def wrap(self, executor: Executor) -> Executor:
         """`executor` behind the guard."""
         return lambda tool, arguments: self.call(tool, arguments, executor)
@@ -191,7 +212,7 @@ class Guard:
             raise Refused(f"the arguments have no canonical form: {error.message}", rule="arguments") from error
         frozen = encoding.decode(text, len(text))[1]  # what is judged is what runs: nobody else holds these objects
         context, evidence = self._context(spec, frozen)
-        nonce = secrets.token_hex(16)
+        nonce = secrets.token_hex(32)
         digest = sha256(b"tessera/call\0", bytes.fromhex(nonce), text).hex()
         verdict = self._policy.judge(spec.effect, tool, context)
         decision = Decision(verdict, tool, frozen, digest, nonce, evidence)
