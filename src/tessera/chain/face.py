@@ -38,7 +38,7 @@ class Event:
             raise Invalid(f"this log is no {cls.__name__}")
         if any(len(topic) != 32 for topic in log.topics):
             raise Invalid(f"this {cls.__name__} has a topic that is not 32 bytes")
-        values = [*abi.decode(cls.INDEXED, b"".join(log.topics[1:])), *abi.decode(cls.PLAIN, log.data)]
+        values = [*abi.decode(cls.INDEXED, b"".join(log.topics[1:])), *abi.decode_told(cls.PLAIN, log.data)]
         return cls(log, *(values[position] for position in cls.ORDER))
 
 
