@@ -19,14 +19,7 @@ REDUCERS = {
     for value in vars(importlib.import_module(module.name)).values()
     if isinstance(value, Reducer)
 }
-NO_READER_YET = {
-    "identity_registry",
-    "reputation_registry",
-    "validation_registry",
-    "permit2",
-    "x402_exact_proxy",
-    "x402_upto_proxy",
-}
+NO_READER_YET = {"permit2", "x402_exact_proxy", "x402_upto_proxy"}
 
 
 def events_of(contract: str) -> dict[bytes, str]:

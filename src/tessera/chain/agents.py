@@ -7,12 +7,14 @@ our reputation registry demands travels in `endpoint`; the deployed one keeps it
 
 from __future__ import annotations
 
+import re
+
 from tessera.chain import abi
 from tessera.core.errors import Invalid
 from tessera.core.hashing import keccak
 from tessera.core.ids import Account, parse_account
 
-__all__ = ["IDENTITY", "IDENTITY_TEST", "REPUTATION", "REPUTATION_TEST", "job_proof", "wallet_digest"]
+__all__ = ["IDENTITY", "IDENTITY_TEST", "REPUTATION", "REPUTATION_TEST", "job_proof", "proven_job", "wallet_digest"]
 
 # The same on each public network that has them; there is no validation registry yet. erc-8004-contracts, August 2026.
 IDENTITY = Account("0x8004A169FB4a3325136EB29fA0ceB6D2e539a432")
@@ -46,3 +48,13 @@ def job_proof(job_id: int) -> str:
     if not 0 < job_id < 10**20:
         raise Invalid(f"a job's number is between 1 and 10^20, not {job_id}")
     return f"job:{job_id}"
+
+
+def proven_job(endpoint: str) -> int | None:
+    """The job that a feedback's `endpoint` names, read as our registry reads it.
+
+    >>> proven_job("job:17"), proven_job("https://example.org"), proven_job("job:1 7")
+    (17, None, None)
+    """
+    found = re.fullmatch("job:([0-9]{1,20})", endpoint)
+    return int(found[1]) if found else None

@@ -15,9 +15,10 @@ from tessera.chain.types import Log, Topic
 from tessera.core.errors import Invalid
 from tessera.core.ids import Account, parse_account
 
-__all__ = ["Fact", "Reducer", "Said", "Source", "Value", "item_id"]
+__all__ = ["Fact", "Place", "Reducer", "Said", "Source", "Value", "item_id"]
 
 Value = str | int | bool | Sequence[str]
+Place = tuple[int, int, str, int]  # block, log, source, part
 
 
 class Said(NamedTuple):
@@ -50,7 +51,7 @@ class Fact:
     time: int  # of the block, seconds since 1970
 
     @property
-    def place(self) -> tuple[int, int, str, int]:
+    def place(self) -> Place:
         """Later facts compare greater."""
         return self.block, self.log_index, self.source, self.part
 
