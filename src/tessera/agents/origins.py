@@ -26,6 +26,7 @@ __all__ = ["Knowledge", "Origin", "Record", "addresses_in", "looks_like"]
 MAX_TEXT = 200_000  # characters kept of one text
 NOTE = 80  # characters of the user's own note on a row, which says what the row is about
 MAX_NODES = 50_000  # of one result
+_QUOTES = (("'", "'"), ('"', '"'), ("`", "`"), ("‘", "’"), ("“", "”"))
 _WORD = re.compile(r"\w+", re.UNICODE)
 # Each begins where a run of its signs begins and is bounded, so that no text takes more than linear time.
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[\w-]{1,63}")
@@ -132,6 +133,9 @@ class Knowledge:
     def __post_init__(self) -> None:
         self._said = _spaced(self.request)
         self._words = frozenset(_words(self.request))
+        self._tokens = [(match[0], match.start()) for match in _WORD.finditer(self.request)]
+        self._names = frozenset(token for token, _ in self._tokens)
+        self._folded = self.request.casefold()
         self.said_amounts = frozenset(amounts_in(self.request))
 
     # --- asking -----------------------------------------------------------------------------------------------------
@@ -149,7 +153,7 @@ class Knowledge:
 
     def speaks_of(self, label: str) -> bool:
         """Whether the request names a thing of this label: it says the label's telling words, or two of three."""
-        words = {word for word in _words(re.sub(r"\.\w{1,5}$", "", label)) if word not in _STOP and len(word) > 1}
+        words = telling_words(label)
         said = words & self._words
         return len(said) * 3 >= len(words) * 2 and any(len(word) > 2 for word in said)
 
@@ -231,7 +235,7 @@ class Knowledge:
         """Label what a tool returned."""
         self._listings += 1
         source = spec.source
-        named = any(
+        named = spec.effect in ("read", "fetch") and any(
             self.says(text) or self._linked_by_known(text)
             for argument, value in arguments.items()
             for text in strings_in(value)
@@ -260,7 +264,12 @@ class Knowledge:
         if not isinstance(row, Mapping):
             return
         origin = Origin.OWN if made_here else self._author(source, row)
-        leaves = list(_leaves(row, budget))
+        leaves: list[tuple[str, Any]] = []
+        for name, value in row.items():
+            if isinstance(value, (str, int, float)):
+                leaves.append((name, value))
+            elif value is not None:
+                leaves += _leaves(value, budget, name)
         labels, texts, fields, numbers, id = [], [], set(), {}, ""
         for name, value in leaves:
             kind = leaf_kind(name)
@@ -357,12 +366,17 @@ class Knowledge:
 
     def _stands_for(self, word: str, label: str) -> bool:
         """Whether the request says this part of a name by itself, and not as a part of somebody else's name."""
-        names = set(_words(label))
-        for match in re.finditer(rf"(?:(\w+)\s+)?(?<!\w){re.escape(word)}(?!\w)(?:\s+(\w+))?", self.request):
-            around = [other for other in match.groups() if other and other[0].isupper()]
-            first = not match[1] or not match[1][0].isupper() or _begins(self.request, match.start(1))
-            strange = [other for other in around if other.casefold() not in names and other != match[1]]
-            if not strange and (first or match[1].casefold() in names):
+        names, tokens = set(_words(label)), self._tokens
+        for index, (token, start) in enumerate(tokens):
+            if token != word:
+                continue
+            before = tokens[index - 1] if index else ("", 0)
+            after = tokens[index + 1][0] if index + 1 < len(tokens) else ""
+            gap = self.request[start + len(word) : tokens[index + 1][1]] if after else "."
+            if after[:1].isupper() and after.casefold() not in names and not gap.strip():
+                continue
+            lone = not before[0][:1].isupper() or _begins(self.request, before[1])
+            if lone or before[0].casefold() in names or self.request[before[1] + len(before[0]) : start].strip():
                 return True
         return False
 
@@ -377,11 +391,19 @@ class Knowledge:
 
     def _is_name(self, word: str) -> bool:
         """Whether the request writes it as a name: quoted, or with a capital that does not begin a sentence."""
-        escaped = re.escape(word.strip(_TRIM))
-        if re.search(rf"['\"`‘“]{escaped}['\"`’”]", self.request, re.I):
+        text = word.strip(_TRIM)
+        folded = text.casefold()
+        if any(f"{left}{folded}{right}" in self._folded for left, right in _QUOTES):
             return True
-        match = re.search(rf"(?<!\w){escaped}(?!\w)", self.request)
-        return match is not None and word[:1].isupper() and word.lower() not in _STOP
+        if not word[:1].isupper() or folded in _STOP:
+            return False
+        return text in self._names if text.isalnum() else text in self.request
+
+
+@lru_cache(4_096)
+def telling_words(label: str) -> frozenset[str]:
+    """What a label is about: its words without a file's ending and without words that say nothing."""
+    return frozenset(w for w in _words(re.sub(r"\.\w{1,5}$", "", label)) if w not in _STOP and len(w) > 1)
 
 
 @lru_cache(4_096)
@@ -397,8 +419,15 @@ def nouns_of(name: str) -> frozenset[str]:
 
 def norm(value: str) -> str:
     """The form in which values are compared: one case, no space around, no slash or dot at the end, no scheme."""
+    return _norm_short(value) if len(value) <= 100 else _norm(value)
+
+
+def _norm(value: str) -> str:
     text = " ".join(value.split()).casefold().removeprefix("https://").removeprefix("http://")
     return text.strip(_TRIM).rstrip("/.")
+
+
+_norm_short = lru_cache(16_384)(_norm)  # the same accounts and ids come again and again
 
 
 def addresses_in(text: str) -> list[str]:
@@ -509,7 +538,7 @@ def _spaced(text: str) -> str:
 
 
 def _moment(name: str, value: str) -> dict[str, float]:
-    digits = re.sub(r"\D", "", value)[:14]
+    digits = "".join(filter(str.isdigit, value))[:14]
     return {name: float(digits.ljust(14, "0"))} if len(digits) >= 8 else {}
 
 
