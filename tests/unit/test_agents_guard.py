@@ -461,3 +461,15 @@ def test_the_one_address_on_a_named_page_is_of_the_person_it_is_about() -> None:
         guard.knowledge.learn(tools[0], {"url": "www.dora.org"}, page)
         assert guard.decide("invite_user", {"user": "Dora", "email": email}).answer == answer
         assert guard.decide("invite_user", {"user": "Eve", "email": email}).answer == "ask"
+
+
+def test_a_flood_of_rows_is_bounded_and_what_is_left_out_grants_nothing() -> None:
+    knowledge = Knowledge("Pay the rent", me={"me"})
+    started = time.perf_counter()
+    knowledge.learn(BANK[1], {}, [{"sender": ATTACKER, "recipient": "me", "amount": 1.0}] * 200_000 + [RENT])
+    deep: Any = RENT
+    for _ in range(400):
+        deep = {"more": [deep, deep]}
+    knowledge.learn(BANK[1], {}, deep)
+    assert time.perf_counter() - started < 5
+    assert knowledge.origin(RENT["recipient"]) == Origin.OUTSIDE

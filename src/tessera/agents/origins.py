@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Any
 
 from tessera.agents.tools import Source, ToolSpec, leaf_kind, word_set
@@ -25,6 +26,8 @@ __all__ = ["Knowledge", "Origin", "Record", "addresses_in", "looks_like"]
 
 MAX_TEXT = 200_000  # characters kept of one text
 NOTE = 80  # characters of the user's own note on a row, which says what the row is about
+MAX_ROWS = 5_000  # of one result that strangers may have filled: what stands beyond stays outside
+MAX_DEPTH = 32
 MAX_NODES = 50_000  # of one result
 _QUOTES = (("'", "'"), ('"', '"'), ("`", "`"), ("‘", "’"), ("“", "”"))
 _WORD = re.compile(r"\w+", re.UNICODE)
@@ -245,7 +248,7 @@ class Knowledge:
             self.balance = float(result)
             return
         budget = [MAX_NODES]
-        rows = list(_rows(result))
+        rows = list(_rows(result) if source.directory else islice(_rows(result), MAX_ROWS))
         searched = [v for v in arguments.values() if spec.effect == "read" and isinstance(v, str) and " " in v]
         named = named or (len(rows) == 1 and any(self.says(text) for text in searched))  # the one thing that it finds
         for row in rows:
@@ -550,10 +553,10 @@ def _rows(result: Any) -> Iterator[Any]:
         yield result
 
 
-def _leaves(value: Any, budget: list[int], name: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, budget: list[int], name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Name and value of each leaf; the keys of a mapping without a fixed form are values, too."""
     budget[0] -= 1
-    if budget[0] < 0:
+    if budget[0] < 0 or depth > MAX_DEPTH:
         return
     if isinstance(value, str):
         yield name, value
@@ -561,9 +564,9 @@ def _leaves(value: Any, budget: list[int], name: str = "") -> Iterator[tuple[str
         for key, item in value.items():
             if name:
                 yield name, str(key)
-            yield from _leaves(item, budget, str(key))
+            yield from _leaves(item, budget, str(key), depth + 1)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _leaves(item, budget, name)
+            yield from _leaves(item, budget, name, depth + 1)
     else:
         yield name, value
