@@ -47,7 +47,7 @@ FIGURES = (
 )  # fmt: skip
 
 
-def in_own_venv() -> None:
+def in_own_venv(script: str = __file__) -> None:
     """Go on in the environment that holds AgentDojo; make it when it is missing."""
     if importlib.util.find_spec("agentdojo") is not None:
         return
@@ -57,7 +57,7 @@ def in_own_venv() -> None:
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *PACKAGES], check=True)
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    os.execve(python, [str(python), __file__, *sys.argv[1:]], {**os.environ, "PYTHONPATH": path})
+    os.execve(python, [str(python), script, *sys.argv[1:]], {**os.environ, "PYTHONPATH": path})
 
 
 @dataclass
