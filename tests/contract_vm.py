@@ -15,8 +15,8 @@ from vyper.compiler.input_bundle import FilesystemInputBundle
 from chain_support import CHAIN_ID, NOW, ROOT
 from tessera.chain import abi, artifact
 from tessera.chain.engine import BlockEnv, Message, State
-from tessera.chain.nodes import Nodes
 from tessera.chain.reverts import revert_reason
+from tessera.chain.world import World
 from tessera.core.hashing import keccak
 from tessera.core.ids import Account, account_from_bytes
 
@@ -30,13 +30,12 @@ class Reverted(Exception):
 class Vm:
     """One state. `freeze` keeps it, and any number of others go on from there."""
 
-    def __init__(self, nodes: Nodes | None = None, root: bytes | None = None) -> None:
-        self.nodes = nodes or Nodes()
-        self.state = State(self.nodes) if root is None else State(self.nodes, root)
+    def __init__(self, world: World | None = None) -> None:
+        self.state = State(world or World.empty())
         self.number, self.timestamp = 1_000, NOW
 
-    def freeze(self) -> bytes:
-        return self.state.commit()
+    def freeze(self) -> World:
+        return self.state.world
 
     def run(self, sender: Account, to: Account | None, data: bytes) -> bytes:
         """One transaction in a block of its own. Raises `Reverted`."""

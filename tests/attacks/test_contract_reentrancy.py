@@ -95,7 +95,7 @@ class Trap:
         self.run("change", 0, NOBODY, LEAVER.account, signed(WORKERS, leaves))
         self.vm.timestamp += TERMS.delay_s
         self.calls = self.all_calls()
-        self.root = self.vm.freeze()
+        self.kept = self.vm.freeze()
 
     def all_calls(self) -> dict[str, tuple[Deployed, Call]]:
         """What moves money, and two views, with everything that makes them pass."""
@@ -114,7 +114,7 @@ class Trap:
 
     def balances_after(self, outer: str, inner: str | None = None) -> list[int]:
         """Everybody's coins after one call, from inside of which the coin tries another."""
-        vm = Vm(self.vm.nodes, self.root)
+        vm = Vm(self.kept)
         vm.timestamp = self.vm.timestamp
         coin, run, share = (Deployed(vm, it.name, it.address) for it in (self.coin, self.run, self.share))
         if inner:

@@ -70,7 +70,7 @@ class Base:
         founders = [founder.account for founder in ACTORS[:FOUNDERS]]
         self.run("begin", self.share.address, founders)
         self.twin.begin(founders)
-        self.root, self.number = vm.freeze(), vm.number
+        self.world, self.number = vm.freeze(), vm.number
 
     def bond_of(self, worker: AccountKey, peer: bytes) -> tuple[Any, ...]:
         """What `bond` takes, with the worker's EIP-3009 signature."""
@@ -95,7 +95,7 @@ class Runs(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         kept = base()
-        self.base, self.vm = kept, Vm(kept.vm.nodes, kept.root)
+        self.base, self.vm = kept, Vm(kept.world)
         self.vm.number = kept.number
         self.coin, self.run, self.share = (
             Deployed(self.vm, contract.name, contract.address) for contract in (kept.coin, kept.run, kept.share)

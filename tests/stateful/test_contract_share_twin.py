@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 
 from chain_support import RUN_ID, key
 from contract_vm import Deployed, Reverted, Vm
+from tessera.chain.world import World
 from tessera.core.merkle import MerkleTree, share_leaf
 from tessera.incentives.share_twin import Leaf, ShareTwin
 
@@ -36,7 +37,7 @@ holders = st.integers(0, len(HOLDERS) - 1).map(HOLDERS.__getitem__)
 
 
 @cache
-def base() -> tuple[bytes, Deployed, Deployed]:
+def base() -> tuple[World, Deployed, Deployed]:
     """A state with a coin, and a share that this coin's account may issue: a contract, as an issuer must be."""
     vm = Vm()
     coin = Deployed.new(vm, "coin")
@@ -49,8 +50,8 @@ class Shares(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        root, coin, share = base()
-        vm = Vm(coin.vm.nodes, root)
+        world, coin, share = base()
+        vm = Vm(world)
         self.coin, self.share = Deployed(vm, "coin", coin.address), Deployed(vm, "model_share", share.address)
         self.twin = ShareTwin()
         self.proofs: dict[int, list[bytes]] = {}

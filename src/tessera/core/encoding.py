@@ -60,8 +60,8 @@ def hex_bytes(text: object, size: int) -> bytes:
 
     Raises: Invalid for anything but `size` bytes.
 
-    >>> hex_bytes("00ff", 2)
-    b'\x00\xff'
+    >>> hex_bytes("6162", 2)
+    b'ab'
     """
     try:
         data = bytes.fromhex(text) if isinstance(text, str) and len(text) == 2 * size else b""
