@@ -76,6 +76,7 @@ def test_honest_workers_pass_every_audit(tmp_path: Path) -> None:
     assert any(verdict.draw.index is None for verdict in ended.verdicts)
 
 
+@pytest.mark.slow
 def test_who_skips_a_layer_gets_no_shares_and_his_auditor_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = Seating._build_trainer
 

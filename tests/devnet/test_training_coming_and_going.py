@@ -74,7 +74,8 @@ def expected_shares(run: WholeRun, lives: list[Life]) -> dict[str, int]:
     return shares
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 0])
 def test_a_stage_changes_hands_in_the_middle_and_nothing_is_lost(stage: int, tmp_path: Path) -> None:
     async def main() -> None:
         quiet = WholeRun(write_data(tmp_path / "quiet"), tmp_path / "quiet")
@@ -151,6 +152,7 @@ def test_a_joiner_who_goes_away_leaves_everything_as_it_was(tmp_path: Path) -> N
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_worker_who_joins_and_stays_follows_the_first_of_his_stage(tmp_path: Path) -> None:
     async def main() -> None:
         run = WholeRun(write_data(tmp_path), tmp_path)
@@ -192,6 +194,7 @@ def test_a_host_that_restarts_finds_who_came_and_went_on_the_chain(tmp_path: Pat
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_what_the_leaver_signed_last_is_with_the_others_when_he_is_gone(tmp_path: Path) -> None:
     """In a pause, his last receipts may lie unread with his neighbours: they would be lost with him."""
 

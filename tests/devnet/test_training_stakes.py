@@ -32,6 +32,7 @@ def bond_of(life: Life) -> OpenBond:
     return OpenBond(life.home, folder, manifest, life.run.ledger.chain, recall_bond(folder))
 
 
+@pytest.mark.slow
 def test_a_stake_is_bonded_held_through_a_delay_and_paid_back(tmp_path: Path) -> None:
     async def main() -> None:
         settlement = Settlement(stake_units=STAKE, window_s=5, delay_s=DELAY_S, early_bps=20_000)

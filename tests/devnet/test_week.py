@@ -54,6 +54,7 @@ def simulate(seed: int, *, rows: int, days: int) -> Tally:
     return tally
 
 
+@pytest.mark.slow
 def test_a_day_of_twenty_strangers_loses_no_share() -> None:
     simulate(1, rows=4, days=1)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 
+import pytest
+
 from chain_support import ROOT
 from tessera.chain import artifact
 from tessera.chain.build import build
 
 
+@pytest.mark.slow
 def test_recompiling_gives_the_same_files() -> None:
     for path, text in build().items():
         assert path.read_text("utf-8") == text, f"{path.name} is stale: run python -m tessera.chain.build"

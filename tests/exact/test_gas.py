@@ -10,6 +10,7 @@ from tessera.chain.client import RpcChain
 from tessera.chain.rpc import HttpRpc
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 @pytest.mark.parametrize("contract", CONTRACTS)
 async def test_receipts_use_the_same_gas_as_anvils(contract: str) -> None:

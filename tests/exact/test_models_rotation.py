@@ -72,6 +72,7 @@ def loaded(saved: list[bytes]) -> Pipeline:
     return pipeline
 
 
+@pytest.mark.slow
 def test_a_thousand_turns_leave_the_loss_where_it_was(trained: list[bytes]) -> None:
     pipeline, windows = loaded(trained), text(996, 16)
     before = pipeline.evaluate(windows)
@@ -94,6 +95,7 @@ def test_a_turn_changes_the_messages_and_not_the_logits(trained: list[bytes]) ->
     assert pipeline.evaluate(ids) == pytest.approx(before, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_if_nothing_had_turned(trained: list[bytes]) -> None:
     """Not to the bit, as the second moment turns only about right. With first moments left behind: off by 1.5e-4."""
     plain, turning = loaded(trained), loaded(trained)
@@ -111,6 +113,7 @@ def test_shards_of_two_times_do_not_fit(trained: list[bytes]) -> None:
     assert pipeline.evaluate(windows) > before + 0.1
 
 
+@pytest.mark.slow
 def test_replicas_that_know_the_secret_stay_equal(trained: list[bytes]) -> None:
     one, two = loaded(trained), loaded(trained)
     assert train(one, range(40, 44), turn=True) == train(two, range(40, 44), turn=True)
@@ -124,6 +127,7 @@ def test_a_checkpoint_keeps_the_turn_and_its_moments(trained: list[bytes]) -> No
     assert train(again, range(40, 43), turn=True) == train(pipeline, range(40, 43), turn=True)
 
 
+@pytest.mark.slow
 def test_int8_codes_are_about_as_exact_along_turned_axes() -> None:
     plain, turning = (Pipeline(described("int8"), steps=STEPS) for _ in range(2))
     losses, windows = train(plain, range(30), turn=False), text(996, 16)

@@ -104,7 +104,8 @@ def worker(stages: int, stage: int, before: Connection | None, after: Connection
     report.send((losses, {n: p.detach().numpy() for n, p in trainer.stage.named_parameters()}))
 
 
-@pytest.mark.parametrize("stages", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [2, 4])
 def test_as_many_processes_as_stages_train_like_one(stages: int) -> None:
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(stages - 1)]

@@ -17,7 +17,7 @@ from tessera.chain.indexer.model_share import ShareView
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Invalid, Late, Misbehaviour, Refused, TesseraError, Unavailable
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]  # each of them folds many times; the plain ones are elsewhere
 PAYER, OTHER = PEOPLE[0], PEOPLE[1]
 CONFIG = Config(window_blocks=4, chunk_blocks=7, behind_s=0)
 

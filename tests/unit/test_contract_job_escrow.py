@@ -266,6 +266,7 @@ def __default__():
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_hook_hears_of_every_action_but_the_refund(world: Escrow) -> None:
     hook = await deploy_code(world.chain, compiled(HOOK))
     job = await world.open(hook=hook, provider=None)

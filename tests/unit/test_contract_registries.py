@@ -287,6 +287,7 @@ async def test_an_agent_does_not_rate_itself(world: Agents) -> None:
         await world.rate(100, await world.done(), client=PROVIDER)
 
 
+@pytest.mark.slow
 async def test_a_page_of_feedback_is_whole_or_refused() -> None:
     """65 words are one too many: a page that leaves some out would look like all."""
     world = FastEscrow()

@@ -89,6 +89,7 @@ def test_three_of_four_settle_and_the_fourth_redeems_when_it_is_back(tmp_path: P
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_half_of_the_workers_cannot_settle(tmp_path: Path) -> None:
     async def main() -> None:
         async with settlement(MANIFEST, tmp_path) as world, anyio.create_task_group() as tasks:
@@ -111,6 +112,7 @@ def test_a_worker_that_lost_its_receipts_is_paid_from_its_neighbours_copies(tmp_
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_receipts_that_nobody_holds_are_not_paid_and_stop_nobody(tmp_path: Path) -> None:
     peers = [key.id for key in peer_keys()]
 
