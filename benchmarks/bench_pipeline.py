@@ -130,9 +130,9 @@ async def run_stage(pipe: Connection, stage: int, seeds: list[bytes], warm: int,
     from tessera.training.exchange import Exchange
     from tessera.training.gate import AlwaysOpen
     from tessera.training.pipeline import Pipeline
-    from tessera.training.receipts import NO_VERSION
     from tessera.training.roster import Roster, Seat
     from tessera.training.sums import Sums
+    from tessera.training.work import NoRecords
 
     described = manifest(warm + steps)
     key, account = PeerKey(seeds[stage]), AccountKey(b"\1" * 32).account
@@ -161,7 +161,7 @@ async def run_stage(pipe: Connection, stage: int, seeds: list[bytes], warm: int,
                 watcher=watch,
                 gate=AlwaysOpen(),
                 clock=SystemClock(),
-                version=lambda: NO_VERSION,
+                records=NoRecords(),
                 copies=NoCopies(),
             )
             async with anyio.create_task_group() as tasks:
