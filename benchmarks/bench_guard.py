@@ -12,6 +12,7 @@ the model counts as fully hijacked. AgentDojo's own checkers score utility and a
     utility           user tasks done without asking anybody, no attack
     questions_per_task   what a person is asked who allows exactly the user's own calls: every task is done then
     guard_p99_ms      processor time of a decision and of labelling its result, without that of the policy engine
+                      and without collecting the garbage that the benchmark's copies of its worlds make
 
 AgentDojo pulls a hundred packages, so it lives in a virtual environment of its own (.venv-agentdojo, or the folder in
 TESSERA_AGENTDOJO_VENV), made at the first run. `--report` prints what was blocked and which attacks got through.
@@ -20,6 +21,7 @@ TESSERA_AGENTDOJO_VENV), made at the first run. `--report` prints what was block
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -221,6 +223,7 @@ def run(mode: Mode, suites: Mapping[str, Any], *, attacked: bool, every: int = 1
             text = "" if injection is None else " ".join([MARKER, *addresses_in(injection.GOAL)])
             injections = {} if injection is None else dict.fromkeys(vectors, text)
             world = suite.load_and_inject_default_environment(injections)
+            gc.collect()  # of the copies below; never while the guard is timed
             for user in suite.user_tasks.values():
                 number += 1
                 if number % every:
@@ -250,6 +253,7 @@ def main() -> None:
     arguments = parser.parse_args()
     in_own_venv()
     sys.path.insert(0, str(Path(__file__).parent))
+    gc.disable()
     warnings.simplefilter("ignore")
     from agentdojo.task_suite.load_suites import get_suites
 
