@@ -19,6 +19,8 @@ TORCH := torch==$(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
 
 # pytest processes. Each keeps to one thread, so that two cores serve two of them.
 JOBS ?= 2
+# How many times as long the random walks of `make fuzz` are: 10 takes a quarter of an hour on two cores.
+FUZZ ?= 10
 # More words for the command behind a target: make up ARGS="--once --json", make test ARGS="-k merkle".
 ARGS ?=
 # Compiled modules are kept, whatever the shell says: the tests start a hundred processes that import the same ones.
@@ -27,13 +29,14 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help up test test-slow test-all check format golden bench docs install install-test install-dev install-eels \
+.PHONY: help up test test-slow test-all fuzz check format golden bench docs install install-test install-dev install-eels \
   clean distclean
 
 help:
 	@echo "make up         set up and run the whole economy on this machine   (ARGS=\"--once --json\")"
 	@echo "make test       set up and run the tests, under four minutes       (ARGS=\"-k merkle\")"
 	@echo "make test-slow  the slow tests alone; make test-all runs both"
+	@echo "make fuzz       long random walks beside the contracts' twins       (FUZZ=10: times 10,000 steps each)"
 	@echo "make check      format, lint, types, import rules, dependencies"
 	@echo "make format     let ruff format and fix what it can"
 	@echo "make golden     rewrite the recorded bytes, gas and schemas"
@@ -49,6 +52,9 @@ test: install-test
 
 test-slow: install-test install-eels
 	@$(PYTEST) -m slow $(ARGS)
+
+fuzz: install-test
+	@TESSERA_FUZZ=$(FUZZ) $(PYTEST) tests/stateful -m slow $(ARGS)
 
 test-all: install-test install-eels
 	@$(PYTEST) $(ARGS)

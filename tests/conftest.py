@@ -17,8 +17,9 @@ import pytest
 from hypothesis import settings
 
 from database_urls import database_url, postgres_server, postgres_url  # noqa: F401
+from fuzzing import FUZZ
 
-settings.register_profile("tessera", derandomize=True, deadline=None, database=None)
+settings.register_profile("tessera", derandomize=FUZZ == 1, deadline=None, database=None, print_blob=FUZZ > 1)
 settings.load_profile("tessera")
 
 ROOT = Path(__file__).resolve().parent.parent

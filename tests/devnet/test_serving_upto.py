@@ -1,4 +1,4 @@
-"""`upto` with the official client and the official resource server, our facilitator, and nothing but a LocalChain."""
+"""`upto` with the official client and the official resource server, our facilitator: on a LocalChain, and on anvil."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from x402.mechanisms.evm.upto import UptoEvmClientScheme, UptoEvmServerScheme
 from x402.schemas import AssetAmount, PaymentPayload, PaymentRequirements
 from x402.server import x402ResourceServer
 
-from chain_support import key
+from chain_support import CHAIN_ID, anvil, fund_on_anvil, key
 from permit2_support import coin_for_permit2
 from tessera.chain.client import RpcChain
 from tessera.chain.faces import Coin
-from tessera.chain.genesis import PERMIT2
+from tessera.chain.genesis import PERMIT2, standard_contracts
 from tessera.chain.local import LocalChain
+from tessera.chain.rpc import HttpRpc
 from tessera.core.signing import AccountKey
 from tessera.serving.facilitator import Facilitator
 
 pytestmark = pytest.mark.anyio
-CHAIN_ID, MOST, UNITS_A_WORD = 31_337, 10_000, 700
+MOST, UNITS_A_WORD = 10_000, 700
 NETWORK = f"eip155:{CHAIN_ID}"
 PAYER, SELLER, OPERATOR = key("payer"), key("seller").account, key("operator")
 
@@ -41,7 +42,6 @@ PAYER, SELLER, OPERATOR = key("payer"), key("seller").account, key("operator")
 class Market:
     """A seller of words: each costs `UNITS_A_WORD`, and a buyer signs for at most `MOST`."""
 
-    local: LocalChain
     chain: RpcChain
     coin: Coin
     facilitator: Facilitator
@@ -70,8 +70,11 @@ class Market:
 
 @pytest.fixture
 async def market() -> Market:
-    local = LocalChain(None, chain_id=CHAIN_ID)  # the machine's clock: x402's client asks it too
-    chain = local.client()
+    return await open_market(LocalChain(None, chain_id=CHAIN_ID).client())
+
+
+async def open_market(chain: RpcChain) -> Market:
+    """Its chain must go by the machine's clock: x402's client asks it too."""
     coin = await coin_for_permit2(chain, PAYER, 5 * MOST)
     facilitator = Facilitator(chain, OPERATOR, CHAIN_ID)
     server = x402ResourceServer(facilitator)
@@ -90,10 +93,24 @@ async def market() -> Market:
         set_settlement_overrides(response, {"amount": str(count * UNITS_A_WORD)})
         return {"words": ["word"] * count}
 
-    return Market(local, chain, coin, facilitator, app)
+    return Market(chain, coin, facilitator, app)
 
 
 async def test_a_buyer_signs_for_the_most_and_is_charged_what_it_used(market: Market) -> None:
+    await check_what_is_charged(market)
+
+
+async def test_the_same_on_an_evm_network() -> None:
+    with anvil() as url:
+        fund_on_anvil(url, [PAYER.account, OPERATOR.account])
+        rpc = HttpRpc(url)
+        for account, code in standard_contracts().items():
+            await rpc.request("anvil_setCode", [account, "0x" + code.hex()])
+        await check_what_is_charged(await open_market(RpcChain(rpc)))
+        await rpc.aclose()
+
+
+async def check_what_is_charged(market: Market) -> None:
     async with market.buyer() as buyer:
         for count in (3, 1):
             response = await buyer.get(f"/words?count={count}")
@@ -151,9 +168,9 @@ async def test_another_facilitator_cannot_charge(market: Market) -> None:
 
 
 async def test_what_used_nothing_costs_nothing_and_needs_no_transaction(market: Market) -> None:
-    height = market.local.head.number
+    height = await market.chain.block_number()
     settled = await market.facilitator.settle(market.sign(), market.offer().model_copy(update={"amount": "0"}))
-    assert (settled.success, settled.transaction, market.local.head.number) == (True, "", height)
+    assert (settled.success, settled.transaction, await market.chain.block_number()) == (True, "", height)
 
 
 async def test_exact_goes_through_permit2_too_for_coins_without_eip_3009(market: Market) -> None:

@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from chain_support import NOW, key
 from escrow_world import HOOK, compiled
 from fast_evm import FastEvm, Reverted, mapped
+from fuzzing import FUZZ
 from tessera.chain.consent import NOBODY
 from tessera.chain.faces import JobEscrow
 from tessera.core.errors import TesseraError
@@ -274,6 +275,6 @@ def test_the_contract_agrees_with_its_twin() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900 * FUZZ)
 def test_the_contract_agrees_with_its_twin_for_long() -> None:
-    run(examples=200, steps=50)
+    run(examples=200 * FUZZ, steps=50)

@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from chain_support import CHAIN_ID, RUN_ID, TERMS, ascending, key, split
 from contract_vm import Deployed, Reverted, Vm
+from fuzzing import FUZZ
 from tessera.chain import abi
 from tessera.chain.consent import NOBODY, Consent
 from tessera.core.errors import Refused
@@ -351,6 +352,6 @@ def test_the_contract_agrees_with_its_twin() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900 * FUZZ)
 def test_the_contract_agrees_with_its_twin_for_long() -> None:
-    explore(examples=200, steps=50)
+    explore(examples=200 * FUZZ, steps=50)

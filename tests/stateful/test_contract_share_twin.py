@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 
 from chain_support import RUN_ID, key
 from contract_vm import Deployed, Reverted, Vm
+from fuzzing import FUZZ
 from tessera.chain.world import World
 from tessera.core.merkle import MerkleTree, share_leaf
 from tessera.incentives.share_twin import Leaf, ShareTwin
@@ -173,6 +174,6 @@ def test_the_contract_agrees_with_its_twin() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900 * FUZZ)
 def test_the_contract_agrees_with_its_twin_for_long() -> None:
-    explore(examples=200, steps=50)
+    explore(examples=200 * FUZZ, steps=50)

@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from boa_chain import BoaChain, boa_chain, now
 from chain_support import NOW, key
+from fuzzing import FUZZ
 from tessera.chain.faces import Coin, SpendPolicy
 from tessera.chain.reverts import revert_error
 from tessera.chain.spending import child_id, cosign_digest, mandate_id, revoke_digest, spend_digest
@@ -412,6 +413,6 @@ def test_the_contract_agrees_with_its_twin() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900 * FUZZ)
 def test_the_contract_agrees_with_its_twin_for_long() -> None:
-    run(examples=200, steps=50)
+    run(examples=200 * FUZZ, steps=50)
