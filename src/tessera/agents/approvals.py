@@ -21,12 +21,12 @@ from sqlalchemy import select
 from tessera.agents.intents import Intent
 from tessera.agents.mandates import Mandate
 from tessera.agents.tables import APPROVAL_REQUESTS, APPROVAL_VERDICTS, LAYOUT
-from tessera.agents.typed import struct_hash, typed_digest
 from tessera.core import encoding
 from tessera.core.clock import Clock, SystemClock
 from tessera.core.errors import Conflict, Invalid, Late, Missing, Refused
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey, recover_account
+from tessera.core.typed_data import domain, struct_hash, typed_digest
 from tessera.storage.database import Transaction, open_database
 from tessera.storage.location import MEMORY
 
@@ -36,7 +36,7 @@ LIFE_S = 3_600
 BODY_LIMIT = 262_144  # bytes of a call and its evidence
 NO_MANDATE = "00" * 32
 _FIELDS = "string tool,string arguments,bytes32 mandate,bytes32 nonce"
-_DOMAIN = struct_hash("EIP712Domain(string name,string version)", ("Tessera approval", "1"))
+_DOMAIN = domain("Tessera approval", "1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,7 @@ class Call:
 
     def signing_digest(self, expires_at: int) -> bytes:
         """The 32 bytes that the approver signs."""
-        struct = struct_hash(f"Approval({_FIELDS},uint256 expiresAt)", (*self._values(), expires_at))
-        return typed_digest(_DOMAIN, struct)
+        return typed_digest(_DOMAIN, f"Approval({_FIELDS},uint256 expiresAt)", (*self._values(), expires_at))
 
     def to_dict(self) -> dict[str, Any]:
         return {"tool": self.tool, "arguments": dict(self.arguments), "mandate": self.mandate, "nonce": self.nonce}

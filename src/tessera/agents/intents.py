@@ -20,13 +20,13 @@ from eth_abi.abi import encode as abi_encode
 from eth_abi.exceptions import EncodingError
 
 from tessera.agents.mandates import parse_asset
-from tessera.agents.typed import domain_separator, struct_hash, typed_digest
 from tessera.core import encoding
 from tessera.core.amount import Amount
 from tessera.core.errors import Invalid
 from tessera.core.hashing import keccak, sha256
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
+from tessera.core.typed_data import domain, typed_digest
 
 __all__ = ["Authorization", "Coin", "Intent", "authorize", "intent_id", "is_for", "payment_nonce", "resource_name"]
 
@@ -147,7 +147,7 @@ def authorize(intent: Intent, coin: Coin, key: AccountKey, valid_before: int) ->
         raise Invalid(f"the intent is in {intent.amount.asset}, the coin is {coin.asset}")
     nonce, units = intent.nonce(key.account), intent.amount.units
     chain_id, contract = parse_asset(coin.asset)
-    domain = domain_separator(coin.name, coin.version, chain_id, contract)
-    struct = struct_hash(_TYPE, (key.account, intent.payee, units, 0, valid_before, nonce))
-    signature = key.sign_digest(typed_digest(domain, struct))
+    separator = domain(coin.name, coin.version, chain_id, contract)
+    values = (key.account, intent.payee, units, 0, valid_before, nonce)
+    signature = key.sign_digest(typed_digest(separator, _TYPE, values))
     return Authorization(key.account, intent.payee, units, valid_before, nonce, signature)

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tessera.agents.typed import domain_separator, struct_hash, typed_digest
 from tessera.core import encoding
 from tessera.core.amount import Amount
 from tessera.core.errors import Invalid, Refused
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey, recover_account
+from tessera.core.typed_data import domain, typed_digest
 
 __all__ = ["ANY_PURPOSE", "LEVELS", "NOBODY", "Mandate", "SignedMandate", "Spent", "asset_id", "check_payment",
            "parse_asset", "sign_mandate", "tick_of", "verify_chain"]  # fmt: skip
@@ -118,8 +118,7 @@ class Mandate:
             self.approve_above.units, self.balance_bps, self.payees, self.any_payee, self.purposes, self.expires_at,
             bytes.fromhex(self.parent or "00" * 32), bytes.fromhex(self.salt),
         )  # fmt: skip
-        domain = domain_separator("Tessera mandate", "1", chain_id, contract)
-        return typed_digest(domain, struct_hash(_TYPE, values))
+        return typed_digest(domain("Tessera mandate", "1", chain_id, contract), _TYPE, values)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 
-from tessera.chain import abi
 from tessera.core.errors import Invalid
-from tessera.core.hashing import keccak
-from tessera.core.ids import Account, parse_account
+from tessera.core.ids import Account
+from tessera.core.typed_data import domain, typed_digest
 
 __all__ = ["IDENTITY", "IDENTITY_TEST", "REPUTATION", "REPUTATION_TEST", "job_proof", "proven_job", "wallet_digest"]
 
@@ -22,21 +21,14 @@ REPUTATION = Account("0x8004BAa17C55a88189AE136b182e5fdA19dE9b63")
 IDENTITY_TEST = Account("0x8004A818BFB912233c491871b3d84c89A494BD9e")
 REPUTATION_TEST = Account("0x8004B663056A597Dffe9eCcC1965A193B7388713")
 
-_DOMAIN_TYPE = keccak(b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)")
-_WALLET_TYPE = keccak(b"AgentWalletSet(uint256 agentId,address newWallet,address owner,uint256 deadline)")
-_NAME, _VERSION = keccak(b"ERC8004IdentityRegistry"), keccak(b"1")
-
 
 def wallet_digest(
     chain_id: int, registry: Account, agent_id: int, wallet: Account, owner: Account, deadline: int
 ) -> bytes:
     """The 32 bytes that `wallet` signs to become the wallet of `owner`'s agent, at the latest at `deadline`."""
-    head = (_DOMAIN_TYPE, _NAME, _VERSION, chain_id, parse_account(registry))
-    domain = keccak(abi.encode(["bytes32", "bytes32", "bytes32", "uint256", "address"], head))
-    fields = (_WALLET_TYPE, agent_id, parse_account(wallet), parse_account(owner), deadline)
-    return keccak(
-        b"\x19\x01" + domain + keccak(abi.encode(["bytes32", "uint256", "address", "address", "uint256"], fields))
-    )
+    separator = domain("ERC8004IdentityRegistry", "1", chain_id, registry)
+    definition = "AgentWalletSet(uint256 agentId,address newWallet,address owner,uint256 deadline)"
+    return typed_digest(separator, definition, (agent_id, wallet, owner, deadline))
 
 
 def job_proof(job_id: int) -> str:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tessera.chain import abi
 from tessera.chain.faces import Coin
 from tessera.core.errors import Invalid
-from tessera.core.hashing import keccak
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
+from tessera.core.typed_data import domain, typed_digest
 
-__all__ = ["Authorization", "authorize"]
+__all__ = ["RECEIVE", "Authorization", "authorize"]
 
-_DOMAIN_TYPE = keccak(b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)")
-_RECEIVE_TYPE = keccak(
-    b"ReceiveWithAuthorization(address from,address to,uint256 value,uint256 validAfter,uint256 validBefore,"
-    b"bytes32 nonce)"
+RECEIVE = (
+    "ReceiveWithAuthorization(address from,address to,uint256 value,uint256 validAfter,uint256 validBefore,"
+    "bytes32 nonce)"
 )
 
 
@@ -56,10 +54,6 @@ async def authorize(
     coin: Coin, key: AccountKey, receiver: Account, amount: int, *, valid_before: int, nonce: bytes
 ) -> Authorization:
     """Let `receiver` pull `amount` from `key`'s account.  Cost: three requests, for the coin's own domain."""
-    name, version = keccak((await coin.name()).encode()), keccak((await coin.version()).encode())
-    chain_id = await coin.chain.chain_id()
-    fields = ("bytes32", "bytes32", "bytes32", "uint256", "address")
-    domain = keccak(abi.encode(fields, (_DOMAIN_TYPE, name, version, chain_id, coin.address)))
-    kinds = ("bytes32", "address", "address", "uint256", "uint256", "uint256", "bytes32")
-    payment = keccak(abi.encode(kinds, (_RECEIVE_TYPE, key.account, receiver, amount, 0, valid_before, nonce)))
-    return Authorization(valid_before, key.sign_digest(keccak(b"\x19\x01" + domain + payment)))
+    separator = domain(await coin.name(), await coin.version(), await coin.chain.chain_id(), coin.address)
+    values = (key.account, receiver, amount, 0, valid_before, nonce)
+    return Authorization(valid_before, key.sign_digest(typed_digest(separator, RECEIVE, values)))

@@ -20,18 +20,14 @@ from tessera.chain.genesis import Genesis
 from tessera.chain.journal import Entry
 from tessera.chain.replay import verify_journal
 from tessera.core.errors import Invalid, Misbehaviour, Refused
-from tessera.core.hashing import keccak
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey, recover_account
+from tessera.core.typed_data import domain, typed_digest
 
 __all__ = ["Checked", "SignedHead", "check_operator", "contradiction", "sign_head"]
 
 PAGE = 500  # journal entries in one request
 Request = Callable[[str, list[Any]], Awaitable[Any]]
-
-_DOMAIN_TYPE = keccak(b"EIP712Domain(string name,string version,uint256 chainId)")
-_HEAD_TYPE = keccak(b"Head(uint256 number,bytes32 blockHash)")
-_NAME, _VERSION = keccak(b"Tessera chain head"), keccak(b"1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,5 +168,5 @@ def _entries(request: Request, last: int) -> Iterator[Entry]:
 
 def _digest(chain_id: int, number: int, block_hash: bytes) -> bytes:
     """EIP-712, so that no signature for another purpose can be shown as this one."""
-    domain = keccak(_DOMAIN_TYPE + _NAME + _VERSION + chain_id.to_bytes(32, "big"))
-    return keccak(b"\x19\x01" + domain + keccak(_HEAD_TYPE + number.to_bytes(32, "big") + block_hash))
+    separator = domain("Tessera chain head", "1", chain_id)
+    return typed_digest(separator, "Head(uint256 number,bytes32 blockHash)", (number, block_hash))

@@ -10,20 +10,16 @@ from __future__ import annotations
 from enum import IntEnum
 
 from tessera.chain import abi
+from tessera.chain.authorization import RECEIVE
 from tessera.chain.faces import JobEscrow
 from tessera.core.errors import Invalid
 from tessera.core.hashing import keccak
-from tessera.core.ids import Account, parse_account
+from tessera.core.ids import Account
+from tessera.core.typed_data import domain, typed_digest
 
 __all__ = ["PAY", "REFUND", "JobStatus", "funding_digest", "funding_nonce"]
 
 REFUND, PAY = 0, 10_000  # `on_silence`: the provider's part in 1/10,000; anything between splits
-
-_DOMAIN_TYPE = keccak(b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)")
-_RECEIVE_TYPE = keccak(
-    b"ReceiveWithAuthorization(address from,address to,uint256 value,"
-    b"uint256 validAfter,uint256 validBefore,bytes32 nonce)"
-)
 
 
 class JobStatus(IntEnum):
@@ -67,11 +63,6 @@ def funding_digest(
     """
     if job.budget == 0 or int(job.provider, 16) == 0:
         raise Invalid(f"job {job_id} has no {'budget' if job.budget == 0 else 'provider'} yet: nothing to sign")
-    head = (_DOMAIN_TYPE, keccak(asset_name.encode()), keccak(asset_version.encode()), chain_id, parse_account(asset))
-    domain = keccak(abi.encode(["bytes32", "bytes32", "bytes32", "uint256", "address"], head))
-    payment = (
-        _RECEIVE_TYPE, job.client, parse_account(escrow), job.budget, valid_after, valid_before,
-        funding_nonce(job_id, job),
-    )  # fmt: skip
-    kinds = ["bytes32", "address", "address", "uint256", "uint256", "uint256", "bytes32"]
-    return keccak(b"\x19\x01" + domain + keccak(abi.encode(kinds, payment)))
+    separator = domain(asset_name, asset_version, chain_id, asset)
+    payment = (job.client, escrow, job.budget, valid_after, valid_before, funding_nonce(job_id, job))
+    return typed_digest(separator, RECEIVE, payment)

@@ -52,6 +52,7 @@ def configure_logs(level: str, file: Path | None = None) -> None:
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    forget_logs()
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(number),
@@ -65,7 +66,6 @@ def configure_logs(level: str, file: Path | None = None) -> None:
         last = _json_lines() if settings.log_format == "json" else _console()
         handlers.append(_formatted(logging.StreamHandler(sys.stderr), last, shared))
         handlers[-1].setLevel(shown)
-    forget_logs()
     root = logging.getLogger()
     for handler in handlers:
         root.addHandler(handler)
@@ -82,6 +82,7 @@ def forget_logs() -> None:
             old.close()
     root.setLevel(logging.WARNING)
     logging.getLogger("tessera").setLevel(logging.NOTSET)
+    structlog.reset_defaults()
 
 
 def redact(logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
