@@ -24,7 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STAYS = ("tessera run create", "tessera join")  # these do not end by themselves
-PATIENCE_S = 240.0
+PATIENCE_S = 400.0
 ANSWERS = re.compile(r"^(.*\[Y/n\]:) (\w+)$")
 
 
@@ -146,7 +146,7 @@ def completed(command: str, before: list[Terminal]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "docs" / "tutorials").glob("*.md")))
 def test_a_tutorial_can_be_followed_word_by_word(name: str, tmp_path: Path) -> None:
     follow((ROOT / "docs" / "tutorials" / f"{name}.md").read_text(), tmp_path)

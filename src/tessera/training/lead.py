@@ -106,7 +106,14 @@ class Lead:
                 log.info("term_over", term=self.term, step=self.step, reason=error.message)
                 self._events.leading(error.message)
                 self._plan, self._active = None, False
-                await anyio.sleep(AGAIN_S)
+                await self._rest(AGAIN_S)
+
+    async def _rest(self, seconds: float) -> None:
+        """Hear what the workers say meanwhile: that a stage has been restored, for one. Else nobody would, where all
+        are here and the next term begins at once."""
+        until = self._now() + seconds
+        while (left := until - self._now()) > 0:
+            await self._hear(left)
 
     # --- beginning --------------------------------------------------------------------------------------------------
 
