@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-import anyio
 import structlog
 
 from tessera.core.errors import Misbehaviour, Unavailable
