@@ -9,7 +9,7 @@ from tessera.chain.face import decode_events
 from tessera.chain.faces import JobEscrow
 from tessera.chain.indexer.engine import Indexer
 from tessera.chain.indexer.job_escrow import JOB_ESCROW, Job, JobView
-from tessera.chain.jobs import JobStatus
+from tessera.incentives.escrow_twin import JobStatus
 
 pytestmark = pytest.mark.anyio
 

@@ -19,7 +19,7 @@ from tessera.chain.indexer.identity_registry import IDENTITY_REGISTRY, Agent, Ag
 from tessera.chain.indexer.job_escrow import JOB_ESCROW, Job, JobView
 from tessera.chain.indexer.reputation_registry import REPUTATION_REGISTRY, Feedback, ReputationView, proven
 from tessera.chain.indexer.validation_registry import VALIDATION_REGISTRY, ValidationView
-from tessera.chain.jobs import JobStatus
+from tessera.incentives.escrow_twin import JobStatus
 
 pytestmark = pytest.mark.anyio
 WALLET, BUYER = WORKERS[3], STRANGER

@@ -33,9 +33,10 @@ from tessera.chain import abi
 from tessera.chain.consent import NOBODY
 from tessera.chain.face import decode_events
 from tessera.chain.faces import Coin, JobEscrow
-from tessera.chain.jobs import PAY, REFUND, JobStatus, funding_digest, funding_nonce
+from tessera.chain.jobs import PAY, REFUND, funding_digest, funding_nonce
 from tessera.core.errors import Conflict, Invalid, Late, Missing, PaymentRequired, Refused, TesseraError
 from tessera.core.hashing import keccak
+from tessera.incentives.escrow_twin import JobStatus
 
 pytestmark = pytest.mark.anyio
 STILL = 10**12  # what everybody has at first

@@ -1,4 +1,4 @@
-"""Jobs in escrow, computed beside the chain: a job's status, and the signature with which a client funds one.
+"""Jobs in escrow, computed beside the chain: the signature with which a client funds one.
 
 A client funds a job by allowance and `fund`, or signs an EIP-3009 `ReceiveWithAuthorization` that anybody may carry to
 `fundWithAuthorization`. Its nonce is a hash of the job's terms: the signature funds that job as the client has seen it,
@@ -6,8 +6,6 @@ or nothing.
 """
 
 from __future__ import annotations
-
-from enum import IntEnum
 
 from tessera.chain import abi
 from tessera.chain.authorization import RECEIVE
@@ -17,20 +15,9 @@ from tessera.core.hashing import keccak
 from tessera.core.ids import Account
 from tessera.core.typed_data import domain, typed_digest
 
-__all__ = ["PAY", "REFUND", "JobStatus", "funding_digest", "funding_nonce"]
+__all__ = ["PAY", "REFUND", "funding_digest", "funding_nonce"]
 
 REFUND, PAY = 0, 10_000  # `on_silence`: the provider's part in 1/10,000; anything between splits
-
-
-class JobStatus(IntEnum):
-    """As the contract counts them. A job only moves forward."""
-
-    OPEN = 0
-    FUNDED = 1
-    SUBMITTED = 2
-    COMPLETED = 3
-    REJECTED = 4
-    EXPIRED = 5
 
 
 def funding_nonce(job_id: int, job: JobEscrow.Job) -> bytes:

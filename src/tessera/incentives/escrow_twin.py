@@ -12,12 +12,14 @@ from enum import IntEnum
 
 from tessera.core.errors import Conflict, Invalid, Late, Refused
 
-__all__ = ["EscrowTwin", "Job", "Status"]
+__all__ = ["EscrowTwin", "Job", "JobStatus"]
 
 WHOLE = 10_000
 
 
-class Status(IntEnum):
+class JobStatus(IntEnum):
+    """As the contract counts them. A job only moves forward."""
+
     OPEN = 0
     FUNDED = 1
     SUBMITTED = 2
@@ -26,7 +28,7 @@ class Status(IntEnum):
     EXPIRED = 5
 
 
-ENDED = (Status.COMPLETED, Status.REJECTED, Status.EXPIRED)
+ENDED = (JobStatus.COMPLETED, JobStatus.REJECTED, JobStatus.EXPIRED)
 
 
 @dataclass(slots=True)
@@ -39,7 +41,7 @@ class Job:
     bond: int
     budget: int = 0
     bonded: bool = False
-    status: Status = Status.OPEN
+    status: JobStatus = JobStatus.OPEN
 
 
 @dataclass(slots=True)
@@ -56,7 +58,7 @@ class EscrowTwin:
     @property
     def held(self) -> int:
         """Budgets and bonds of all live jobs."""
-        budgets = sum(job.budget for job in self.jobs if job.status in (Status.FUNDED, Status.SUBMITTED))
+        budgets = sum(job.budget for job in self.jobs if job.status in (JobStatus.FUNDED, JobStatus.SUBMITTED))
         return budgets + sum(job.bond for job in self.jobs if job.bonded)
 
     def create(self, job: Job, now: int) -> None:
@@ -67,7 +69,7 @@ class EscrowTwin:
         self.jobs.append(job)
 
     def set_provider(self, job: Job, who: str, provider: str) -> None:
-        self._expect(job, Status.OPEN)
+        self._expect(job, JobStatus.OPEN)
         self._only(who, job.client)
         if job.provider is not None:
             raise Conflict("there is a provider")
@@ -76,12 +78,12 @@ class EscrowTwin:
         job.provider = provider
 
     def set_budget(self, job: Job, who: str, amount: int) -> None:
-        self._expect(job, Status.OPEN)
+        self._expect(job, JobStatus.OPEN)
         self._only(who, job.client, job.provider)
         job.budget = amount
 
     def post_bond(self, job: Job, who: str) -> None:
-        self._expect(job, Status.OPEN)
+        self._expect(job, JobStatus.OPEN)
         self._only(who, job.evaluator)
         if job.bonded or job.bond == 0:
             raise Conflict("no bond is due")
@@ -89,54 +91,54 @@ class EscrowTwin:
         self.gains[who] -= job.bond
 
     def withdraw_bond(self, job: Job, who: str) -> None:
-        self._expect(job, Status.OPEN)
+        self._expect(job, JobStatus.OPEN)
         self._only(who, job.evaluator)
         if not job.bonded:
             raise Refused("no bond is here", rule="no_bond")
         self._return_bond(job)
 
     def fund(self, job: Job, who: str, expected: int, now: int) -> None:
-        self._expect(job, Status.OPEN)
+        self._expect(job, JobStatus.OPEN)
         self._only(who, job.client)
         if job.provider is None or job.budget != expected or expected == 0 or (job.bond and not job.bonded):
             raise Refused("the terms are not met", rule="terms")
         if now >= job.deadline:
             raise Late("the deadline is over")
-        job.status = Status.FUNDED
+        job.status = JobStatus.FUNDED
         self.gains[who] -= job.budget
 
     def submit(self, job: Job, who: str, now: int) -> None:
-        self._expect(job, Status.FUNDED)
+        self._expect(job, JobStatus.FUNDED)
         self._only(who, job.provider)
         if now >= job.deadline:
             raise Late("the deadline is over")
-        job.status = Status.SUBMITTED
+        job.status = JobStatus.SUBMITTED
 
     def complete(self, job: Job, who: str, now: int) -> None:
-        self._expect(job, Status.SUBMITTED)
+        self._expect(job, JobStatus.SUBMITTED)
         self._judge(job, who, now)
-        job.status = Status.COMPLETED
+        job.status = JobStatus.COMPLETED
         self._pay(job.provider, job.budget)
         self._return_bond(job)
 
     def reject(self, job: Job, who: str, now: int) -> None:
         if job.status in ENDED:
             raise Conflict("the job has ended")
-        if job.status is Status.OPEN:
+        if job.status is JobStatus.OPEN:
             self._only(who, job.client)
         else:
             self._judge(job, who, now)
             self._pay(job.client, job.budget)
-        job.status = Status.REJECTED
+        job.status = JobStatus.REJECTED
         self._return_bond(job)
 
     def claim_refund(self, job: Job, now: int) -> None:
         """Anybody's. Silence costs the bond: each party gets the part of it that it did not get of the budget."""
-        self._expect(job, Status.FUNDED, Status.SUBMITTED)
-        silent = job.status is Status.SUBMITTED
+        self._expect(job, JobStatus.FUNDED, JobStatus.SUBMITTED)
+        silent = job.status is JobStatus.SUBMITTED
         if now < job.deadline + (self.grace if silent else 0):
             raise Refused("not over yet", rule="not_expired")
-        job.status = Status.EXPIRED
+        job.status = JobStatus.EXPIRED
         if not silent:
             self._pay(job.client, job.budget)
             self._return_bond(job)
@@ -162,7 +164,7 @@ class EscrowTwin:
             raise Late("the time to judge is over")
 
     @staticmethod
-    def _expect(job: Job, *statuses: Status) -> None:
+    def _expect(job: Job, *statuses: JobStatus) -> None:
         if job.status not in statuses:
             raise Conflict(f"the job is {job.status.name}")
 

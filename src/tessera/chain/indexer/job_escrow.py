@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from tessera.chain.faces import JobEscrow
 from tessera.chain.indexer.facts import Fact, Reducer, Said, Value, item_id
 from tessera.chain.indexer.queries import Figure, Queries
-from tessera.chain.jobs import JobStatus
 from tessera.core.ids import Account
+from tessera.incentives.escrow_twin import JobStatus
 
 __all__ = ["JOB_ESCROW", "Job", "JobView"]
 

@@ -16,8 +16,8 @@ from tessera.chain.indexer.facts import Fact, Place, Reducer, Said, Value, item_
 from tessera.chain.indexer.identity_registry import Agent
 from tessera.chain.indexer.job_escrow import Job
 from tessera.chain.indexer.queries import Queries
-from tessera.chain.jobs import JobStatus
 from tessera.core.ids import Account
+from tessera.incentives.escrow_twin import JobStatus
 
 __all__ = ["REPUTATION_REGISTRY", "Answer", "Feedback", "ReputationView", "proven"]
 
