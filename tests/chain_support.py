@@ -15,7 +15,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tessera.chain import abi
 from tessera.chain.client import RpcChain
 from tessera.chain.consent import NOBODY, Consent
 from tessera.chain.engine import GAS_LIMIT
@@ -28,6 +27,7 @@ from tessera.core.hashing import keccak
 from tessera.core.ids import Account, RunId
 from tessera.core.merkle import MerkleTree, share_leaf
 from tessera.core.signing import AccountKey
+from tessera.core.typed_data import typed_digest
 
 CHAIN_ID = 845_300
 RUN_ID = RunId("5e" * 32)
@@ -166,10 +166,8 @@ class World:
 
 async def sign_payment(coin: Coin, payer: AccountKey, kind: str, values: tuple[object, ...]) -> bytes:
     """`payer`'s EIP-3009 signature: `values` are from, to, value, validAfter, validBefore and nonce."""
-    kinds = ("address", "address", "uint256", "uint256", "uint256", "bytes32")
     fields = "address from,address to,uint256 value,uint256 validAfter,uint256 validBefore,bytes32 nonce"
-    struct = keccak(keccak(f"{kind}({fields})".encode()) + abi.encode(kinds, values))
-    return payer.sign_digest(keccak(b"\x19\x01" + await coin.DOMAIN_SEPARATOR() + struct))
+    return payer.sign_digest(typed_digest(await coin.DOMAIN_SEPARATOR(), f"{kind}({fields})", values))
 
 
 async def in_one_transaction(chain: Chain, sender: AccountKey, calls: Sequence[tuple[Account, bytes]]) -> Receipt:

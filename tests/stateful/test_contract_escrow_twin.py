@@ -15,19 +15,18 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from chain_support import NOW, key
 from escrow_world import HOOK, compiled
 from fast_evm import FastEvm, Reverted, mapped
-from fuzzing import FUZZ
+from fuzzing import FUZZ, explore
 from tessera.chain.consent import NOBODY
 from tessera.chain.faces import JobEscrow
 from tessera.core.errors import TesseraError
 from tessera.core.ids import Account
-from tessera.incentives.escrow_twin import EscrowTwin, Job, Status
+from tessera.incentives.escrow_twin import EscrowTwin, Job, JobStatus
 
 PEOPLE = [key(f"person {number}").account for number in range(12)]
 STRANGER = key("stranger").account
@@ -66,7 +65,7 @@ class Escrow(RuleBasedStateMachine):
         self.twin = EscrowTwin(GRACE)
         self.hooked: list[bool] = []
         self.mood = False
-        self.seen: list[Status] = []
+        self.seen: list[JobStatus] = []
         self.ends: Counter[int] = Counter()
         self.paid: Counter[int] = Counter()
 
@@ -81,7 +80,7 @@ class Escrow(RuleBasedStateMachine):
         call = "createJob(address,address,uint256,string,address,uint256,uint256)"
         if self.both(lambda: self.twin.create(job, self.evm.now), job.client, call, *terms):
             self.hooked.append(hooked)
-            self.seen.append(Status.OPEN)
+            self.seen.append(JobStatus.OPEN)
 
     @rule(which=st.integers(0, 99), role=roles, person=people, provider=people)
     def set_provider(self, which: int, role: str, person: int, provider: int) -> None:
@@ -206,7 +205,7 @@ class Escrow(RuleBasedStateMachine):
         assert head >> 232 == self.hooked[place]
         assert offer == number(job.provider) | job.budget << 160
         assert judge == number(job.evaluator) | job.bond << 160
-        assert job.status > Status.SUBMITTED or head >> 224 & 1 == job.bonded
+        assert job.status > JobStatus.SUBMITTED or head >> 224 & 1 == job.bonded
         assert job.status >= self.seen[place]
         self.seen[place] = job.status
 
@@ -226,7 +225,7 @@ class Escrow(RuleBasedStateMachine):
     @invariant()
     def a_job_ends_once_and_pays_once(self) -> None:
         for place, job in enumerate(self.twin.jobs):
-            ended = job.status > Status.SUBMITTED
+            ended = job.status > JobStatus.SUBMITTED
             assert self.ends[place] == ended
             assert self.paid[place] in ((0, job.budget) if ended else (0,))
 
@@ -236,7 +235,7 @@ class Escrow(RuleBasedStateMachine):
             return
         self.evm.now += 100 * 86_400
         for place, job in enumerate(self.twin.jobs):
-            if job.status in (Status.FUNDED, Status.SUBMITTED):
+            if job.status in (JobStatus.FUNDED, JobStatus.SUBMITTED):
                 self.both(
                     lambda job=job: self.twin.claim_refund(job, self.evm.now),  # type: ignore[misc]
                     STRANGER, "claimRefund(uint256)", place + 1,
@@ -256,25 +255,11 @@ def number(account: str | None) -> int:
     return int(account, 16) if account else 0
 
 
-def run(examples: int, steps: int) -> None:
-    limits = settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[
-            Phase.generate,
-            Phase.shrink,
-        ],  # to explain a failure takes longer than the timeout
-    )
-    run_state_machine_as_test(Escrow, settings=limits)
-
-
 def test_the_contract_agrees_with_its_twin() -> None:
-    run(examples=10, steps=25)
+    explore(Escrow, examples=10, steps=25)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 * FUZZ)
 def test_the_contract_agrees_with_its_twin_for_long() -> None:
-    run(examples=200 * FUZZ, steps=50)
+    explore(Escrow, examples=200 * FUZZ, steps=50)

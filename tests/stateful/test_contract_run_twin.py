@@ -17,13 +17,12 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from chain_support import CHAIN_ID, RUN_ID, TERMS, ascending, key, split
 from contract_vm import Deployed, Reverted, Vm
-from fuzzing import FUZZ
+from fuzzing import FUZZ, explore
 from tessera.chain import abi
 from tessera.chain.consent import NOBODY, Consent
 from tessera.core.errors import Refused
@@ -340,18 +339,11 @@ class Runs(RuleBasedStateMachine):
         assert self.run("cap", len(self.twin.posted)) == self.twin.cap(len(self.twin.posted))
 
 
-def explore(examples: int, steps: int) -> None:
-    limits = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    run_state_machine_as_test(Runs, settings=limits)
-
-
 def test_the_contract_agrees_with_its_twin() -> None:
-    explore(examples=6, steps=30)
+    explore(Runs, examples=6, steps=30)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 * FUZZ)
 def test_the_contract_agrees_with_its_twin_for_long() -> None:
-    explore(examples=200 * FUZZ, steps=50)
+    explore(Runs, examples=200 * FUZZ, steps=50)

@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -21,12 +20,11 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from chain_support import RUN_ID, key
 from contract_vm import Deployed, Reverted, Vm
-from fuzzing import FUZZ
+from fuzzing import FUZZ, explore
 from tessera.chain.world import World
 from tessera.core.merkle import MerkleTree, share_leaf
 from tessera.incentives.share_twin import Leaf, ShareTwin
@@ -162,18 +160,11 @@ class Shares(RuleBasedStateMachine):
         assert self.share("undistributed") == self.twin.arrived
 
 
-def explore(examples: int, steps: int) -> None:
-    limits = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    run_state_machine_as_test(Shares, settings=limits)
-
-
 def test_the_contract_agrees_with_its_twin() -> None:
-    explore(examples=6, steps=30)
+    explore(Shares, examples=6, steps=30)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 * FUZZ)
 def test_the_contract_agrees_with_its_twin_for_long() -> None:
-    explore(examples=200 * FUZZ, steps=50)
+    explore(Shares, examples=200 * FUZZ, steps=50)

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from boa_chain import BoaChain, boa_chain, now
 from chain_support import NOW, key
-from fuzzing import FUZZ
+from fuzzing import FUZZ, explore
 from tessera.chain.faces import Coin, SpendPolicy
 from tessera.chain.reverts import revert_error
 from tessera.chain.spending import child_id, cosign_digest, mandate_id, revoke_digest, spend_digest
@@ -400,19 +399,16 @@ def deployed() -> Iterator[None]:
             _deployed.clear()
 
 
-def run(examples: int, steps: int) -> None:
+def walk(examples: int, steps: int) -> None:
     with deployed():
-        limits = settings(
-            max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
-        )
-        run_state_machine_as_test(Spending, settings=limits)
+        explore(Spending, examples, steps)
 
 
 def test_the_contract_agrees_with_its_twin() -> None:
-    run(examples=6, steps=30)
+    walk(examples=6, steps=30)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900 * FUZZ)
 def test_the_contract_agrees_with_its_twin_for_long() -> None:
-    run(examples=200 * FUZZ, steps=50)
+    walk(examples=200 * FUZZ, steps=50)
