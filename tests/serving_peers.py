@@ -98,7 +98,7 @@ async def open_shards(
 
 
 async def tokens(engine: ShardEngine, prompt: list[int], sampling: Sampling) -> list[int]:
-    return [token async for token in engine.generate(prompt, sampling)]
+    return [token.id async for token in engine.generate(prompt, sampling)]
 
 
 def _lively(stage: Stage) -> Stage:

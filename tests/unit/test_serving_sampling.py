@@ -57,7 +57,8 @@ def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"temperature": -0.1}, {"temperature": math.nan}, {"temperature": True}, {"top_p": 0}, {"top_p": 1.1},
-     {"seed": -1}, {"seed": 2**63}, {"seed": 1.0}, {"max_tokens": 0}, {"stop": (-1,)}, {"stop": tuple(range(17))}],
+     {"seed": -1}, {"seed": 2**63}, {"seed": 1.0}, {"max_tokens": 0}, {"stop": (-1,)}, {"stop": tuple(range(17))},
+     {"logprobs": 21}, {"logprobs": -1}, {"logprobs": True}],
 )  # fmt: skip
 def test_sampling_out_of_range_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(Invalid):
@@ -65,7 +66,7 @@ def test_sampling_out_of_range_is_refused(wrong: dict[str, object]) -> None:
 
 
 def test_sampling_survives_the_wire() -> None:
-    sampling = Sampling(temperature=0.5, top_p=0.9, seed=4)
+    sampling = Sampling(temperature=0.5, top_p=0.9, seed=4, logprobs=3)
     assert Sampling.from_dict(sampling.to_dict()) == sampling
     for wrong in (None, [], {"temperature": 1.0}, sampling.to_dict() | {"x": 1}):
         with pytest.raises(Invalid):

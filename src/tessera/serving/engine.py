@@ -15,11 +15,13 @@ import anyio
 
 from tessera.core.errors import Invalid
 
-__all__ = ["Engine", "FakeEngine", "Sampling"]
+__all__ = ["Engine", "FakeEngine", "Sampling", "Token"]
 
+MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 2.0
 MAX_STOP_TOKENS = 16
 SEED_BITS = 63
+FAKE_WIDTH = 8  # of the fake engine's hidden state
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Sampling:
     seed: int = 0  # 0 ≤ seed < 2^63
     max_tokens: int = 16
     stop: tuple[int, ...] = ()  # token ids; the first one met ends the generation and is not yielded
+    logprobs: int | None = None  # None = none; else each token's own, and those of so many likeliest, 0 to 20
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
@@ -44,17 +47,33 @@ class Sampling:
         _integer("max_tokens", self.max_tokens, 1, 2**31)
         if len(self.stop) > MAX_STOP_TOKENS or any(type(token) is not int or token < 0 for token in self.stop):
             raise Invalid(f"stop takes at most {MAX_STOP_TOKENS} token ids", param="stop")
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
 
     def to_dict(self) -> dict[str, Any]:
         """What the stage that samples has to know."""
-        return {"temperature": float(self.temperature), "top_p": float(self.top_p), "seed": self.seed}
+        how = {"temperature": float(self.temperature), "top_p": float(self.top_p), "seed": self.seed}
+        return how | {"logprobs": self.logprobs}
 
     @classmethod
     def from_dict(cls, data: object) -> Sampling:
         """The inverse of `to_dict`, for bytes from a peer. Raises: Invalid."""
-        if not isinstance(data, dict) or data.keys() != {"temperature", "top_p", "seed"}:
-            raise Invalid(f"sampling has temperature, top_p and seed, not {str(data)[:200]}")
-        return cls(temperature=data["temperature"], top_p=data["top_p"], seed=data["seed"])
+        if not isinstance(data, dict) or data.keys() != {"temperature", "top_p", "seed", "logprobs"}:
+            raise Invalid(f"sampling has temperature, top_p, seed and logprobs, not {str(data)[:200]}")
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a completion.
+
+    Log-probabilities are natural, and of the model itself: before temperature and top_p. They are there when
+    `Sampling.logprobs` asked for them; `top` holds (token id, log-probability) of the likeliest, best first.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Engine(Protocol):
@@ -65,11 +84,15 @@ class Engine(Protocol):
         """Most tokens of prompt and completion together."""
         ...
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[int, None]:
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Token, None]:
         """The tokens that follow `prompt`, as they are made.
 
         Raises (from the iteration): Invalid for a prompt that cannot fit; Unavailable or Late when a stage is gone.
         """
+        ...
+
+    async def embed(self, prompt: Sequence[int]) -> list[float]:
+        """The last hidden state at the last token, after the final norm. Raises: as `generate`."""
         ...
 
 
@@ -104,7 +127,7 @@ class FakeEngine:
     def context(self) -> int:
         return self._context
 
-    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[int, None]:
+    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Token, None]:
         self.started += 1
         self.open += 1
         try:
@@ -115,13 +138,30 @@ class FakeEngine:
                 if token in sampling.stop:
                     return
                 self.produced += 1
-                yield token
+                yield _certain(token, sampling)
         finally:
             self.open -= 1
+
+    async def embed(self, prompt: Sequence[int]) -> list[float]:
+        """How often each remainder modulo `FAKE_WIDTH` is among the ids, as shares of 1."""
+        if not prompt:
+            raise Invalid("there is nothing to embed", param="input")
+        self.started += 1
+        await anyio.sleep(self._delay_s)
+        if self.fail_after is not None:
+            raise self.error
+        return [sum(token % FAKE_WIDTH == place for token in prompt) / len(prompt) for place in range(FAKE_WIDTH)]
 
 
 def _echo(prompt: Sequence[int], sampling: Sampling) -> Sequence[int]:
     return [prompt[index % len(prompt)] for index in range(sampling.max_tokens)]
+
+
+def _certain(token: int, sampling: Sampling) -> Token:
+    """A token whose probability is 1, so that no other has a log-probability that could be told."""
+    if sampling.logprobs is None:
+        return Token(token)
+    return Token(token, 0.0, ((token, 0.0),) if sampling.logprobs else ())
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:

@@ -18,7 +18,7 @@ from tessera.serving.frames import Frame, frame_limit, pack, unpack
 
 __all__ = ["PROTOCOL", "Limits", "Link", "Record", "Roster", "Stream", "Transport"]
 
-PROTOCOL = "tessera/decode/2"
+PROTOCOL = "tessera/decode/3"
 CLOSE_TIMEOUT_S = 1.0
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import anyio
 
 from tessera.core.errors import Invalid, Late, Misbehaviour, TesseraError, Unavailable
-from tessera.serving.engine import Sampling
+from tessera.serving.engine import Sampling, Token
 from tessera.serving.links import PROTOCOL, Limits, Link, Roster, Transport
 
 __all__ = ["ShardEngine", "ShardEngineConfig"]
@@ -41,8 +41,10 @@ class ShardEngine:
     def context(self) -> int:
         return self._config.context
 
-    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[int, None]:
+    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Token, None]:
         """See `Engine.generate`. Cost: one hop for each boundary and two for the gateway, for each token."""
+        if sampling.logprobs is not None:
+            raise Invalid("this model's stages tell no log-probabilities", param="logprobs")
         ids = self._check_prompt(prompt, sampling)
         session = _Session(self._transport, self._roster, self._config)
         position = 0
@@ -53,10 +55,13 @@ class ShardEngine:
                 token = await session.step(position - len(ids), ids)
                 if token in sampling.stop:
                     return
-                yield token
+                yield Token(token)
                 ids = [token]
         finally:
             await session.close()
+
+    async def embed(self, prompt: Sequence[int]) -> list[float]:
+        raise Invalid("this model's stages tell no hidden states", param="model")
 
     def _check_prompt(self, prompt: Sequence[int], sampling: Sampling) -> list[int]:
         ids = list(prompt)

@@ -1,4 +1,4 @@
-"""The worker's side of decoding over peers: protocol "tessera/decode/2".
+"""The worker's side of decoding over peers: protocol "tessera/decode/3".
 
     gateway ──open, step──▶ stage 0 ──▶ stage 1 ──▶ ... ──▶ last stage ──token──▶ gateway
 

@@ -94,7 +94,7 @@ class Generation:
     async def _run(self) -> AsyncGenerator[str, None]:
         async for token in self._tokens:
             self.completion_tokens += 1
-            piece, stopped = self._release(self._characters(token))
+            piece, stopped = self._release(self._characters(token.id))
             if stopped:
                 self.finish_reason = "stop"
                 yield piece
