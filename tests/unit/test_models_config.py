@@ -1,5 +1,6 @@
 """Specs: what they refuse, and the costs that follow from shapes."""
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tessera.core.encoding import decode, encode
 from tessera.core.errors import Invalid
 from tessera.models.config import CodecConfig, ModelSpec, parse_spec
+from tessera.models.memory import parameter_shapes
 from tessera.models.pipeline import Pipeline
 from tessera.models.presets import default_spec, tiny_spec
 
@@ -34,7 +36,10 @@ def test_a_spec_survives_canonical_encoding() -> None:
         (changed(model={"colour": 1}), "model.colour"),
         (changed(model={"width": "32"}), "model.width"),
         (changed(model={"width": True}), "model.width"),
-        (changed(model={"width": 30, "heads": 4}), "heads of even size"),
+        (changed(model={"width": 30, "heads": 4}), "does not split into 4 heads"),
+        (changed(model={"head_size": 15}), "even size, not 15"),
+        (changed(model={"head_size": 16}), "leave it out"),
+        (changed(model={"rope_stretch": {"factor": 8.0, "slow": 4.0, "fast": 1.0, "trained": 32}}), "below fast"),
         (changed(model={"heads": 4, "kv_heads": 3}), "cannot share"),
         (changed(model={"rope_base": float("nan")}), "model.rope_base"),
         (changed(model={"compute": "float16"}), "model.compute"),
@@ -82,6 +87,32 @@ def test_flops_are_those_of_the_matrix_products_that_run(kind: Any) -> None:
     formula = sum(spec.flops_per_token(stage) for stage in range(3)) - attention
     # Fixed bases need no gradient of their own and stage 0's table lies in span(U): both run fewer products.
     assert counted == pytest.approx(formula * length, rel=0.2 if spec.codec.subspace else 1e-12)
+
+
+ELSEWHERE: dict[str, Any] = {"head_size": 24, "qkv_bias": True, "window": 16}
+
+
+def test_what_only_models_made_elsewhere_have_is_left_out_of_the_canonical_form_of_others() -> None:
+    """So that a run's id does not depend on which of them this version knows."""
+    assert not {*ELSEWHERE, "rope_stretch"} & tiny_spec().model_dump()["model"].keys()
+    data = changed(model=ELSEWHERE)
+    spec = parse_spec(data)
+    assert ELSEWHERE.items() <= spec.model_dump()["model"].items()
+    assert parse_spec(decode(encode(spec.model_dump()), 100_000)) == spec
+
+
+def test_the_costs_of_heads_that_are_wider_than_the_stream_follow_from_their_shapes() -> None:
+    spec, length = parse_spec(changed(model=ELSEWHERE, codec={"kind": "dense", "k": 0})), 64
+    pipeline = Pipeline(spec, steps=1)
+    with FlopCounterMode(display=False) as counter:
+        pipeline.train_step(0, [torch.zeros(1, length + 1, dtype=torch.int64)])
+    by_operation = counter.get_flop_counts()["Global"]
+    counted = sum(n for operation, n in by_operation.items() if str(operation) in ("aten.mm", "aten.addmm"))
+    attention = 6 * spec.model.layers * 2 * (2 * 24) * 16  # looks back at its window
+    assert counted == (sum(spec.flops_per_token(stage) for stage in range(2)) - attention) * length
+    for stage, trainer in enumerate(pipeline.trainers):
+        shapes = parameter_shapes(spec, stage).values()
+        assert sum(math.prod(shape) for shape in shapes) == sum(p.numel() for p in trainer.stage.parameters())
 
 
 def test_only_existing_stages_have_costs() -> None:

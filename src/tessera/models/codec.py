@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tessera.models.config import ModelSpec
 from tessera.models.functional import linear, token_features
+from tessera.models.initial import initial
 from tessera.models.noise import orthonormal, symmetric
 
 __all__ = ["HISTORY", "Codec", "make_codec", "shared_basis"]
@@ -73,12 +74,15 @@ class TokenTable(nn.Module):
         super().__init__()
         m = spec.model
         # One name for all stages: their tables start equal (tied), which lets a code start as a small difference.
-        self.rows = nn.Parameter(torch.from_numpy(symmetric((m.vocab_size, m.width), m.table_std, spec.seed, "table")))
+        self.rows = nn.Parameter(initial((m.vocab_size, m.width), m.table_std, spec.seed, "table"))
         self.taps = nn.Parameter(torch.zeros(HISTORY, m.width)) if spec.codec.conv else None
         self.pairs = nn.Parameter(torch.zeros(spec.codec.pairs, m.width)) if spec.codec.pairs else None
 
     def forward(self, ids: Int[Tensor, "B S"], skip: int = 0) -> Float[Tensor, "B T D"]:
-        known = F.embedding(ids, self.rows) if self.taps is None else token_features(self.rows, self.taps, ids)
+        if self.taps is None:
+            known = F.embedding(ids, self.rows).to(torch.float32)  # an imported table may be bfloat16
+        else:
+            known = token_features(self.rows, self.taps, ids)
         if self.pairs is not None:
             hashed = ids * _HASH[0] + F.pad(ids, (1, 0))[:, :-1] * _HASH[1]
             known = known + F.embedding(hashed % self.pairs.size(0), self.pairs)

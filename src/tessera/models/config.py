@@ -8,6 +8,7 @@ that a payer and a worker can never count differently.
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,7 +17,7 @@ from tessera.core.encoding import encode
 from tessera.core.errors import Invalid
 from tessera.core.hashing import sha256
 
-__all__ = ["AveragingConfig", "CodecConfig", "ModelConfig", "ModelSpec", "OptimizerConfig", "parse_spec"]
+__all__ = ["AveragingConfig", "CodecConfig", "ModelConfig", "ModelSpec", "OptimizerConfig", "RopeStretch", "parse_spec"]
 
 _NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 CODE_BITS = {"int4": 4, "int5": 5, "int6": 6, "int8": 8}
@@ -27,10 +28,32 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ModelConfig(_Frozen):
-    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+class RopeStretch(_Frozen):
+    """Positions for a longer context than a model was first trained on, as Llama 3.1 turns them.
 
-    vocab_size: int = Field(ge=2, le=65_536)  # token ids fit two bytes
+    Planes that turn at least `fast` times within `trained` tokens stay; those that turn at most `slow` times turn
+    `factor` times slower; between the two it is a mixture.
+    """
+
+    factor: float = Field(gt=1.0, le=1024.0)
+    slow: float = Field(gt=0.0, le=1024.0)  # turns within `trained` tokens
+    fast: float = Field(gt=0.0, le=1024.0)
+    trained: int = Field(ge=2, le=2**20)  # tokens of the context before
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.slow >= self.fast:
+            raise ValueError(f"slow must be below fast, not {self.slow} and {self.fast}")
+        return self
+
+
+class ModelConfig(_Frozen):
+    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+    The last four fields are what models made elsewhere differ in. One at its default is left out of the canonical form.
+    """
+
+    vocab_size: int = Field(ge=2, le=2**20)  # tokens
     width: int = Field(ge=8, le=16_384)  # numbers in the residual stream, for each token
     layers: int = Field(ge=1, le=512)
     heads: int = Field(ge=1, le=256)
@@ -42,18 +65,31 @@ class ModelConfig(_Frozen):
     qk_norm: bool = True  # normalise queries and keys for each head, as Qwen3 does; Muon's high rates want it
     table_std: float = Field(default=0.3, gt=0.0, le=10.0)  # initial spread of the token tables
     compute: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; sums are float32 in both
+    head_size: int = Field(default=0, ge=0, le=1024, exclude_if=operator.not_)  # numbers in a head; 0 = width / heads
+    qkv_bias: bool = Field(default=False, exclude_if=operator.not_)  # add a vector to queries, keys, values: Qwen2
+    window: int = Field(default=0, ge=0, exclude_if=operator.not_)  # a token sees so many, itself included; 0 = all
+    rope_stretch: RopeStretch | None = Field(default=None, exclude_if=operator.not_)
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
-        if self.width % self.heads or self.head_dim % 2:
-            raise ValueError(f"width {self.width} must split into {self.heads} heads of even size")
+        if self.head_size == 0 and self.width % self.heads:
+            raise ValueError(f"width {self.width} does not split into {self.heads} heads: give head_size")
+        if self.head_size * self.heads == self.width:
+            raise ValueError(f"head_size {self.head_size} is width / heads: leave it out")
+        if self.head_dim % 2:
+            raise ValueError(f"a head has an even size, not {self.head_dim}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key-value heads equally")
         return self
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.head_size or self.width // self.heads
+
+    @property
+    def attended(self) -> int:
+        """Numbers of all heads together: what the attention gives its output matrix."""
+        return self.heads * self.head_dim
 
 
 class CodecConfig(_Frozen):
@@ -171,8 +207,8 @@ class ModelSpec(_Frozen):
         """Floating-point operations of `stage` for one training token, forward and backward.
 
         Counted from shapes, so that it is the same for everybody: a matrix of m × n numbers costs 2 m n forward and
-        4 m n backward; causal attention looks back at context / 2 tokens on average, with two products of `width`
-        for each. Element-wise work, recomputation and the optimiser are not counted.
+        4 m n backward; causal attention looks back at context / 2 tokens on average, or at its window, with two
+        products of all heads' numbers for each. Element-wise work, recomputation and the optimiser are not counted.
 
         Raises: Invalid: no such stage.
         """
@@ -180,8 +216,8 @@ class ModelSpec(_Frozen):
         m = self.model
         kv = m.kv_heads * m.head_dim
         rank_cost = self._output_matrices(stage)
-        layer = m.width * (m.width + 2 * kv) + m.width * 2 * m.ffn + rank_cost
-        attention = 2 * m.width * (m.context // 2)
+        layer = m.width * (m.attended + 2 * kv) + m.width * 2 * m.ffn + rank_cost
+        attention = 2 * m.attended * min(m.context // 2, m.window or m.context)
         total = len(self.cuts()[stage]) * (layer + attention)
         if not self.codec.whole:
             total += m.width * self.codec.k * ((stage > 0) + (stage < self.stages - 1))
@@ -197,8 +233,8 @@ class ModelSpec(_Frozen):
         """Multiplications for one token in a layer's two output matrices."""
         m, k = self.model, self.codec.k
         if self.codec.kind == "reparam" and stage < self.stages - 1:
-            return k * (m.width + m.ffn) + 2 * k * m.width
-        return m.width * m.width + m.ffn * m.width
+            return k * (m.attended + m.ffn) + 2 * k * m.width
+        return m.width * (m.attended + m.ffn)
 
     def _check_stage(self, stage: int) -> None:
         if not 0 <= stage < self.stages:

@@ -1,4 +1,4 @@
-"""The layers of a Llama-family decoder, laid out so that Hugging Face's Llama and Qwen3 can be read and written.
+"""The layers of a Llama-family decoder. `tessera.models.plain` reads and writes Hugging Face's form of them.
 
 Differences in storage only: q, k, v lie in one matrix (`qkv`, rows in that order) and gate, up in one (`gate_up`),
 which saves a third of the small-model overhead. Each layer says how its fused matrices split (`fused_rows`).
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tessera.models.config import ModelConfig
 from tessera.models.functional import linear, rms_norm, split_heads, swiglu
-from tessera.models.noise import symmetric
+from tessera.models.initial import initial
 
 __all__ = ["Layer", "LayerCache", "Rotation"]
 
@@ -52,11 +52,12 @@ class Layer(nn.Module):
         self.config = config
         self.low = config.compute == "bfloat16"
         self.register_buffer("basis_Dk", basis_Dk, persistent=False)
-        d, kv = config.width, config.kv_heads * config.head_dim
+        d, kv, attended = config.width, config.kv_heads * config.head_dim, config.attended
         rows = d if basis_Dk is None else basis_Dk.size(1)
         std = (3 * d) ** -0.5
-        self.qkv = _matrix((d + 2 * kv, d), std, seed, f"{name}.qkv")
-        self.out = nn.Parameter(torch.zeros(rows, d))
+        self.qkv = _matrix((attended + 2 * kv, d), std, seed, f"{name}.qkv")
+        self.qkv_bias = nn.Parameter(torch.zeros(attended + 2 * kv)) if config.qkv_bias else None
+        self.out = nn.Parameter(torch.zeros(rows, attended))
         self.gate_up = _matrix((2 * config.ffn, d), std, seed, f"{name}.gate_up")
         self.down = nn.Parameter(torch.zeros(rows, config.ffn))
         self.attention_gain = nn.Parameter(torch.ones(d))
@@ -69,7 +70,7 @@ class Layer(nn.Module):
         """How fused matrices split by rows into the matrices that they stand for."""
         c = self.config
         kv = c.kv_heads * c.head_dim
-        return {"qkv": (c.width, kv, kv), "gate_up": (c.ffn, c.ffn)}
+        return {"qkv": (c.attended, kv, kv), "gate_up": (c.ffn, c.ffn)}
 
     def forward(
         self, x_BTD: Float[Tensor, "B T D"], rotation: Rotation, cache: LayerCache | None = None, filled: int = 0
@@ -82,16 +83,21 @@ class Layer(nn.Module):
     def _attend(self, x_BTD: Tensor, rotation: Rotation, cache: LayerCache | None, filled: int) -> Tensor:
         c = self.config
         batch, length, _ = x_BTD.shape
-        qkv = linear(x_BTD, self.qkv, self.low).view(batch, length, c.heads + 2 * c.kv_heads, c.head_dim)
+        qkv = linear(x_BTD, self.qkv, self.low)
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias
+        qkv = qkv.view(batch, length, c.heads + 2 * c.kv_heads, c.head_dim)
         q, k, v = split_heads(qkv, self._qk_gain(), *rotation, c.heads, c.norm_eps)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(filled, k, v)
         if c.kv_heads != c.heads:
             k, v = (z.repeat_interleave(c.heads // c.kv_heads, dim=1) for z in (k, v))
-        mask = _mask(length, filled, x_BTD.device) if filled and length > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=filled == 0 and length > 1)
-        return self._project(y.transpose(1, 2).reshape(batch, length, c.width), self.out)
+        windowed = 0 < c.window < filled + length
+        mask = _mask(length, filled, c.window, x_BTD.device) if windowed or (filled and length > 1) else None
+        causal = mask is None and length > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self._project(y.transpose(1, 2).reshape(batch, length, c.attended), self.out)
 
     def _qk_gain(self) -> Tensor | None:
         """One row for each query and key head. [H + K, E]"""
@@ -107,9 +113,10 @@ class Layer(nn.Module):
 
 
 def _matrix(shape: tuple[int, int], std: float, seed: int, name: str) -> nn.Parameter:
-    return nn.Parameter(torch.from_numpy(symmetric(shape, std, seed, name)))
+    return nn.Parameter(initial(shape, std, seed, name))
 
 
-def _mask(length: int, filled: int, device: torch.device) -> Tensor:
-    """Token i of the new ones sees the `filled` ones before and the new ones up to itself."""
-    return torch.ones(length, filled + length, dtype=torch.bool, device=device).tril(diagonal=filled)
+def _mask(length: int, filled: int, window: int, device: torch.device) -> Tensor:
+    """New token i sees the `filled` ones before and the new ones up to itself; of those, the last `window`."""
+    seen = torch.ones(length, filled + length, dtype=torch.bool, device=device).tril(diagonal=filled)
+    return seen.triu(diagonal=filled - window + 1) if window else seen

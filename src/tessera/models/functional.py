@@ -9,6 +9,7 @@ widths; `...` any leading axes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from tessera.models.config import RopeStretch
 
 __all__ = ["linear", "rms_norm", "rope_tables", "split_heads", "swiglu", "token_features"]
 
@@ -162,10 +165,15 @@ def token_features(
     return _apply(_TokenFeatures, rows, taps, ids)
 
 
-def rope_tables(context: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rope_tables(context: int, head_dim: int, base: float, stretch: RopeStretch | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin for every position, [context, 1, head_dim / 2]; computed in float64, kept in float32."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)[:, None, :]
+    cpu = torch.device("cpu")  # known numbers, also where parameters are blank
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=cpu) / head_dim)
+    if stretch is not None:
+        turns = stretch.trained * frequency / (2 * math.pi)
+        kept = ((turns - stretch.slow) / (stretch.fast - stretch.slow)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / stretch.factor)
+    angle = torch.outer(torch.arange(context, dtype=torch.float64, device=cpu), frequency)[:, None, :]
     return angle.cos().to(torch.float32), angle.sin().to(torch.float32)
 
 

@@ -148,9 +148,9 @@ def parameter_shapes(spec: ModelSpec, stage: int) -> dict[str, tuple[int, ...]]:
     rows = k if spec.codec.kind == "reparam" and not last else d
     shapes: dict[str, tuple[int, ...]] = {}
     for i in spec.cuts()[stage]:
-        shapes |= {f"hidden.{i}.qkv": (d + 2 * kv, d), f"hidden.{i}.out": (rows, d)}
+        shapes |= {f"hidden.{i}.qkv": (m.attended + 2 * kv, d), f"hidden.{i}.out": (rows, m.attended)}
         shapes |= {f"hidden.{i}.gate_up": (2 * m.ffn, d), f"hidden.{i}.down": (rows, m.ffn)}
-        shapes |= {f"gains.{i}": (2 * d + 2 * m.head_dim * m.qk_norm,)}
+        shapes |= {f"gains.{i}": (2 * d + 2 * m.head_dim * m.qk_norm + (m.attended + 2 * kv) * m.qkv_bias,)}
     if spec.codec.kind in ("codec", "control") or stage == 0:
         shapes["table"] = (m.vocab_size, k if spec.codec.kind == "reparam" else d)
         if spec.codec.conv:
@@ -181,7 +181,7 @@ def _groups(spec: ModelSpec, hidden: dict[str, tuple[int, ...]]) -> dict[tuple[i
     """Numbers in the matrices that Muon turns together: those of one shape, fused ones split."""
     m = spec.model
     kv = m.kv_heads * m.head_dim
-    rows = {"qkv": (m.width, kv, kv), "gate_up": (m.ffn, m.ffn)}
+    rows = {"qkv": (m.attended, kv, kv), "gate_up": (m.ffn, m.ffn)}
     groups: dict[tuple[int, int], int] = {}
     for name, (height, width) in ((n, (s[0], s[1])) for n, s in hidden.items()):
         for part in rows.get(name.rpartition(".")[2], (height,)):
@@ -195,12 +195,12 @@ def _graph_bytes(spec: ModelSpec, stage: int) -> int:
     m, kind, k = spec.model, spec.codec.kind, spec.codec.k
     low, last = m.compute == "bfloat16", stage == spec.stages - 1
     product = LOW if low else FLOAT  # of what enters a matrix product
-    d, kv, heads = m.width, m.kv_heads * m.head_dim, m.heads + m.kv_heads
+    d, a, kv, heads = m.width, m.attended, m.kv_heads * m.head_dim, m.heads + m.kv_heads
     norms = 2 * d + heads + 2
-    turned = 2 * (d + kv) if m.qk_norm else d + kv
-    spread = kv if m.heads == m.kv_heads else 2 * d  # keys and values, repeated for each group of heads
-    attention = turned + spread + d + m.heads
-    layer = FLOAT * (norms + attention + 2 * m.ffn) + product * (2 * d + m.ffn) + (LOW * d if low else 0)
+    turned = 2 * (a + kv) if m.qk_norm else a + kv
+    spread = kv if m.heads == m.kv_heads else 2 * a  # keys and values, repeated for each group of heads
+    attention = turned + spread + a + m.heads
+    layer = FLOAT * (norms + attention + 2 * m.ffn) + product * (d + a + m.ffn) + (LOW * d if low else 0)
     if kind == "reparam" and not last:
         layer += 2 * product * k
     ends = FLOAT * d if kind in ("codec", "control") and spec.codec.conv else 0

@@ -219,7 +219,7 @@ def _rate(name: str, config: OptimizerConfig) -> tuple[float, float]:
         return config.table_rate, config.adam_decay
     if last in ("encode", "decode"):
         return config.code_rate, 0.0
-    if last.endswith("gain"):
+    if last.endswith(("gain", "bias")):
         return config.gain_rate, 0.0
     raise RuntimeError(f"no rate is chosen for the parameter {name}")
 

@@ -45,7 +45,7 @@ class Stage(nn.Module):
         if self.last:
             self.head = nn.Parameter(torch.zeros(m.vocab_size, m.width))  # zero: the first loss is ln V
             self.head_gain = nn.Parameter(torch.ones(m.width))
-        cos, sin = rope_tables(m.context, m.head_dim, m.rope_base)
+        cos, sin = rope_tables(m.context, m.head_dim, m.rope_base, m.rope_stretch)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
