@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.keys import OperatorKeys
 from tessera.serving.payments import PaymentConfig, Settlement, X402Payments
 from tessera.serving.text import CharTokenizer
 
@@ -97,7 +99,12 @@ class Stack:
 
 
 async def open_stack(
-    engine: FakeEngine | None = None, *, price: int = PRICE, chain: RpcChain | None = None, **settings: Any
+    engine: FakeEngine | None = None,
+    *,
+    price: int = PRICE,
+    chain: RpcChain | None = None,
+    api_keys: Sequence[str] = (),
+    **settings: Any,
 ) -> Stack:
     chain = chain or open_chain()
     operator = AccountKey(b"\x07" * 32)
@@ -106,7 +113,9 @@ async def open_stack(
     config = PaymentConfig(coin.address, await coin.name(), await coin.version(), price, PAYEE)
     payments = await X402Payments.open(config, chain, operator, on_settled=settled.append)
     engine = engine or FakeEngine(lambda prompt, sampling: list(b"hello world"))
-    app = create_app(GatewayConfig(model=MODEL, **settings), engine, CharTokenizer(), payments)
+    app = create_app(
+        GatewayConfig(model=MODEL, **settings), engine, CharTokenizer(), [OperatorKeys(api_keys), payments]
+    )
     return Stack(chain, coin, engine, payments, app, settled)
 
 

@@ -10,7 +10,7 @@ import anyio.lowlevel
 import httpx
 import pytest
 
-from tessera.serving.charging import FakePayments
+from tessera.serving.charging import FakePayments, Free, Usage
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.text import CharTokenizer
@@ -62,8 +62,8 @@ class RawClient:
 
 
 def make_app(engine: FakeEngine | None = None, payments: FakePayments | None = None, **settings: Any) -> Any:
-    config = GatewayConfig(model=MODEL, free=payments is None, **settings)
-    return create_app(config, engine or FakeEngine(), CharTokenizer(), payments)
+    config = GatewayConfig(model=MODEL, **settings)
+    return create_app(config, engine or FakeEngine(), CharTokenizer(), [payments or Free()])
 
 
 def body(**changes: Any) -> bytes:
@@ -133,6 +133,7 @@ async def test_hanging_up_in_mid_stream_frees_the_session_and_the_place() -> Non
     assert engine.produced < 20
     assert payments.held == set()
     assert payments.owed == {}
+    assert payments.metered == [Usage(3, engine.produced)]
     assert (await answer(app, b"")).status_code == 400
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://g") as http:
         assert (await http.get("/healthz")).json()["active"] == 0
@@ -156,16 +157,16 @@ async def test_a_client_that_leaves_while_the_money_moves_may_come_again() -> No
     class SlowPayments(FakePayments):
         moving = anyio.Event()
 
-        async def hold(self, header: str | None, request: Any) -> Any:
-            hold = await super().hold(header, request)
-            settle = hold.settle
+        async def hold(self, request: Any) -> Any:
+            hold = await super().hold(request)
+            start = hold.start
 
             async def slow() -> dict[str, str]:
                 self.moving.set()
                 await anyio.sleep(0.05)
-                return await settle()
+                return await start()
 
-            hold.settle = slow  # type: ignore[method-assign]
+            hold.start = slow  # type: ignore[method-assign]
             return hold
 
     payments = SlowPayments({"c1"})

@@ -14,7 +14,7 @@ from serving_stack import MODEL, PAYEE, PRICE, Stack, completion, open_stack
 from tessera.core.clock import FakeClock
 from tessera.core.errors import PaymentRequired, Unavailable
 from tessera.core.signing import AccountKey
-from tessera.serving.charging import PaidRequest
+from tessera.serving.charging import PAYMENT_HEADER, PaidRequest
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.ledger import LEASE_S
@@ -23,7 +23,10 @@ from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio
 OPERATOR = AccountKey(b"\x07" * 32)
-REQUEST = PaidRequest("http://gateway/v1/completions", bytes(32))
+
+
+def paying(payment: str, digest: bytes = bytes(32)) -> PaidRequest:
+    return PaidRequest("http://gateway/v1/completions", digest, {PAYMENT_HEADER: payment})
 
 
 async def another(stack: Stack, url: str, *, price: int = PRICE, clock: FakeClock | None = None) -> Stack:
@@ -31,7 +34,7 @@ async def another(stack: Stack, url: str, *, price: int = PRICE, clock: FakeCloc
     config = PaymentConfig(stack.coin.address, await stack.coin.name(), await stack.coin.version(), price, PAYEE)
     payments = await X402Payments.open(config, stack.chain, OPERATOR, database=url, clock=clock)
     engine = FakeEngine(lambda prompt, sampling: list(b"hello world"), delay_s=0.002)
-    app = create_app(GatewayConfig(model=MODEL, max_concurrent=64), engine, CharTokenizer(), payments)
+    app = create_app(GatewayConfig(model=MODEL, max_concurrent=64), engine, CharTokenizer(), [payments])
     return replace(stack, payments=payments, app=app, engine=engine)
 
 
@@ -58,25 +61,25 @@ async def test_what_a_killed_gateway_had_settled_another_one_serves(database_url
     stack, clock = await open_stack(), FakeClock()
     killed = await another(stack, database_url, clock=clock)
     payment = killed.sign(await stack.buyer())
-    hold = await killed.payments.hold(payment, REQUEST)
-    await hold.settle()  # and here it is killed: no answer, no release
+    hold = await killed.payments.hold(paying(payment))
+    await hold.start()  # and here it is killed: no answer, no release
     killed.payments.close()
     heir = await another(stack, database_url, clock=clock)
     with pytest.raises(PaymentRequired, match="has been used"):
-        await heir.payments.hold(payment, REQUEST)
+        await heir.payments.hold(paying(payment))
     clock.advance(LEASE_S)
     with pytest.raises(PaymentRequired, match="has been used"):
-        await heir.payments.hold(payment, replace(REQUEST, digest=b"\1" * 32))
+        await heir.payments.hold(paying(payment, digest=b"\1" * 32))
     for _ in range(2):
-        again = await heir.payments.hold(payment, REQUEST)
-        assert await again.settle() == {}
+        again = await heir.payments.hold(paying(payment))
+        assert await again.start() == {}
         again.owe()
         await again.release()
-    served = await heir.payments.hold(payment, REQUEST)
-    assert await served.settle() == {}
+    served = await heir.payments.hold(paying(payment))
+    assert await served.start() == {}
     await served.release()
     with pytest.raises(PaymentRequired, match="has been used"):
-        await heir.payments.hold(payment, REQUEST)
+        await heir.payments.hold(paying(payment))
     assert await stack.income() == PRICE
     heir.payments.close()
 
@@ -103,10 +106,10 @@ async def test_a_ledger_that_cannot_be_written_charges_nobody(database_url: str)
     stack = await open_stack()
     gateway = await another(stack, database_url)
     payment = gateway.sign(await stack.buyer())
-    hold = await gateway.payments.hold(payment, REQUEST)
+    hold = await gateway.payments.hold(paying(payment))
     gateway.payments.close()
     with pytest.raises(Unavailable):
-        await hold.settle()
+        await hold.start()
     await hold.release()  # it is told in the log alone: the lease ends by itself
     assert await stack.income() == 0
 

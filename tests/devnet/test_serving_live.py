@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from openai import AsyncOpenAI
 
+from tessera.serving.charging import Free
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.text import CharTokenizer
@@ -23,7 +24,7 @@ MODEL = "m"
 
 @asynccontextmanager
 async def serving(engine: FakeEngine, **settings: Any) -> AsyncIterator[str]:
-    app = create_app(GatewayConfig(model=MODEL, free=True, **settings), engine, CharTokenizer(), None)
+    app = create_app(GatewayConfig(model=MODEL, **settings), engine, CharTokenizer(), [Free()])
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

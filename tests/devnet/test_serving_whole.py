@@ -22,7 +22,7 @@ async def test_a_paid_request_is_answered_by_the_peers_that_hold_the_stages() ->
     key = await stack.buyer()
     async with open_shards(4, real=True) as shards:
         config = GatewayConfig(model=MODEL, stop_tokens=(END,))
-        app = create_app(config, shards.engine, tokenizer, stack.payments)
+        app = create_app(config, shards.engine, tokenizer, [stack.payments])
         limits: dict[str, Any] = {"asset": stack.coin.address, "max_units_each": PRICE, "max_units": 3 * PRICE}
         transport = httpx.ASGITransport(app)
         async with Buyer("http://g", key, chain_id=stack.chain_id, transport=transport, **limits) as buyer:

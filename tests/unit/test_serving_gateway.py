@@ -10,19 +10,19 @@ import httpx
 import pytest
 from openai import APIStatusError, AsyncOpenAI
 
-from tessera.core.errors import Invalid, Unavailable
-from tessera.serving.charging import FakePayments
+from tessera.core.errors import Invalid, PaymentRequired, Unavailable
+from tessera.serving.charging import FakePayments, Free, Payments, Usage
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.keys import OperatorKeys
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio
 MODEL = "tessera-test"
 
 
-def make_client(engine: FakeEngine, payments: FakePayments | None = None, **settings: Any) -> httpx.AsyncClient:
-    settings.setdefault("free", payments is None)
-    app = create_app(GatewayConfig(model=MODEL, **settings), engine, CharTokenizer(), payments)
+def make_client(engine: FakeEngine, *ways: Payments, **settings: Any) -> httpx.AsyncClient:
+    app = create_app(GatewayConfig(model=MODEL, **settings), engine, CharTokenizer(), ways or [Free()])
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
 
 
@@ -229,7 +229,7 @@ async def test_a_slow_model_is_late() -> None:
 
 async def test_an_operator_key_skips_payment_and_a_wrong_one_pays() -> None:
     payments = FakePayments({"c1"})
-    async with make_client(says("abc"), payments, api_keys=("operator-key",)) as client:
+    async with make_client(says("abc"), OperatorKeys(["operator-key"]), payments) as client:
         with_key = await client.post(
             "/v1/completions", json=completion(), headers={"Authorization": "Bearer operator-key"}
         )
@@ -239,14 +239,14 @@ async def test_an_operator_key_skips_payment_and_a_wrong_one_pays() -> None:
 
 
 async def test_without_payments_a_wrong_key_is_401() -> None:
-    async with make_client(says("abc"), api_keys=("operator-key",), free=False) as client:
+    async with make_client(says("abc"), OperatorKeys(["operator-key"])) as client:
         response = await client.post("/v1/completions", json=completion())
     assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
 
 
 async def test_a_gateway_that_nobody_could_use_is_refused() -> None:
-    with pytest.raises(Invalid, match="free=True"):
-        create_app(GatewayConfig(model=MODEL), FakeEngine(), CharTokenizer(), None)
+    with pytest.raises(Invalid, match="a way to pay"):
+        create_app(GatewayConfig(model=MODEL), FakeEngine(), CharTokenizer(), [])
 
 
 async def test_a_paid_answer_settles_once_and_tells_the_buyer() -> None:
@@ -261,6 +261,41 @@ async def test_a_paid_answer_settles_once_and_tells_the_buyer() -> None:
             assert (paid.status_code, paid.headers["payment-response"]) == (200, coin)
     assert payments.settled == ["c1", "c2"]
     assert payments.held == set()
+    assert payments.metered == [Usage(3, 3), Usage(3, 3)]
+
+
+class Metering(FakePayments):
+    """Tells what it charges when the answer ends; unpaid when told to."""
+
+    refuses = False
+
+    async def hold(self, request: Any) -> Any:
+        hold = await super().hold(request)
+        finish = hold.finish
+
+        async def told(usage: Usage) -> dict[str, str]:
+            await finish(usage)
+            if self.refuses:
+                raise PaymentRequired("the coins are gone", reason="gone")
+            return {"PAYMENT-RESPONSE": str(usage.completion_tokens)}
+
+        hold.finish = told  # type: ignore[method-assign]
+        return hold
+
+
+async def test_what_is_metered_is_told_in_the_last_chunk_or_in_the_header() -> None:
+    payments = Metering({"c1", "c2", "c3"})
+    async with make_client(says("abc"), payments) as client:
+        paid = [{"PAYMENT-SIGNATURE": coin} for coin in ("c1", "c2", "c3")]
+        whole = await client.post("/v1/completions", json=completion(), headers=paid[0])
+        assert whole.headers["payment-response"] == "3"
+        streamed = events((await client.post("/v1/completions", json=completion(stream=True), headers=paid[1])).text)
+        assert streamed[-2]["payment"] == {"payment-response": "3"}
+        assert streamed[-1] == "[DONE]"
+        payments.refuses = True
+        unpaid = events((await client.post("/v1/completions", json=completion(stream=True), headers=paid[2])).text)
+    assert unpaid[-1]["error"]["code"] == "gone"
+    assert payments.metered == [Usage(3, 3)] * 3
 
 
 @pytest.mark.parametrize("change", [{"max_tokens": 10_000}, {"model": "other"}, {"n": 3}])
@@ -293,7 +328,7 @@ async def test_a_stream_that_breaks_after_settlement_is_owed_for_the_same_reques
         broken = await client.post("/v1/completions", json=completion(stream=True), headers=paid)
         assert broken.status_code == 200
         assert events(broken.text)[-1]["error"]["code"] == "unavailable"
-        assert payments.settled == ["c1"]
+        assert (payments.settled, payments.metered) == (["c1"], [])
         engine.fail_after = None
         other = await client.post("/v1/completions", json=completion(stream=True, prompt="no"), headers=paid)
         assert other.status_code == 402

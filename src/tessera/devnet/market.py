@@ -58,7 +58,7 @@ async def open_gateway(run: Run, front: Front, clock: Clock) -> X402Payments:
         config, run.ledger.chain, run.people.operator, database=where, schema=schema, clock=clock
     )
     gateway = GatewayConfig(model=run.manifest.name, stop_tokens=(END,))
-    front.gateway = create_app(gateway, engine, tokenizer, payments, clock=clock)
+    front.gateway = create_app(gateway, engine, tokenizer, [payments], clock=clock)
     return payments
 
 

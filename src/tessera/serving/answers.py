@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +32,15 @@ class Answer:
 
     def opening(self) -> bytes:
         """A chat stream names its role first; a completion stream starts with its text."""
-        return self._chunk({"role": "assistant", "content": ""}, None) if self.chat else b""
+        return event(self._chunk({"role": "assistant", "content": ""}, None)) if self.chat else b""
 
     def piece(self, text: str) -> bytes:
-        return self._chunk({"content": text} if self.chat else text, None)
+        return event(self._chunk({"content": text} if self.chat else text, None))
 
-    def closing(self, finish_reason: str) -> bytes:
-        return self._chunk({} if self.chat else "", finish_reason)
+    def closing(self, finish_reason: str, paid: Mapping[str, str]) -> bytes:
+        """The last chunk of the text; `paid` are the headers of a payment that was settled after the first byte."""
+        chunk = self._chunk({} if self.chat else "", finish_reason)
+        return event(chunk | {"payment": {name.lower(): text for name, text in paid.items()}} if paid else chunk)
 
     def usage(self, usage: dict[str, int]) -> bytes:
         return event(self._named(self._kind, []) | {"usage": usage})
@@ -46,11 +49,11 @@ class Answer:
     def _kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _chunk(self, delta: dict[str, str] | str, finish_reason: str | None) -> bytes:
+    def _chunk(self, delta: dict[str, str] | str, finish_reason: str | None) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
         choice |= {"delta": delta} if self.chat else {"text": delta}
         chunk = self._named(self._kind, [choice])
-        return event(chunk | {"usage": None} if self.include_usage else chunk)
+        return chunk | {"usage": None} if self.include_usage else chunk
 
     def _named(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -1,13 +1,12 @@
 """The OpenAI-compatible gateway: routes, checks in the right order, payment around the work.
 
-The order for every completion: API key, body, parameters, length against the context, payment offered, a free slot,
-payment held, work, settlement, answer. So a request that could not be served is refused before anybody pays, and an
-unpaid request costs no work. Prompts and completions are never logged.
+The order for every completion: body, parameters, length against the context, a free slot, payment held, work,
+settlement, answer; what is metered is settled when the answer ends. So a request that could not be served is refused
+before anybody pays, and an unpaid request costs no work. Prompts and completions are never logged.
 """
 
 from __future__ import annotations
 
-import hmac
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
-import anyio.lowlevel
+import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -25,12 +24,14 @@ from tessera.core.errors import Invalid, Late, Missing, TesseraError, Unavailabl
 from tessera.core.hashing import sha256
 from tessera.serving import envelope, streams
 from tessera.serving.answers import DONE, Answer, event, model_card
-from tessera.serving.charging import PAYMENT_HEADER, Hold, PaidRequest, Payments
+from tessera.serving.charging import API_KEY_HEADER, PAYMENT_HEADER, Charge, PaidRequest, Payments, Usage
 from tessera.serving.engine import Engine, Sampling
 from tessera.serving.schemas import ChatRequest, CompletionRequest, parse_body
 from tessera.serving.text import Generation, TextTokenizer, flatten_chat
 
 __all__ = ["GatewayConfig", "create_app"]
+
+log = structlog.get_logger()
 
 CLIENT_CLOSED = 499  # nobody reads it; the access log does
 
@@ -40,8 +41,6 @@ class GatewayConfig:
     """How the gateway behaves. Times in seconds."""
 
     model: str  # the id that requests name
-    api_keys: tuple[str, ...] = ()  # the operator's own; they skip payment
-    free: bool = False  # without payments and keys: serve anybody for nothing
     max_body_bytes: int = 1 << 20
     body_timeout_s: float = 10.0
     max_concurrent: int = 8  # generations at once; more get 503
@@ -58,15 +57,18 @@ def create_app(
     config: GatewayConfig,
     engine: Engine,
     tokenizer: TextTokenizer,
-    payments: Payments | None,
+    ways: Sequence[Payments],
     *,
     clock: Clock | None = None,
 ) -> FastAPI:
     """The gateway as an ASGI app; other parts may mount more routes on it.
 
-    Raises: Invalid when nobody could use it: no payments, no API key, and not declared free.
+    Args:
+        ways: to pay, in the order in which they are tried; `Free()` serves anybody for nothing.
+
+    Raises: Invalid when nobody could use it, because there is no way to pay.
     """
-    gateway = _Gateway(config, engine, tokenizer, payments, clock or SystemClock())
+    gateway = _Gateway(config, engine, tokenizer, ways, clock or SystemClock())
     app = FastAPI(title="Tessera gateway", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     envelope.install(app)
     app.add_api_route("/healthz", gateway.health, methods=["GET"])
@@ -90,17 +92,16 @@ class _Plan:
 
 class _Gateway:
     def __init__(
-        self, config: GatewayConfig, engine: Engine, tokenizer: TextTokenizer, payments: Payments | None, clock: Clock
+        self, config: GatewayConfig, engine: Engine, tokenizer: TextTokenizer, ways: Sequence[Payments], clock: Clock
     ) -> None:
-        if payments is None and not config.api_keys and not config.free:
-            raise Invalid("a gateway needs payments, an API key, or free=True")
+        if not ways:
+            raise Invalid("a gateway needs a way to pay; Free() serves anybody for nothing")
         self._config = config
         self._engine = engine
         self._tokenizer = tokenizer
-        self._payments = payments
+        self._ways = tuple(ways)
         self._clock = clock
         self._created = int(clock.time())
-        self._keys = tuple(sha256(key.encode()) for key in config.api_keys)
         self._active = 0
 
     async def health(self) -> dict[str, Any]:
@@ -122,42 +123,28 @@ class _Gateway:
 
     async def _answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         try:
-            payments = self._payments_for(request.headers.get("authorization", ""))
             body = await streams.read_body(
                 request, limit=self._config.max_body_bytes, timeout_s=self._config.body_timeout_s
             )
             plan = self._plan(parse_body(kind, body))
             async with AsyncExitStack() as held:
-                hold = await self._admit(payments, request, body, held)
+                charge = await self._admit(plan, request, body, held)
                 generation = Generation(self._engine, self._tokenizer, plan.prompt, plan.sampling, plan.stops)
+                held.push_async_callback(_settle_cancelled, charge, generation)
                 held.push_async_callback(_free, generation)
                 if not plan.stream:
-                    return await streams.unless_gone(request.receive, lambda: self._whole(plan, generation, hold))
-                first, headers = await streams.unless_gone(request.receive, lambda: self._begin(generation, hold))
-                events = self._events(plan, generation, hold, first)
+                    return await streams.unless_gone(request.receive, lambda: self._whole(plan, generation, charge))
+                first, headers = await streams.unless_gone(request.receive, lambda: self._begin(generation, charge))
+                events = self._events(plan, generation, charge, first)
                 return streams.EventStream(
                     events,
                     held.pop_all(),
                     headers=headers,
                     timeout_s=self._config.answer_timeout_s,
-                    undelivered=None if hold is None else hold.owe,
+                    undelivered=charge.owe,
                 )
         except streams.ClientGone:
             return Response(status_code=CLIENT_CLOSED)
-
-    def _payments_for(self, authorization: str) -> Payments | None:
-        """Who takes this caller's money; None when nobody does.
-
-        A key that we do not know is no key, since official clients always send one.
-        """
-        scheme, _, api_key = authorization.partition(" ")
-        digest = sha256(api_key.strip().encode(errors="replace"))
-        known = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them: equal time for every key
-        if scheme.lower() == "bearer" and any(known):
-            return None
-        if self._payments is None and not self._config.free:
-            raise envelope.Unauthorized("this gateway serves its operator's API keys only")
-        return self._payments
 
     def _plan(self, asked: ChatRequest | CompletionRequest) -> _Plan:
         self._check_model(asked.model)
@@ -224,19 +211,23 @@ class _Gateway:
                 reason="model_not_found",
             )
 
-    async def _admit(
-        self, payments: Payments | None, request: Request, body: bytes, held: AsyncExitStack
-    ) -> Hold | None:
-        """Takes a place and, where somebody pays, the payment. Both are given back when `held` closes."""
-        header = request.headers.get(PAYMENT_HEADER)
-        if payments is None or header is not None:  # an offer costs nothing; a check costs calls to the chain
-            held.enter_context(self._slot())
-        if payments is None:
-            return None
-        url = (self._config.public_url.rstrip("/") or str(request.base_url).rstrip("/")) + request.url.path
-        hold = await payments.hold(header, PaidRequest(url, sha256(request.url.path.encode(), b"\0", body)))
-        held.push_async_callback(hold.release)
-        return hold
+    async def _admit(self, plan: _Plan, request: Request, body: bytes, held: AsyncExitStack) -> Charge:
+        """Takes a place and the payment. Both are given back when `held` closes."""
+        held.enter_context(self._slot())
+        paid = PaidRequest(
+            (self._config.public_url.rstrip("/") or str(request.base_url).rstrip("/")) + request.url.path,
+            sha256(request.url.path.encode(), b"\0", body),
+            {name: request.headers[name] for name in (PAYMENT_HEADER, API_KEY_HEADER) if name in request.headers},
+            self._config.model,
+            len(plan.prompt),
+            plan.sampling.max_tokens,
+        )
+        for way in self._ways:
+            if (hold := await way.hold(paid)) is not None:
+                charge = Charge(hold)
+                held.push_async_callback(charge.release)
+                return charge
+        raise envelope.Unauthorized("this gateway serves API keys that it knows")
 
     @contextmanager
     def _slot(self) -> Iterator[None]:
@@ -251,19 +242,19 @@ class _Gateway:
         finally:
             self._active -= 1
 
-    async def _whole(self, plan: _Plan, generation: Generation, hold: Hold | None) -> Response:
+    async def _whole(self, plan: _Plan, generation: Generation, charge: Charge) -> Response:
         try:
             with anyio.fail_after(self._config.answer_timeout_s):
                 text = "".join([piece async for piece in generation.pieces()])
         except TimeoutError:
             raise Late(f"no answer within {self._config.answer_timeout_s:g} s; nothing was charged") from None
         answer = plan.answer.whole(text, generation.finish_reason, _usage(generation))
-        return JSONResponse(answer, headers=await _settle(hold))
+        return JSONResponse(answer, headers=await charge.settle(_used(generation)))
 
-    async def _begin(self, generation: Generation, hold: Hold | None) -> tuple[str, dict[str, str]]:
-        """The first piece of a stream, and the money for it."""
+    async def _begin(self, generation: Generation, charge: Charge) -> tuple[str, dict[str, str]]:
+        """The first piece of a stream, and the money that is due before it."""
         first = await self._next(generation) or ""
-        return first, await _settle(hold)
+        return first, await charge.start()
 
     async def _next(self, generation: Generation) -> str | None:
         """The next piece; None at the end. Raises: Late when a token takes too long."""
@@ -274,7 +265,7 @@ class _Gateway:
             raise Late(f"no token within {self._config.token_timeout_s:g} s") from None
 
     async def _events(
-        self, plan: _Plan, generation: Generation, hold: Hold | None, first: str
+        self, plan: _Plan, generation: Generation, charge: Charge, first: str
     ) -> AsyncGenerator[bytes, None]:
         answer = plan.answer
         try:
@@ -286,13 +277,17 @@ class _Gateway:
                 if piece:
                     yield answer.piece(piece)
         except Exception as error:  # whatever broke, it broke on our side: the buyer keeps what was paid
-            if hold is not None:
-                hold.owe()
+            charge.owe()
             if not isinstance(error, TesseraError):
                 raise
             yield event(envelope.error_body(error))
             return
-        yield answer.closing(generation.finish_reason)
+        try:
+            paid = await charge.finish(_used(generation))
+        except TesseraError as error:  # the answer is out: its buyer learns that it is not paid for
+            yield event(envelope.error_body(error))
+            return
+        yield answer.closing(generation.finish_reason, paid)
         if answer.include_usage:
             yield answer.usage(_usage(generation))
         yield DONE
@@ -301,23 +296,21 @@ class _Gateway:
         return model_card(self._config.model, self._created, self._engine.context)
 
 
-async def _settle(hold: Hold | None) -> dict[str, str]:
-    """Settles, whatever the client does meanwhile: money in motion is not cancelled, it is finished and known."""
-    if hold is None:
-        return {}
-    with anyio.CancelScope(shield=True):
-        headers = await hold.settle()
+async def _settle_cancelled(charge: Charge, generation: Generation) -> None:
+    """The buyer left, or reads too slowly: what was made until then is paid for. Nothing, where `finish` was."""
     try:
-        await anyio.lowlevel.checkpoint_if_cancelled()
-    except anyio.get_cancelled_exc_class():
-        hold.owe()  # the client left while the money moved: it has paid and got nothing
-        raise
-    return headers
+        await charge.finish(_used(generation))
+    except TesseraError as error:
+        log.warning("cancelled_answer_not_paid", reason=error.message)
 
 
 async def _free(generation: Generation) -> None:
     with anyio.move_on_after(streams.CLOSE_TIMEOUT_S, shield=True):
         await generation.aclose()
+
+
+def _used(generation: Generation) -> Usage:
+    return Usage(generation.prompt_tokens, generation.completion_tokens)
 
 
 def _usage(generation: Generation) -> dict[str, int]:

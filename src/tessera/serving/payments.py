@@ -25,7 +25,7 @@ from tessera.core.errors import Conflict, Invalid, TesseraError
 from tessera.core.hashing import keccak, sha256
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
-from tessera.serving.charging import PaidRequest
+from tessera.serving.charging import PAYMENT_HEADER, PaidRequest, Usage
 from tessera.serving.facilitator import Facilitator, PaymentChain, load_x402
 from tessera.serving.ledger import Lease, PaymentLedger
 from tessera.serving.offers import Offer, Payment, encode_header, parse_payment
@@ -140,8 +140,9 @@ class X402Payments:
         """Payments in flight."""
         return self._ledger.held
 
-    async def hold(self, header: str | None, request: PaidRequest) -> X402Hold:
-        """See `Payments.hold`. Cost: two or three reads of the chain."""
+    async def hold(self, request: PaidRequest) -> X402Hold:
+        """See `Payments.hold`; it refuses what does not pay. Cost: two or three reads of the chain."""
+        header = request.headers.get(PAYMENT_HEADER)
         if header is None:
             raise self.offer.refuse(request.url)
         try:
@@ -194,8 +195,8 @@ class X402Hold:
             reason = verdict.invalid_reason or "invalid_payment"
             raise self._refuse(await self._diagnose() if reason == SIMULATION_FAILED else reason)
 
-    async def settle(self) -> dict[str, str]:
-        """See `Hold.settle`. An owed payment is not settled again."""
+    async def start(self) -> dict[str, str]:
+        """See `Hold.start`. An owed payment is not settled again."""
         if self._state == "paid":
             self._outcome = "forget"
             return {}
@@ -214,6 +215,10 @@ class X402Hold:
         self._state, self._outcome = "paid", "forget"
         self._announce(result.transaction)
         return header
+
+    async def finish(self, usage: Usage) -> dict[str, str]:
+        """See `Hold.finish`: the price does not depend on the answer's length."""
+        return {}
 
     def owe(self) -> None:
         """See `Hold.owe`. Written down by `release`; until then, and if that never comes, it is in doubt."""
