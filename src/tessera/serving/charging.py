@@ -65,6 +65,11 @@ class Usage:
 class Hold(Protocol):
     """One payment, checked and set aside for one request. After `start`: `finish` once, or `owe`; `release` always."""
 
+    @property
+    def caller(self) -> str:
+        """Who asks, for limits: an account or a key, never a name that a caller can make up. Empty: anybody."""
+        ...
+
     async def start(self) -> dict[str, str]:
         """Before the first byte of an answer leaves. Moves the money that does not depend on the answer's length.
 
@@ -103,6 +108,7 @@ class Charge:
     """The hold of one request, driven so that money in motion is finished and known whatever the client does."""
 
     def __init__(self, hold: Hold) -> None:
+        self.caller = hold.caller
         self._hold = hold
         self._begun = self._over = False
 
@@ -124,8 +130,7 @@ class Charge:
             return {}
         self._over = True
         with anyio.CancelScope(shield=True):
-            headers = await self._hold.finish(usage)
-        return headers
+            return await self._hold.finish(usage)
 
     async def settle(self, usage: Usage) -> dict[str, str]:
         """All of it, for an answer that leaves as a whole."""
@@ -153,6 +158,9 @@ class Charge:
 
 class Free:
     """Serves anybody for nothing. It is its own hold."""
+
+    def __init__(self, caller: str = "") -> None:
+        self.caller = caller
 
     async def hold(self, request: PaidRequest) -> Free:
         return self
@@ -196,6 +204,10 @@ class FakeHold:
     coin: str
     digest: bytes
     open: bool = field(default=True)
+
+    @property
+    def caller(self) -> str:
+        return f"coin {self.coin}"
 
     async def start(self) -> dict[str, str]:
         if self.payments.owed.pop(self.coin, None) is None:

@@ -185,6 +185,10 @@ class X402Hold:
         self._state: Literal["held", "paid", "released"] = "held"
         self._outcome: Literal["owed", "forget", "keep"] = "keep"
 
+    @property
+    def caller(self) -> str:
+        return self._name.payer
+
     async def verify(self) -> None:
         """Raises: PaymentRequired with the reason; Unavailable or Late when the chain cannot be asked."""
         if await self._owed():
