@@ -1,4 +1,4 @@
-"""What the workers of a run sign for its contract: EIP-712 digests, bound to one chain, one contract and one run.
+"""What the workers of a run sign for its contracts: EIP-712 digests, bound to one chain, one contract and one run.
 
 Each equals what the contract's view of the same name answers. They are computed here because a signer must not ask
 others what it signs.
@@ -13,7 +13,7 @@ from tessera.core.hashing import keccak
 from tessera.core.ids import Account, RunId, parse_run_id
 from tessera.core.typed_data import domain, typed_digest
 
-__all__ = ["NOBODY", "Consent"]
+__all__ = ["NOBODY", "Consent", "TallyConsent"]
 
 NOBODY = Account("0x" + "00" * 20)  # in a change of workers: nobody joins, or nobody leaves
 
@@ -60,4 +60,27 @@ class Consent:
 
     def _typed(self, definition: str, *values: object) -> bytes:
         separator = domain("Tessera run", "1", self.chain_id, self.run)
+        return typed_digest(separator, definition, (bytes.fromhex(parse_run_id(self.run_id)), *values))
+
+
+@dataclass(frozen=True, slots=True)
+class TallyConsent:
+    """Digests of 32 bytes for the contract `income_split` of run `run_id`; each method raises as those of `Consent`."""
+
+    chain_id: int
+    split: Account
+    run_id: RunId
+
+    def tally(self, tally: int, attempt: int, root: bytes, amount: int) -> bytes:
+        """To propose who is paid what for serving. `attempt` is how many tallies were struck before."""
+        fields = "bytes32 runId,uint256 tally,uint256 attempt,bytes32 root,uint256 amount"
+        return self._typed(f"Tally({fields})", tally, attempt, root, amount)
+
+    def strike(self, tally: int, attempt: int, evidence: bytes) -> bytes:
+        """To strike the waiting tally."""
+        fields = "bytes32 runId,uint256 tally,uint256 attempt,bytes32 evidence"
+        return self._typed(f"Strike({fields})", tally, attempt, evidence)
+
+    def _typed(self, definition: str, *values: object) -> bytes:
+        separator = domain("Tessera income split", "1", self.chain_id, self.split)
         return typed_digest(separator, definition, (bytes.fromhex(parse_run_id(self.run_id)), *values))

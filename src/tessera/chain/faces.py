@@ -18,6 +18,7 @@ from tessera.core.signing import AccountKey
 __all__ = [
     "Coin",
     "IdentityRegistry",
+    "IncomeSplit",
     "JobEscrow",
     "ModelShare",
     "Permit2",
@@ -366,6 +367,208 @@ class IdentityRegistry(Contract):
 
     async def was_wallet(self, arg0: int, arg1: Account) -> bool:
         return await self._call("6adf165c", ("uint256", "address"), (arg0, arg1), ("bool",))
+
+
+class IncomeSplit(Contract):
+    """Where buyers pay when those who serve a model earn beside those who own it."""
+
+    ARTIFACT: ClassVar[str] = "income_split"
+
+    @dataclass(frozen=True, slots=True)
+    class Began(Event):
+        run: Account
+        share: Account
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("6d1ee35c4ff2520af071b823d3bf32bcc3e069e92d198c85a2bea11572472e58")
+        INDEXED: ClassVar[tuple[str, ...]] = ("address", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ()
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class Distributed(Event):
+        income: int
+        to_shares: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("97791d3ac1343e05805a2f905fa80b249c2ca58cf9fef455d4fa7ec13ce58321")
+        INDEXED: ClassVar[tuple[str, ...]] = ()
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @dataclass(frozen=True, slots=True)
+    class Proposed(Event):
+        tally: int
+        attempt: int
+        root: bytes
+        amount: int
+        opens_at: int
+        signers: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("14ab47396894b60319e850dedc31ac849b1d4ac7ad42611a803dc9d93acafa9f")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "bytes32", "uint256", "uint256", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5)
+
+    @dataclass(frozen=True, slots=True)
+    class Struck(Event):
+        tally: int
+        attempt: int
+        evidence: bytes
+        signers: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("7f0c17b83a4827052640abfaab45054d6dc06839e296fc0a4f7e4b32d028307a")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256", "bytes32", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+
+    @dataclass(frozen=True, slots=True)
+    class Posted(Event):
+        tally: int
+        root: bytes
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("a1f76143e7f1de78326f1fb1cc1d8d1c2f9ab37aa589d53ebd919721b644beed")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256",)
+        PLAIN: ClassVar[tuple[str, ...]] = ("bytes32", "uint256")
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    @dataclass(frozen=True, slots=True)
+    class Claimed(Event):
+        tally: int
+        worker: Account
+        amount: int
+
+        TOPIC: ClassVar[bytes] = bytes.fromhex("4ec90e965519d92681267467f775ada5bd214aa92c0dc93d90a5e880ce9ed026")
+        INDEXED: ClassVar[tuple[str, ...]] = ("uint256", "address")
+        PLAIN: ClassVar[tuple[str, ...]] = ("uint256",)
+        ORDER: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    class Tallie(NamedTuple):
+        root: bytes
+        unclaimed: int
+
+    @classmethod
+    async def deploy(cls, chain: Chain, key: AccountKey, asset: Account, workers_bps: int) -> IncomeSplit:
+        """Create a new one."""
+        return cls(chain, await chain.deploy(key, "income_split", asset, workers_bps))
+
+    async def begin(self, key: AccountKey, run: Account) -> Receipt:
+        """Name the run whose workers serve and whose shares own. Once, by the creator, when the run has begun."""
+        return await self._send(key, "54abe9d0", ("address",), (run,))
+
+    async def distribute(self, key: AccountKey) -> Receipt:
+        """Divide what has arrived, and pass the shares' part on. Anyone may send it; before `begin` the money waits."""
+        return await self._send(key, "e4fc6b6d", (), ())
+
+    async def claim(self, key: AccountKey, tally: int, worker: Account, amount: int, proof: Sequence[bytes]) -> Receipt:
+        """Pay a worker what a tally gives him. Anyone may send it; the money goes to the worker alone."""
+        return await self._send(
+            key, "2e7ba6ef", ("uint256", "address", "uint256", "bytes32[]"), (tally, worker, amount, proof)
+        )
+
+    async def propose(
+        self, key: AccountKey, tally: int, root: bytes, amount: int, signatures: Sequence[bytes]
+    ) -> Receipt:
+        """Propose who is paid what. Anyone may send it; the signatures decide."""
+        return await self._send(
+            key, "b75d40d9", ("uint256", "bytes32", "uint256", "bytes[]"), (tally, root, amount, signatures)
+        )
+
+    async def strike(
+        self,
+        key: AccountKey,
+        tally: int,
+        root: bytes,
+        amount: int,
+        opens_at: int,
+        evidence: bytes,
+        signatures: Sequence[bytes],
+    ) -> Receipt:
+        """Strike out a waiting tally. A third of the workers is enough: it costs nothing but another tally."""
+        return await self._send(
+            key,
+            "1c70cb7d",
+            ("uint256", "bytes32", "uint256", "uint256", "bytes32", "bytes[]"),
+            (tally, root, amount, opens_at, evidence, signatures),
+        )
+
+    async def post(self, key: AccountKey, tally: int, root: bytes, amount: int, opens_at: int) -> Receipt:
+        """Make the tally whose challenge window is over claimable. Anyone may send it."""
+        return await self._send(
+            key, "bcd086a7", ("uint256", "bytes32", "uint256", "uint256"), (tally, root, amount, opens_at)
+        )
+
+    async def undistributed(self) -> int:
+        """What has arrived and waits for `distribute`."""
+        return await self._call("eb72c8d8", (), (), ("uint256",))
+
+    async def unassigned(self) -> int:
+        """Of the workers' part, what no posted tally has given out: the most that the next one can."""
+        return await self._call("73afce6e", (), (), ("uint256",))
+
+    async def pending(self) -> bytes:
+        """The hash of the tally that waits out its window: of its number, root, amount and the time when it can be
+        posted. Empty when nothing waits.
+        """
+        return await self._call("e20ccec3", (), (), ("bytes32",))
+
+    async def tally_digest(self, tally: int, attempt: int, root: bytes, amount: int) -> bytes:
+        """The EIP-712 digest that workers sign to propose a tally."""
+        return await self._call(
+            "76c54a41", ("uint256", "uint256", "bytes32", "uint256"), (tally, attempt, root, amount), ("bytes32",)
+        )
+
+    async def strike_digest(self, tally: int, attempt: int, evidence: bytes) -> bytes:
+        """The EIP-712 digest that workers sign to strike a tally."""
+        return await self._call("b952f20b", ("uint256", "uint256", "bytes32"), (tally, attempt, evidence), ("bytes32",))
+
+    async def DOMAIN_SEPARATOR(self) -> bytes:
+        """The EIP-712 domain of this contract."""
+        return await self._call("3644e515", (), (), ("bytes32",))
+
+    async def asset(self) -> Account:
+        return await self._call("38d52e0f", (), (), ("address",))
+
+    async def workers_bps(self) -> int:
+        return await self._call("daadbcc7", (), (), ("uint256",))
+
+    async def creator(self) -> Account:
+        return await self._call("02d05d3f", (), (), ("address",))
+
+    async def run(self) -> Account:
+        return await self._call("c0406226", (), (), ("address",))
+
+    async def run_id(self) -> bytes:
+        return await self._call("17e0c242", (), (), ("bytes32",))
+
+    async def share(self) -> Account:
+        return await self._call("a8d5fd65", (), (), ("address",))
+
+    async def window_s(self) -> int:
+        return await self._call("1780f856", (), (), ("uint256",))
+
+    async def received(self) -> int:
+        return await self._call("83a6deb5", (), (), ("uint256",))
+
+    async def passed(self) -> int:
+        return await self._call("a05b5c30", (), (), ("uint256",))
+
+    async def assigned(self) -> int:
+        return await self._call("adb4d990", (), (), ("uint256",))
+
+    async def claimed(self) -> int:
+        return await self._call("e834a834", (), (), ("uint256",))
+
+    async def tallies(self, arg0: int) -> Tallie:
+        return self.Tallie(*await self._call("1a32b237", ("uint256",), (arg0,), ("(bytes32,uint256)",)))
+
+    async def tally_count(self) -> int:
+        return await self._call("d9a5cca4", (), (), ("uint256",))
+
+    async def counted(self, arg0: bytes) -> bool:
+        return await self._call("a7b2e655", ("bytes32",), (arg0,), ("bool",))
+
+    async def attempt(self) -> int:
+        return await self._call("732b7a8d", (), (), ("uint256",))
 
 
 class JobEscrow(Contract):
