@@ -61,6 +61,15 @@ class Tokenizer:
     def to_bytes(self) -> bytes:
         return str(self._engine.to_str()).encode()
 
+    def plain_files(self) -> dict[str, bytes]:
+        """What other programs read this tokenizer from."""
+        facts = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": _END_TEXT,
+            "clean_up_tokenization_spaces": False,
+        }
+        return {"tokenizer.json": self.to_bytes(), "tokenizer_config.json": json.dumps(facts, indent=2).encode()}
+
     def digest(self) -> str:
         """SHA-256 of `to_bytes`, 64 hex digits."""
         return sha256(self.to_bytes()).hex()
