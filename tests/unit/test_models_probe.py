@@ -1,6 +1,7 @@
 """A probe measures what training does."""
 
 import time
+from statistics import median
 
 import pytest
 import torch
@@ -30,19 +31,30 @@ def test_every_stage_can_be_probed(stage: int) -> None:
 
 
 def test_a_probe_says_what_a_training_step_takes() -> None:
-    """Within 40 %: both are a few milliseconds on a machine that others use. Larger ones are compared by the devnet."""
-    found = probe_stage(SPEC, 0, sequences=4, length=64, seconds=0.3)
+    """Within 40 %, in one of five tries: both are a few milliseconds on a machine that others use, and a wrong probe is
+    wrong in each try. Larger steps are compared by the devnet."""
+    ratios = []
+    while len(ratios) < 5:
+        found = probe_stage(SPEC, 0, sequences=4, length=64, seconds=0.3)
+        ratios.append(median_step_s(steps=20) / (1024 * found.seconds_per_token(1024)))
+        if ratios[-1] == pytest.approx(1, rel=0.4):
+            return
+    pytest.fail(f"a training step took {ratios} × what the probe said")
+
+
+def median_step_s(*, steps: int) -> float:
+    """Processor seconds of a step of four microbatches of 4 × 64 tokens."""
     trainer, ids = StageTrainer(SPEC, 0, steps=100), torch.zeros(4, 65, dtype=torch.int64)
     gradient = bytes(trainer.payload_limit(4, 64))
     spent = []
-    for step in range(20):
+    for step in range(steps):
         started = time.thread_time()
         for index in range(4):
             trainer.forward(step, index, ids, None)
             trainer.backward(step, index, gradient)
         trainer.finish_step(step, 1024)
         spent.append(time.thread_time() - started)
-    assert sorted(spent)[10] == pytest.approx(1024 * found.seconds_per_token(1024), rel=0.4)
+    return median(spent)
 
 
 def test_the_pace_of_a_probe_is_what_the_forecast_takes() -> None:
