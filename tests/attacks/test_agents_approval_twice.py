@@ -50,6 +50,7 @@ def at_once(target: Any, *arguments: Any) -> Counter[str]:
     return found
 
 
+@pytest.mark.slow
 def test_processes_that_resume_at_once_use_it_once(database_url: str) -> None:
     approvals = Approvals(APPROVER.account, database_url, clock=FakeClock(NOW))
     approvals.request(CALL, {})

@@ -229,6 +229,7 @@ async def test_a_flood_of_links_keeps_two_of_one_peer() -> None:
         await still_serves(victim, honest)
 
 
+@pytest.mark.slow
 async def test_more_streams_than_a_link_has_places_leave_the_others_alone() -> None:
     async with siege() as (victim, honest, connection):
         with anyio.move_on_after(1):

@@ -137,6 +137,7 @@ async def test_a_connection_without_encryption_gets_nowhere() -> None:
         await still_serves(victim, honest)
 
 
+@pytest.mark.slow
 async def test_who_sends_no_greeting_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zmq_door, "GREET_S", 0.2)
     async with siege() as (victim, honest, stranger):
@@ -323,6 +324,7 @@ def ask_for(protocol: str) -> bytes:
     return pack(Kind.DATA, 3, frame_header(len(opening), last=False) + opening)
 
 
+@pytest.mark.slow
 async def test_whoever_takes_nothing_is_sent_one_window() -> None:
     async with siege() as (victim, honest, stranger):
         victim.serve("give/1", give)

@@ -89,6 +89,7 @@ async def test_what_arrives_is_what_was_sent_whatever_the_relay_does(liar: type[
         assert relay.meddling > 10, "the relay did meddle"
 
 
+@pytest.mark.slow
 async def test_a_relay_that_alters_everything_stops_the_talk_and_puts_in_no_word_of_its_own() -> None:
     heard: list[bytes] = []
 
@@ -118,6 +119,7 @@ async def test_a_relay_that_alters_everything_stops_the_talk_and_puts_in_no_word
         assert heard == [b"before", b"meanwhile"]
 
 
+@pytest.mark.slow
 async def test_a_relay_that_forwards_nothing_costs_a_reconnect() -> None:
     class Mute(Meddler):
         def meddle(self, payload: bytes) -> Iterator[bytes]:

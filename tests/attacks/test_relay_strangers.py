@@ -176,6 +176,7 @@ async def test_a_client_that_breaks_the_protocol_is_dropped_and_nobody_else(fram
             assert relay.clients == [key(1).id]
 
 
+@pytest.mark.slow
 async def test_random_bytes_do_not_disturb_those_who_talk() -> None:
     rng = random.Random(3)
     config = RelayConfig(sight=False, proof_timeout_s=0.3)
@@ -258,6 +259,7 @@ async def test_whoever_was_written_to_hears_that_a_peer_is_gone() -> None:
         assert await two.hear() == bytes((Kind.GONE,)) + bytes.fromhex(key(1).id)
 
 
+@pytest.mark.slow
 async def test_a_flood_is_slowed_to_its_rate() -> None:
     rate, seconds = 400_000.0, 1.0
     async with Relay.start(RelayConfig(rate=rate, sight=False)) as relay:

@@ -84,6 +84,7 @@ def test_an_answer_without_end_is_cut() -> None:
     assert len(html) < 50_000
 
 
+@pytest.mark.slow
 def test_nothing_runs_in_a_browser_and_nothing_is_asked_elsewhere() -> None:
     with chromium() as browser, serving(poisoned("first")) as (url, publish), visiting(browser, url) as visit:
         visit.live()
@@ -97,6 +98,7 @@ def test_nothing_runs_in_a_browser_and_nothing_is_asked_elsewhere() -> None:
         assert {request.split("/")[3] for request in visit.requests} <= {"", "static", "api"}
 
 
+@pytest.mark.slow
 def test_the_policy_would_stop_a_script_that_got_in() -> None:
     with chromium() as browser, serving(moment(5)) as (url, _), visiting(browser, url) as visit:
         visit.live()

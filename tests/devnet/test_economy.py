@@ -42,8 +42,9 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Typed]:
     use_passphrases(None)
 
 
-@pytest.mark.parametrize(("stages", "steps"), [(2, 6), pytest.param(4, 24, marks=pytest.mark.slow)])
-def test_one_command_trains_sells_and_pays_everybody(stages: int, steps: int, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_one_command_trains_sells_and_pays_everybody(tmp_path: Path) -> None:
+    stages, steps = 4, 24
     done = run(up(tmp_path / "state", "--stages", stages, steps=steps), tmp_path, 2 * PATIENCE_S)
     assert done.returncode == 0, done.stderr
     result = last_object(done.stdout)

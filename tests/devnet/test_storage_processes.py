@@ -24,6 +24,7 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_killed_writer_leaves_nothing_half_applied_and_loses_nothing_it_told_of(
     database_url: str, tmp_path: Path, rounds: int
@@ -38,6 +39,7 @@ def test_a_killed_writer_leaves_nothing_half_applied_and_loses_nothing_it_told_o
     assert len(kept) <= len(told) + rounds  # of each writer at most one batch that it could not tell of any more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_no_credit_is_lost_or_spent_twice(database_url: str, processes: int) -> None:
     run("spend", database_url, processes)
@@ -50,6 +52,7 @@ def test_no_credit_is_lost_or_spent_twice(database_url: str, processes: int) -> 
     assert sorted((account, int(units)) for account, units in spent) == [(a, CREDIT) for a in range(ACCOUNTS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("payments", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_each_payment_is_held_by_one_of_two_gateways(database_url: str, payments: int) -> None:
     lines = run("hold", database_url, 2, payments).splitlines()

@@ -50,6 +50,7 @@ def test_every_microbatch_is_paid_for_at_every_stage(tmp_path: Path) -> None:
     run_virtual(main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_more_workers_come_to_the_same_parameters(replicas: int, undisturbed: list[bytes], tmp_path: Path) -> None:
     async def main() -> None:
@@ -143,6 +144,7 @@ def test_all_workers_restarted_at_once_go_on_from_the_last_checkpoint(undisturbe
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_cut_cable_between_two_neighbours(undisturbed: list[bytes], tmp_path: Path) -> None:
     async def main() -> None:
         world = CrewWorld(MANIFEST, tmp_path)
@@ -195,6 +197,7 @@ def test_workers_killed_and_restarted_again_and_again(undisturbed: list[bytes], 
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_stage_whose_only_worker_rests_makes_the_run_wait(undisturbed: list[bytes], tmp_path: Path) -> None:
     async def main() -> None:
         world = CrewWorld(MANIFEST, tmp_path)
@@ -226,6 +229,7 @@ class Shut:
             await anyio.sleep(1)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_steps_and_nothing_else(undisturbed: list[bytes], tmp_path: Path) -> None:
     async def main() -> None:
         world = CrewWorld(MANIFEST, tmp_path)
@@ -314,6 +318,7 @@ def test_late_microbatches_are_dropped_where_the_manifest_says_so(tmp_path: Path
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_the_slower_of_two_gets_less_and_does_not_hold_the_others_up(tmp_path: Path) -> None:
     schedule = MANIFEST.schedule.model_copy(update={"microbatches": 12, "steps": 12})
     manifest = MANIFEST.model_copy(update={"schedule": schedule})
@@ -332,6 +337,7 @@ def test_the_slower_of_two_gets_less_and_does_not_hold_the_others_up(tmp_path: P
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_worker_who_hangs_is_left_out_and_his_work_done_by_the_other(
     undisturbed: list[bytes], tmp_path: Path
 ) -> None:

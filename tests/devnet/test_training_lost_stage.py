@@ -53,6 +53,7 @@ def test_a_dead_stage_comes_back_exactly_within_one_interval(stage: int, tmp_pat
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_stage_after_stage_may_die_when_each_is_restored_before_the_next(tmp_path: Path) -> None:
     async def main() -> None:
         async with world(tmp_path, replicas=2) as run:

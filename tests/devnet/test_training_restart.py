@@ -39,6 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run_virtual(main)
 
 
+@pytest.mark.slow
 def test_an_undisturbed_run_pays_for_every_token(undisturbed: Outcome, tmp_path: Path) -> None:
     manifest = write_data(tmp_path)
     accounts = [key.account for key in account_keys(STAGES)]
@@ -50,6 +51,7 @@ def test_an_undisturbed_run_pays_for_every_token(undisturbed: Outcome, tmp_path:
     assert sorted(undisturbed.validations) == [0, 5, 10, 15]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_worker_killed_in_the_middle_comes_back_and_nothing_differs(
     stage: int, undisturbed: Outcome, tmp_path: Path
@@ -90,6 +92,7 @@ def test_whoever_serves_knows_where_a_restarted_worker_is(tmp_path: Path) -> Non
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_host_that_names_another_contract_is_not_followed(tmp_path: Path) -> None:
     async def main() -> None:
         run = WholeRun(write_data(tmp_path), tmp_path)

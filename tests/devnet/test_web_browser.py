@@ -63,6 +63,7 @@ def test_the_page_shows_the_feed_and_follows_it(browser: Browser) -> None:
         check_clean(visit)
 
 
+@pytest.mark.slow
 def test_the_chart_is_painted_and_grows(browser: Browser) -> None:
     with serving(moment(60)) as (url, publish), visiting(browser, url) as visit:
         page = visit.page
@@ -78,6 +79,7 @@ def test_the_chart_is_painted_and_grows(browser: Browser) -> None:
         check_clean(visit)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_begun_says_so_and_then_begins(browser: Browser) -> None:
     with serving(moment(0, phase="seating")) as (url, publish), visiting(browser, url) as visit:
         expect(visit.page.locator("body")).to_have_attribute("data-state", "live")
@@ -88,6 +90,7 @@ def test_a_run_that_has_not_begun_says_so_and_then_begins(browser: Browser) -> N
         check_clean(visit)
 
 
+@pytest.mark.slow
 def test_numbers_lead_to_their_proof_and_back(browser: Browser) -> None:
     with serving(SERVED) as (url, _), visiting(browser, url) as visit:
         page = visit.page
@@ -102,6 +105,7 @@ def test_numbers_lead_to_their_proof_and_back(browser: Browser) -> None:
         check_clean(visit)
 
 
+@pytest.mark.slow
 def test_the_keyboards_place_survives_an_update(browser: Browser) -> None:
     with serving(moment(160)) as (url, publish), visiting(browser, url) as visit:
         page = visit.page
@@ -112,6 +116,7 @@ def test_the_keyboards_place_survives_an_update(browser: Browser) -> None:
         expect(page.locator("#workers-tokens-2")).to_be_focused()
 
 
+@pytest.mark.slow
 def test_the_page_says_when_the_connection_is_lost_and_finds_it_again(browser: Browser) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -125,6 +130,7 @@ def test_the_page_says_when_the_connection_is_lost_and_finds_it_again(browser: B
             expect(visit.page.get_by_test_id("status")).to_contain_text("step 99 of 600")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height", "scheme"), SIZES)
 def test_the_page_fits_every_screen(browser: Browser, width: int, height: int, scheme: str) -> None:
     with serving(SERVED) as (url, _), visiting(browser, url, width=width, height=height, scheme=scheme) as visit:
@@ -133,6 +139,7 @@ def test_the_page_fits_every_screen(browser: Browser, width: int, height: int, s
         check_clean(visit)
 
 
+@pytest.mark.slow
 def test_the_page_works_without_scripts(browser: Browser) -> None:
     with serving(SERVED) as (url, _), visiting(browser, url, script=False) as visit:
         assert figure(visit.page, "revenue") == "0.04"

@@ -83,6 +83,7 @@ def test_web3_reads_deploys_sends_and_listens(web3: Web3) -> None:
         coin.functions.transfer(OTHER, 1).estimate_gas({"from": SENDER.address})
 
 
+@pytest.mark.slow
 def test_web3_finds_blocks_and_transactions_by_any_name(web3: Web3) -> None:
     coin = deploy(web3, "coin")
     receipt = send(web3, coin.functions.mint(OTHER, 1))

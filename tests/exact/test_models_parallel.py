@@ -87,6 +87,7 @@ def unpacked(described: ModelSpec, messages: list[bytes]) -> dict[str, Tensor]:
     return {str(i): wire.unpack(data, SEQUENCES, LENGTH) for i, data in enumerate(messages)}
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_worker(link: RankLink) -> None:
     """In short what the slow tests take apart: both modes, the last stage, a checkpoint that changes sides."""
     for mode in ("replicate", "shard"):
@@ -248,6 +249,7 @@ def test_a_trainer_is_built_on_all_ranks(link: RankLink) -> None:
         build_trainer(described, 3, **schedule, link=link)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_stage_on_two_processes_is_a_replica_like_any_other(link: RankLink) -> None:
     """Its parts count in the others' steps, theirs in its own, and so do partitions of the state."""
     described = spec(LOSSLESS)

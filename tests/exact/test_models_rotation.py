@@ -81,6 +81,7 @@ def test_a_thousand_turns_leave_the_loss_where_it_was(trained: list[bytes]) -> N
     assert abs(pipeline.evaluate(windows) - before) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_turn_changes_the_messages_and_not_the_logits(trained: list[bytes]) -> None:
     pipeline, ids = loaded(trained), text(5, 2)
     code = pipeline.trainers[0].evaluate(ids, None)

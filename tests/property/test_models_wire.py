@@ -1,6 +1,7 @@
 """Laws of messages: sizes, rounding, and that no bytes can do more than be refused."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +62,7 @@ def test_float32_messages_lose_nothing(seed: int, shape: tuple[int, int, int], e
     assert torch.equal(engine.unpack(engine.pack(x), *shape[:2]), x)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.integers(0, 2**32), exponents, st.sampled_from(list(CODES)))
 def test_random_rounding_is_right_on_average(seed: int, exponent: int, number: str) -> None:

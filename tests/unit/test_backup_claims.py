@@ -25,6 +25,7 @@ from training_world import small_manifest
 INCOME = 1_000_000  # units
 
 
+@pytest.mark.slow
 def test_a_lost_workers_shares_are_redeemed_and_its_income_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,6 +201,7 @@ async def test_a_file_that_is_no_checkpoint_is_ignored(
         assert replayed == list(range(len(blocks)))
 
 
+@pytest.mark.slow
 async def test_no_flipped_bit_changes_what_a_chain_says(chain_file: tuple[Path, list[Block | None]]) -> None:
     path, blocks = chain_file
     good = beside(path).read_bytes()

@@ -41,6 +41,7 @@ async def told_of(world: Escrow) -> tuple[Indexer, JobView]:
     return index, JobView(index.queries)
 
 
+@pytest.mark.slow
 async def test_every_job_is_told_as_the_contract_has_it() -> None:
     world = await local_escrow()
     jobs = await every_ending(world)

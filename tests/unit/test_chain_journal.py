@@ -64,6 +64,7 @@ async def test_an_opened_chain_goes_on_where_it_ended(file: Path) -> None:
         assert chain.head.number == head.number + 1
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing_that_it_has_shown(tmp_path: Path) -> None:
     """The child prints each height after its block; it is killed in full run, and the journal has them all."""
     path = tmp_path / "chain.db"

@@ -117,6 +117,7 @@ def test_only_one_process_fetches_a_blob_into_a_folder(tmp_path: Path) -> None:
 # --- from peers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_blob_comes_over_from_three_peers_at_nearly_three_times_the_rate(tmp_path: Path) -> None:
     mine, theirs = stores(tmp_path, "mine", "theirs")
     blob = theirs.put(DATA * 3)
@@ -170,6 +171,7 @@ def test_a_peer_that_serves_wrong_bytes_is_dropped_and_named(tmp_path: Path, ind
     served(2, body)
 
 
+@pytest.mark.slow
 def test_a_fetch_cut_twenty_times_transfers_a_few_pieces_twice(tmp_path: Path) -> None:
     mine, theirs = stores(tmp_path, "mine", "theirs")
     data = random.Random(9).randbytes(20 * CHUNK_BYTES + 5)

@@ -149,6 +149,7 @@ async def test_another_key_at_a_right_address_is_not_accepted(world: Any) -> Non
         await ask(caller, server.record())
 
 
+@pytest.mark.slow
 @on_every_adapter
 async def test_a_dead_address_is_unavailable_and_a_short_deadline_is_late(world: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -171,6 +172,7 @@ async def test_a_record_that_leads_nowhere_is_invalid(world: Any) -> None:
             await caller.open(PeerRecord.sign(key(3), ("carrier:pigeon",), expires=1), "echo/1", timeout_s=1)
 
 
+@pytest.mark.slow
 @on_every_adapter
 async def test_a_killed_peer_is_unavailable_within_five_seconds(world: Any) -> None:
     async with world.start(key(1)) as caller, world.doomed(key(2)) as doomed:
@@ -205,6 +207,7 @@ async def test_a_killed_peer_is_unavailable_within_five_seconds(world: Any) -> N
         assert seen == ["up", "down"]
 
 
+@pytest.mark.slow
 @on_every_adapter
 async def test_a_peer_that_restarts_elsewhere_is_found_by_its_new_record(world: Any) -> None:
     async with world.start(key(1)) as caller:
@@ -382,6 +385,7 @@ def _hello_of_tomorrow() -> bytes:
     return encoding.encode({"product": "tessera 9.1", "version": VERSION + 1, "what": ["else"]})
 
 
+@pytest.mark.slow
 @on_every_adapter
 async def test_a_flood_of_streams_hurts_only_whoever_sends_it(world: Any) -> None:
     async def hold(stream: Stream) -> None:

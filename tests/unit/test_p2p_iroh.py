@@ -134,6 +134,7 @@ async def test_our_own_pause_does_not_count_as_the_peers_silence() -> None:
         assert await stream.recv(LIMIT) == b"still there"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")
 async def test_a_frozen_peer_is_taken_for_dead() -> None:
     async with IrohTransport.start(key(1)) as caller, IrohWorld().doomed(key(2)) as doomed:

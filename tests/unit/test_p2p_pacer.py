@@ -238,6 +238,7 @@ def under_two_uploads(pacer: Pacer | None, warm_s: float = 0.0) -> tuple[list[fl
     return result[0]
 
 
+@pytest.mark.slow
 def test_small_messages_do_not_wait_behind_two_uploads() -> None:
     without, full = under_two_uploads(None)
     capped, cap_rate = under_two_uploads(Pacer(LINK))
@@ -320,6 +321,7 @@ def test_a_peer_that_reads_slowly_does_not_slow_the_others_for_long() -> None:
     in_shop(pacer, body)
 
 
+@pytest.mark.slow
 def test_a_pause_in_the_uploads_changes_nothing() -> None:
     pacer = Pacer()
 

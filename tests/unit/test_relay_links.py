@@ -81,6 +81,7 @@ async def test_a_peer_that_falls_silent_behind_a_relay_is_noticed_within_seconds
             assert 1.0 < time.monotonic() - began < 4.5
 
 
+@pytest.mark.slow
 async def test_a_relay_that_restarts_is_no_more_than_a_reconnect() -> None:
     async with AsyncExitStack() as old:
         relay = await old.enter_async_context(Relay.start(BLIND))
@@ -132,6 +133,7 @@ async def test_either_of_two_relays_will_do() -> None:
             assert await ask(one, named, b"either") == b"either"
 
 
+@pytest.mark.slow
 async def test_when_its_relay_dies_a_node_moves_to_the_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tessera.p2p.relay.engine.LOOK_AGAIN_S", 0.3)
     async with AsyncExitStack() as dying, Relay.start(BLIND) as other:

@@ -260,6 +260,7 @@ def test_a_restarted_host_knows_its_seats_and_its_contract(tmp_path: Path) -> No
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_network_that_was_reset_is_noticed(tmp_path: Path) -> None:
     async def main() -> None:
         async with hosted(MANIFEST, tmp_path) as world:

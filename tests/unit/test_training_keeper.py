@@ -72,6 +72,7 @@ def test_an_epoch_waits_until_its_last_step_is_done(tmp_path: Path) -> None:
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_three_of_four_settle_and_the_fourth_redeems_when_it_is_back(tmp_path: Path) -> None:
     async def main() -> None:
         async with settlement(MANIFEST, tmp_path) as world, anyio.create_task_group() as tasks:
@@ -171,6 +172,7 @@ class SlowChain(RpcChain):
         return await super().send(key, to, data, value=value)
 
 
+@pytest.mark.slow
 def test_an_epoch_that_somebody_else_posted_is_taken_over(tmp_path: Path) -> None:
     def chain_of(stage: int, chain: RpcChain) -> RpcChain:
         return SlowChain(chain.rpc) if stage == 0 else chain
@@ -184,6 +186,7 @@ def test_an_epoch_that_somebody_else_posted_is_taken_over(tmp_path: Path) -> Non
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_chain_that_is_away_delays_and_loses_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with settlement(MANIFEST, tmp_path) as world, anyio.create_task_group() as tasks:

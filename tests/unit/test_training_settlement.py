@@ -46,6 +46,7 @@ async def propose(world: World, leaves: EpochLeaves, signers: int = 4) -> None:
 # --- the challenge window ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_proposal_waits_out_its_window_and_then_somebody_posts_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with settlement(WATCHED, tmp_path) as world, anyio.create_task_group() as tasks:
@@ -60,6 +61,7 @@ def test_a_proposal_waits_out_its_window_and_then_somebody_posts_it(tmp_path: Pa
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_a_proposal_whose_proposer_died_is_seen_through_by_the_others(tmp_path: Path) -> None:
     async def main() -> None:
         async with settlement(WATCHED, tmp_path) as world, anyio.create_task_group() as tasks:
@@ -111,6 +113,7 @@ def test_nobody_strikes_what_he_computes_too(tmp_path: Path) -> None:
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_an_epoch_without_verified_work_is_proposed_empty_and_stops_no_other(tmp_path: Path) -> None:
     async def main() -> None:
         async with settlement(WATCHED, tmp_path, held=lambda stage, receipt: receipt.step >= 3) as world:
