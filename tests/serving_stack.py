@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,16 +13,21 @@ from typing import Any
 import httpx
 from eth_account import Account as EthAccount
 
+from permit2_support import signed
 from tessera.chain.client import RpcChain
 from tessera.chain.faces import Coin
+from tessera.chain.genesis import PERMIT2, UPTO_PROXY
 from tessera.chain.local import LocalChain
 from tessera.core.clock import SystemClock
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
+from tessera.serving.balances import Balances
+from tessera.serving.charging import PaidRequest
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.keys import OperatorKeys
-from tessera.serving.payments import PaymentConfig, Settlement, X402Payments
+from tessera.serving.payments import PaymentConfig, Settlement, X402Payments, credit_name
+from tessera.serving.prices import TokenPrice
 from tessera.serving.text import CharTokenizer
 
 MODEL = "tessera-test"
@@ -42,16 +48,20 @@ class Stack:
     coin: Coin
     engine: FakeEngine
     payments: X402Payments
+    balances: Balances
     app: Any
     settled: list[Settlement] = field(default_factory=list)
 
     def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://gateway")
 
-    async def buyer(self, units: int = 10 * PRICE) -> AccountKey:
+    async def buyer(self, units: int = 10 * PRICE, *, metered: bool = False) -> AccountKey:
+        """Somebody with coins; Permit2 may move them for a `metered` one."""
         key = AccountKey.generate()
         if units:
             await self.coin.mint(key, key.account, units)
+        if metered:
+            await self.coin.approve(key, PERMIT2, 2**256 - 1)
         return key
 
     async def income(self) -> int:
@@ -93,6 +103,32 @@ class Stack:
         payment["payload"]["signature"] = signature  # type: ignore[index]
         return base64.b64encode(json.dumps(payment).encode()).decode()
 
+    def sign_metered(self, key: AccountKey, body: dict[str, Any] | None = None, **changes: Any) -> str:
+        """A payment by `upto` for a completion, as an official client makes it, with `changes` by a cheat."""
+        body = body or completion()
+        request = PaidRequest("", b"", {}, MODEL, len(body["prompt"]), body["max_tokens"])
+        offer = self.payments.offers(request)[1].requirements()
+        accepted = offer | changes.pop("accepted", {})
+        signing = {"amount": int(accepted["amount"]), "nonce": secrets.randbits(256),
+                   "deadline": int(time.time()) + offer["maxTimeoutSeconds"], "to": offer["payTo"],
+                   "facilitator": offer["extra"]["facilitatorAddress"], "chainId": self.chain_id}  # fmt: skip
+        signer = changes.pop("signer", key)
+        made = signed(changes.pop("token", self.coin.address), "upto", signer=signer, **(signing | changes))
+        (token, amount), nonce, deadline = made.permit
+        to, facilitator, after = made.witness
+        authorization = {
+            "from": key.account, "permitted": {"token": token, "amount": str(amount)}, "spender": UPTO_PROXY,
+            "nonce": str(nonce), "deadline": str(deadline),
+            "witness": {"to": to, "facilitator": facilitator, "validAfter": str(after)},
+        }  # fmt: skip
+        payload = {"permit2Authorization": authorization, "signature": "0x" + made.signature.hex()}
+        payment = {"x402Version": 2, "accepted": accepted, "payload": payload}
+        return base64.b64encode(json.dumps(payment).encode()).decode()
+
+    async def credit(self, key: AccountKey) -> int:
+        offer = self.payments.offer
+        return (await self.balances.read(credit_name(offer.network, offer.asset, key.account))).units
+
     @property
     def chain_id(self) -> int:
         return int(self.payments.offer.network.split(":")[1])
@@ -102,6 +138,7 @@ async def open_stack(
     engine: FakeEngine | None = None,
     *,
     price: int = PRICE,
+    tokens: TokenPrice | None = None,
     chain: RpcChain | None = None,
     api_keys: Sequence[str] = (),
     **settings: Any,
@@ -110,13 +147,14 @@ async def open_stack(
     operator = AccountKey(b"\x07" * 32)
     coin = await Coin.deploy(chain, operator)
     settled: list[Settlement] = []
-    config = PaymentConfig(coin.address, await coin.name(), await coin.version(), price, PAYEE)
-    payments = await X402Payments.open(config, chain, operator, on_settled=settled.append)
+    config = PaymentConfig(coin.address, await coin.name(), await coin.version(), price, PAYEE, tokens=tokens)
+    balances = Balances(SystemClock())
+    payments = await X402Payments.open(config, chain, operator, balances=balances, on_settled=settled.append)
     engine = engine or FakeEngine(lambda prompt, sampling: list(b"hello world"))
     app = create_app(
         GatewayConfig(model=MODEL, **settings), engine, CharTokenizer(), [OperatorKeys(api_keys), payments]
     )
-    return Stack(chain, coin, engine, payments, app, settled)
+    return Stack(chain, coin, engine, payments, balances, app, settled)
 
 
 def completion(**changes: Any) -> dict[str, Any]:

@@ -273,8 +273,8 @@ class Metering(FakePayments):
         hold = await super().hold(request)
         finish = hold.finish
 
-        async def told(usage: Usage) -> dict[str, str]:
-            await finish(usage)
+        async def told(usage: Usage, *, delivered: bool = True) -> dict[str, str]:
+            await finish(usage, delivered=delivered)
             if self.refuses:
                 raise PaymentRequired("the coins are gone", reason="gone")
             return {"PAYMENT-RESPONSE": str(usage.completion_tokens)}

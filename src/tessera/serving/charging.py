@@ -79,8 +79,15 @@ class Hold(Protocol):
         """
         ...
 
-    async def finish(self, usage: Usage) -> dict[str, str]:
-        """The answer is complete, or its buyer cancelled it. Moves the money that is metered. Raises: as `start`."""
+    async def finish(self, usage: Usage, *, delivered: bool = True) -> dict[str, str]:
+        """The answer is complete, or its buyer cancelled it. Moves the money that is metered.
+
+        Args:
+            delivered: bytes of the answer have left, so that what cannot be settled now is a debt of the buyer's;
+                otherwise it will not leave.
+
+        Raises: as `start`.
+        """
         ...
 
     def owe(self) -> None:
@@ -128,14 +135,12 @@ class Charge:
         """See `Hold.finish`. Only the first call counts, and only of an answer that began and did not break."""
         if self._over or not self._begun:
             return {}
-        self._over = True
-        with anyio.CancelScope(shield=True):
-            return await self._hold.finish(usage)
+        return await self._finish(usage, delivered=True)
 
     async def settle(self, usage: Usage) -> dict[str, str]:
         """All of it, for an answer that leaves as a whole."""
         headers = await self.start()
-        headers |= await self.finish(usage)
+        headers |= await self._finish(usage, delivered=False)
         await self._owe_if_gone()
         return headers
 
@@ -147,6 +152,12 @@ class Charge:
     async def release(self) -> None:
         """See `Hold.release`."""
         await self._hold.release()
+
+    async def _finish(self, usage: Usage, *, delivered: bool) -> dict[str, str]:
+        self._over = True
+        with anyio.CancelScope(shield=True):
+            headers = await self._hold.finish(usage, delivered=delivered)
+        return headers  # noqa: RET504 - not inside: mypy thinks that a scope swallows what is returned there
 
     async def _owe_if_gone(self) -> None:
         try:
@@ -168,7 +179,7 @@ class Free:
     async def start(self) -> dict[str, str]:
         return {}
 
-    async def finish(self, usage: Usage) -> dict[str, str]:
+    async def finish(self, usage: Usage, *, delivered: bool = True) -> dict[str, str]:
         return {}
 
     def owe(self) -> None:
@@ -215,7 +226,7 @@ class FakeHold:
             self.payments.settled.append(self.coin)
         return {"PAYMENT-RESPONSE": self.coin}
 
-    async def finish(self, usage: Usage) -> dict[str, str]:
+    async def finish(self, usage: Usage, *, delivered: bool = True) -> dict[str, str]:
         self.payments.metered.append(usage)
         return {}
 

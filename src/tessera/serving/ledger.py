@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from sqlalchemy import (
+    BigInteger,
     Column,
     ColumnElement,
+    Connection,
     Float,
     Index,
     LargeBinary,
@@ -30,6 +32,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    text,
     tuple_,
     update,
 )
@@ -40,9 +43,10 @@ from tessera.storage.database import Transaction, open_database
 from tessera.storage.layout import Layout
 from tessera.storage.location import MEMORY
 
-__all__ = ["Lease", "Memory", "PaymentLedger", "PaymentName"]
+__all__ = ["REMEMBER_S", "Lease", "Memory", "PaymentLedger", "PaymentName"]
 
 MAX_REMEMBERED = 4_096
+MOST_UNITS = 2**63 - 1
 REMEMBER_S = 24 * 3600.0
 LEASE_S = 900.0  # longer than any request: two answer timeouts of a gateway, and the settlement
 
@@ -55,6 +59,7 @@ _LEASES = Table(
     Column("nonce", String, primary_key=True),
     Column("token", String, nullable=False),  # the lease's own
     Column("until", Float(53), nullable=False),  # seconds since 1970
+    Column("units", BigInteger, nullable=False, server_default="0"),  # the most that will be settled after the work
 )
 _MEMORIES = Table(
     "payment_memories",
@@ -67,7 +72,13 @@ _MEMORIES = Table(
     Column("since", Float(53), nullable=False),  # seconds since 1970
 )
 Index("payment_memories_by_age", _MEMORIES.c.since)
-_LAYOUT = Layout("payments", _TABLES)
+
+
+def _add_units(connection: Connection) -> None:
+    connection.execute(text("alter table payment_leases add column units bigint not null default 0"))
+
+
+_LAYOUT = Layout("payments", _TABLES, migrations=(_add_units,))
 
 T = TypeVar("T")
 Memory = Literal["owed", "doubtful"]
@@ -83,10 +94,15 @@ class PaymentName:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One request's right to work for a payment."""
+    """One request's right to work for a payment.
+
+    Attributes:
+        payers_units: what this payer's requests in flight, this one too, will settle at most when they end.
+    """
 
     name: PaymentName
     token: str
+    payers_units: int
 
 
 class PaymentLedger:
@@ -123,27 +139,28 @@ class PaymentLedger:
         """Payments in flight in this process."""
         return len(self._mine)
 
-    async def hold(self, name: PaymentName) -> Lease:
-        """Takes `name` for one request.
+    async def hold(self, name: PaymentName, units: int = 0) -> Lease:
+        """Takes `name` for one request, which will settle at most `units` when it ends.
 
         Raises: Conflict when it is taken; Unavailable when its payer has too many, or the database is busy.
         """
-        lease, now = Lease(name, secrets.token_hex(16)), self._clock.time()
+        token, now = secrets.token_hex(16), self._clock.time()
 
-        def work(db: Transaction) -> bool:
+        def work(db: Transaction) -> Lease | None:
             payer = and_(_LEASES.c.asset == self._asset, _LEASES.c.payer == name.payer)
             db.execute(delete(_LEASES).where(payer, _LEASES.c.until <= now))
-            held = {row.nonce for row in db.execute(select(_LEASES.c.nonce).where(payer))}
+            held = {row.nonce: row.units for row in db.execute(select(_LEASES.c.nonce, _LEASES.c.units).where(payer))}
             if name.nonce in held:
-                return False
+                return None
             if len(held) >= self._max_held_per_payer:
                 limit = self._max_held_per_payer
                 raise Unavailable(f"{limit} payments of this payer are in flight; nothing was charged")
-            row = {"token": lease.token, "until": now + self._lease_s}
+            row = {"token": token, "until": now + self._lease_s, "units": min(units, MOST_UNITS)}
             db.execute(insert(_LEASES), self._key(name) | row)
-            return True
+            return Lease(name, token, sum(held.values()) + units)
 
-        if not await self._apply(work, name):
+        lease = await self._apply(work, name)
+        if lease is None:
             raise Conflict("this authorization is already paying for another request")
         self._mine.add(lease)
         return lease
