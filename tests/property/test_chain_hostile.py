@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from chain_support import CHAIN_ID, key, memory_chain
 from tessera.chain.engine import decode_transaction
 from tessera.chain.reverts import revert_error, revert_reason
+from tessera.chain.rlp_forms import rlp_encode
 from tessera.chain.rpc import rpc_error
-from tessera.chain.transactions import Transaction, rlp_encode, sign
+from tessera.chain.transactions import Transaction, sign
 from tessera.core.errors import Invalid, TesseraError
 
 CHAIN = memory_chain()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tessera.chain.engine import GAS_LIMIT, SignedTx, decode_transaction
-from tessera.chain.transactions import rlp_encode, rlp_prefix
+from tessera.chain.rlp_forms import rlp_encode, rlp_list
 from tessera.core.hashing import keccak, sha256
 
 __all__ = ["Block", "RawLog", "Result", "bloom", "make_block", "restore_block"]
@@ -147,7 +147,7 @@ def _assemble(
     transactions_root = receipts_root = EMPTY_TRIE
     if raw is not None:
         numbers = (b"\x01" if ok else b"\x80") + rlp_encode(gas_used)
-        receipt = _list(numbers + b"\xb9\x01\x00" + bits + _list(b"".join(map(_log, logs))))
+        receipt = rlp_list(numbers + b"\xb9\x01\x00" + bits + rlp_list(b"".join(map(_log, logs))))
         transactions_root = _trie_of_one(raw)
         receipts_root = _trie_of_one(receipt if raw[0] >= 0xC0 else raw[:1] + receipt)
     roots = b"\xa0" + state_root + b"\xa0" + transactions_root + b"\xa0" + receipts_root + b"\xb9\x01\x00" + bits
@@ -162,12 +162,7 @@ def _assemble(
 
 def _log(log: RawLog) -> bytes:
     address, topics, data = log
-    return _list(b"\x94" + address + _list(b"".join([b"\xa0" + topic for topic in topics])) + rlp_encode(data))
-
-
-def _list(body: bytes) -> bytes:
-    """The RLP list of items that are encoded already."""
-    return rlp_prefix(len(body), 0xC0) + body
+    return rlp_list(b"\x94" + address + rlp_list(b"".join([b"\xa0" + topic for topic in topics])) + rlp_encode(data))
 
 
 def _trie_of_one(value: bytes) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import rlp
 
-from tessera.chain.transactions import rlp_encode
+from tessera.chain.rlp_forms import rlp_bytes, rlp_encode, rlp_list
 from tessera.core.hashing import keccak
 
 __all__ = [
@@ -45,7 +45,7 @@ class Leaf:
 
     def encoded(self) -> bytes:
         value = rlp_encode(self.value) if isinstance(self.value, int) else self.value.rlp()
-        return _list(_string(_packed(self.path, 2)) + _string(value))
+        return rlp_list(rlp_bytes(_packed(self.path, 2)) + rlp_bytes(value))
 
     @property
     def ref(self) -> bytes:
@@ -63,7 +63,7 @@ class Extension:
         self.path, self.child, self._ref = path, child, b""
 
     def encoded(self) -> bytes:
-        return _list(_string(_packed(self.path, 0)) + self.child.ref)
+        return rlp_list(rlp_bytes(_packed(self.path, 0)) + self.child.ref)
 
     @property
     def ref(self) -> bytes:
@@ -81,7 +81,7 @@ class Branch:
         self.children, self._ref = children, b""
 
     def encoded(self) -> bytes:
-        return _list(b"".join([_NOTHING if child is None else child.ref for child in self.children]) + _NOTHING)
+        return rlp_list(b"".join([_NOTHING if child is None else child.ref for child in self.children]) + _NOTHING)
 
     @property
     def ref(self) -> bytes:
@@ -268,23 +268,6 @@ def _packed(path: bytes, flag: int) -> bytes:
     """Hex-prefix form: two nibbles a byte, with oddness and the kind of node (2 = leaf) in the first."""
     digits = path.translate(_TO_HEX).decode()
     return bytes.fromhex(f"{flag + 1:x}{digits}" if len(path) % 2 else f"{flag:x}0{digits}")
-
-
-def _string(data: bytes) -> bytes:
-    """RLP of bytes."""
-    size = len(data)
-    if size == 1 and data[0] < 0x80:
-        return data
-    return bytes([0x80 + size]) + data if size < 56 else rlp_encode(data)
-
-
-def _list(body: bytes) -> bytes:
-    """RLP of a list whose encoded items are `body`."""
-    size = len(body)
-    if size < 56:
-        return bytes([0xC0 + size]) + body
-    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
-    return bytes([0xF7 + len(length)]) + length + body
 
 
 def _named(encoded: bytes) -> bytes:

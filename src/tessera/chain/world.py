@@ -15,7 +15,7 @@ from eth.abc import AccountDatabaseAPI
 from eth.db.journal import get_next_checkpoint
 
 from tessera.chain import trie
-from tessera.chain.transactions import rlp_encode
+from tessera.chain.rlp_forms import rlp_encode
 from tessera.core.hashing import keccak
 
 __all__ = ["Account", "Accounts", "World"]
