@@ -128,4 +128,4 @@ def _write_params(
 
 def _digest(tensor: Tensor) -> bytes:
     numbers = tensor.detach().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(numbers).digest()  # of the memory itself: a table may be gigabytes
+    return hashlib.sha256(numbers.data).digest()  # of the memory itself: a table may be gigabytes
