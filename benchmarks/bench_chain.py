@@ -212,6 +212,7 @@ async def paid_requests(chain: RpcChain, count: int) -> float:
     from tessera.serving.buyer import Buyer
     from tessera.serving.engine import FakeEngine
     from tessera.serving.gateway import GatewayConfig, create_app
+    from tessera.serving.local import LocalModel
     from tessera.serving.payments import PaymentConfig, X402Payments
     from tessera.serving.text import CharTokenizer
 
@@ -220,7 +221,7 @@ async def paid_requests(chain: RpcChain, count: int) -> float:
     config = PaymentConfig(coin.address, await coin.name(), await coin.version(), PRICE, PAYEE.account)
     payments = await X402Payments.open(config, chain, PAYEE)
     engine = FakeEngine(lambda prompt, sampling: list(b"hello world"))
-    app = create_app(GatewayConfig(model="bench"), engine, CharTokenizer(), [payments])
+    app = create_app(GatewayConfig(), [LocalModel("bench", engine, CharTokenizer())], [payments])
     limits = {"max_units_each": PRICE, "max_units": PRICE * (count + 1)}
     chain_id, transport = await chain.chain_id(), httpx.ASGITransport(app)
     buyer = Buyer("http://gateway", PAYER, chain_id=chain_id, asset=coin.address, transport=transport, **limits)

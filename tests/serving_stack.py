@@ -26,6 +26,7 @@ from tessera.serving.charging import PaidRequest
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.keys import OperatorKeys
+from tessera.serving.local import LocalModel
 from tessera.serving.payments import PaymentConfig, Settlement, X402Payments, credit_name
 from tessera.serving.prices import TokenPrice
 from tessera.serving.text import CharTokenizer
@@ -151,9 +152,8 @@ async def open_stack(
     balances = Balances(SystemClock())
     payments = await X402Payments.open(config, chain, operator, balances=balances, on_settled=settled.append)
     engine = engine or FakeEngine(lambda prompt, sampling: list(b"hello world"))
-    app = create_app(
-        GatewayConfig(model=MODEL, **settings), engine, CharTokenizer(), [OperatorKeys(api_keys), payments]
-    )
+    model = LocalModel(MODEL, engine, CharTokenizer())
+    app = create_app(GatewayConfig(**settings), [model], [OperatorKeys(api_keys), payments])
     return Stack(chain, coin, engine, payments, balances, app, settled)
 
 

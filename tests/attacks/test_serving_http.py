@@ -12,7 +12,9 @@ import pytest
 
 from tessera.serving.charging import FakePayments, Free, Usage
 from tessera.serving.engine import FakeEngine
+from tessera.serving.envelope import CutOff
 from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.local import LocalModel
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio
@@ -62,8 +64,8 @@ class RawClient:
 
 
 def make_app(engine: FakeEngine | None = None, payments: FakePayments | None = None, **settings: Any) -> Any:
-    config = GatewayConfig(model=MODEL, **settings)
-    return create_app(config, engine or FakeEngine(), CharTokenizer(), [payments or Free()])
+    model = LocalModel(MODEL, engine or FakeEngine(), CharTokenizer())
+    return create_app(GatewayConfig(**settings), [model], [payments or Free()])
 
 
 def body(**changes: Any) -> bytes:
@@ -235,7 +237,8 @@ async def test_one_coin_sent_many_times_at_once_pays_once_and_is_served_once() -
 async def test_a_prompt_never_reaches_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine(fail_after=1, error=RuntimeError("my secret prompt"))
     await answer(make_app(engine), body(prompt="my secret prompt"))
-    await answer(make_app(engine), body(prompt="my secret prompt", stream=True, n=2))
+    with pytest.raises(CutOff):
+        await answer(make_app(engine), body(prompt="my secret prompt", stream=True, n=2))
     captured = capsys.readouterr()
     assert "request_failed" in captured.out + captured.err
     assert "secret" not in captured.out + captured.err

@@ -18,6 +18,7 @@ from tessera.serving.charging import PAYMENT_HEADER, PaidRequest
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.ledger import LEASE_S
+from tessera.serving.local import LocalModel
 from tessera.serving.payments import PaymentConfig, X402Payments
 from tessera.serving.text import CharTokenizer
 
@@ -34,7 +35,7 @@ async def another(stack: Stack, url: str, *, price: int = PRICE, clock: FakeCloc
     config = PaymentConfig(stack.coin.address, await stack.coin.name(), await stack.coin.version(), price, PAYEE)
     payments = await X402Payments.open(config, stack.chain, OPERATOR, database=url, clock=clock)
     engine = FakeEngine(lambda prompt, sampling: list(b"hello world"), delay_s=0.002)
-    app = create_app(GatewayConfig(model=MODEL, max_concurrent=64), engine, CharTokenizer(), [payments])
+    app = create_app(GatewayConfig(max_concurrent=64), [LocalModel(MODEL, engine, CharTokenizer())], [payments])
     return replace(stack, payments=payments, app=app, engine=engine)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-import uvicorn
 from openai import AsyncOpenAI
 
+from serving_sockets import listening
 from tessera.serving.charging import Free
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.local import LocalModel
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio
@@ -24,17 +24,9 @@ MODEL = "m"
 
 @asynccontextmanager
 async def serving(engine: FakeEngine, **settings: Any) -> AsyncIterator[str]:
-    app = create_app(GatewayConfig(model=MODEL, **settings), engine, CharTokenizer(), [Free()])
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        async with anyio.create_task_group() as group:
-            group.start_soon(server.serve, [listener])
-            try:
-                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-            finally:
-                server.should_exit = True
+    app = create_app(GatewayConfig(**settings), [LocalModel(MODEL, engine, CharTokenizer())], [Free()])
+    async with listening(app) as url:
+        yield url
 
 
 async def test_pieces_arrive_one_by_one_and_leaving_frees_the_engine() -> None:

@@ -12,6 +12,7 @@ from serving_stack import MODEL, PRICE, open_stack
 from tessera.models.tokenizer import END, train_tokenizer
 from tessera.serving.buyer import Buyer
 from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.local import LocalModel
 
 pytestmark = pytest.mark.anyio
 
@@ -21,8 +22,8 @@ async def test_a_paid_request_is_answered_by_the_peers_that_hold_the_stages() ->
     stack = await open_stack()
     key = await stack.buyer()
     async with open_shards(4, real=True) as shards:
-        config = GatewayConfig(model=MODEL, stop_tokens=(END,))
-        app = create_app(config, shards.engine, tokenizer, [stack.payments])
+        model = LocalModel(MODEL, shards.engine, tokenizer, stop_tokens=(END,))
+        app = create_app(GatewayConfig(), [model], [stack.payments])
         limits: dict[str, Any] = {"asset": stack.coin.address, "max_units_each": PRICE, "max_units": 3 * PRICE}
         transport = httpx.ASGITransport(app)
         async with Buyer("http://g", key, chain_id=stack.chain_id, transport=transport, **limits) as buyer:

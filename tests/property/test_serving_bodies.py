@@ -13,7 +13,7 @@ from tessera.core.errors import Invalid, Misbehaviour
 from tessera.serving.envelope import error_body
 from tessera.serving.frames import pack, unpack
 from tessera.serving.offers import parse_payment
-from tessera.serving.schemas import IGNORED, NEUTRAL, ChatRequest, CompletionRequest, parse_body
+from tessera.serving.schemas import IGNORED, NEUTRAL, ChatRequest, CompletionRequest, EmbeddingRequest, parse, read_json
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec=None)),
@@ -25,10 +25,10 @@ BODIES = st.dictionaries(st.sampled_from(FIELDS) | st.text(st.characters(codec=N
 
 
 @settings(max_examples=300, deadline=None)
-@given(BODIES, st.sampled_from([ChatRequest, CompletionRequest]))
+@given(BODIES, st.sampled_from([ChatRequest, CompletionRequest, EmbeddingRequest]))
 def test_a_body_parses_or_is_refused_in_an_envelope_that_can_be_sent(body: dict[str, object], kind: type) -> None:
     try:
-        parse_body(kind, json.dumps(body).encode())
+        parse(kind, read_json(json.dumps(body).encode()))
     except Invalid as error:
         json.dumps(error_body(error), ensure_ascii=False).encode()
 

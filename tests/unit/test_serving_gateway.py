@@ -15,6 +15,7 @@ from tessera.serving.charging import FakePayments, Free, Payments, Usage
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.keys import OperatorKeys
+from tessera.serving.local import LocalModel
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio
@@ -22,7 +23,9 @@ MODEL = "tessera-test"
 
 
 def make_client(engine: FakeEngine, *ways: Payments, **settings: Any) -> httpx.AsyncClient:
-    app = create_app(GatewayConfig(model=MODEL, **settings), engine, CharTokenizer(), ways or [Free()])
+    stop_tokens = settings.pop("stop_tokens", ())
+    model = LocalModel(MODEL, engine, CharTokenizer(), stop_tokens=stop_tokens)
+    app = create_app(GatewayConfig(**settings), [model], ways or [Free()])
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
 
 
@@ -143,8 +146,11 @@ async def test_equal_seeds_reach_the_engine_unchanged_and_absent_ones_differ() -
 @pytest.mark.parametrize(
     ("change", "param", "code"),
     [
-        ({"n": 2}, "n", "unsupported_parameter"),
-        ({"logprobs": 3}, "logprobs", "unsupported_parameter"),
+        ({"n": 17}, "n", "invalid_value"),
+        ({"n": 9, "prompt": ["a", "b"]}, "n", "invalid_value"),
+        ({"n": 9}, "n", "invalid_value"),
+        ({"logprobs": 21}, "logprobs", "invalid_value"),
+        ({"logprobs": True}, "logprobs", "invalid_value"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
         ({"best_of": True}, "best_of", "unsupported_parameter"),
@@ -156,9 +162,9 @@ async def test_equal_seeds_reach_the_engine_unchanged_and_absent_ones_differ() -
         ({"stop": ["a"] * 5}, "stop", "invalid_value"),
         ({"stop": ""}, "stop", "invalid_value"),
         ({"prompt": ""}, "prompt", "invalid_value"),
-        ({"prompt": ["a", "b"]}, "prompt", "invalid_value"),
+        ({"prompt": ["a", 1]}, "prompt", "invalid_value"),
         ({"prompt": [256]}, "prompt", "invalid_value"),
-        ({"prompt": "\ud800"}, None, "invalid_value"),
+        ({"prompt": "\ud800"}, "prompt", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"max_tokens": 62}, "max_tokens", "context_length_exceeded"),
         ({"prompt": "x" * 64}, "prompt", "context_length_exceeded"),
@@ -246,7 +252,7 @@ async def test_without_payments_a_wrong_key_is_401() -> None:
 
 async def test_a_gateway_that_nobody_could_use_is_refused() -> None:
     with pytest.raises(Invalid, match="a way to pay"):
-        create_app(GatewayConfig(model=MODEL), FakeEngine(), CharTokenizer(), [])
+        create_app(GatewayConfig(), [LocalModel(MODEL, FakeEngine(), CharTokenizer())], [])
 
 
 async def test_a_paid_answer_settles_once_and_tells_the_buyer() -> None:
@@ -298,7 +304,7 @@ async def test_what_is_metered_is_told_in_the_last_chunk_or_in_the_header() -> N
     assert payments.metered == [Usage(3, 3)] * 3
 
 
-@pytest.mark.parametrize("change", [{"max_tokens": 10_000}, {"model": "other"}, {"n": 3}])
+@pytest.mark.parametrize("change", [{"max_tokens": 10_000}, {"model": "other"}, {"tools": [{}]}])
 async def test_what_cannot_be_served_is_refused_before_payment(change: dict[str, Any]) -> None:
     payments = FakePayments({"c1"})
     engine = says("abc")

@@ -15,7 +15,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-GATEWAY_PATHS = ("/v1", "/healthz")
+GATEWAY_PATHS = ("/v1", "/healthz", "/metrics")
 
 
 class Front:

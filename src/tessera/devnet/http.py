@@ -12,6 +12,7 @@ import anyio
 import uvicorn
 
 from tessera.core.errors import Conflict, Invalid
+from tessera.serving.server import server_config
 
 __all__ = ["bind_port", "bind_ports", "listening"]
 
@@ -62,8 +63,7 @@ class _Server(uvicorn.Server):
 @asynccontextmanager
 async def listening(app: Any, server_socket: socket.socket) -> AsyncIterator[str]:
     """Serve `app` on a bound socket inside the block; yields its URL."""
-    config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-    server = _Server(config)
+    server = _Server(server_config(app, log_level="warning", timeout_graceful_shutdown=1))
     host, port = server_socket.getsockname()[:2]
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(server.serve, [server_socket])

@@ -16,6 +16,7 @@ from tessera.devnet.text import load_tokenizer, load_validation
 from tessera.models.tokenizer import END
 from tessera.serving.buyer import Buyer
 from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.local import LocalModel
 from tessera.serving.payments import PaymentConfig, X402Payments
 from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
 
@@ -57,8 +58,8 @@ async def open_gateway(run: Run, front: Front, clock: Clock) -> X402Payments:
     payments = await X402Payments.open(
         config, run.ledger.chain, run.people.operator, database=where, schema=schema, clock=clock
     )
-    gateway = GatewayConfig(model=run.manifest.name, stop_tokens=(END,))
-    front.gateway = create_app(gateway, engine, tokenizer, [payments], clock=clock)
+    served = LocalModel(run.manifest.name, engine, tokenizer, stop_tokens=(END,), clock=clock)
+    front.gateway = create_app(GatewayConfig(), [served], [payments], clock=clock)
     return payments
 
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tessera.core.errors import Invalid, Late, PaymentRequired, TesseraError, Unavailable
 
-__all__ = ["SlowBody", "TooLarge", "Unauthorized", "error_body", "error_response", "install"]
+__all__ = ["CutOff", "SlowBody", "TooLarge", "Unauthorized", "error_body", "error_response", "install"]
 
 log = structlog.get_logger()
 
@@ -35,6 +35,10 @@ class SlowBody(Late):
     """The body did not arrive in time."""
 
     code, status = "request_timeout", 408
+
+
+class CutOff(Exception):
+    """An answer broke after it had begun. Says no more, since the server logs it and a message could quote a prompt."""
 
 
 class Unauthorized(TesseraError):
@@ -100,11 +104,11 @@ class _LastResort:
 
         try:
             await self._app(scope, receive, watched)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # The supervisor of one request: names the class only, since a message could quote a prompt.
             log.error("request_failed", path=scope["path"], error=type(error).__name__)
             if begun:
-                raise
+                raise CutOff from None
             await _plain(500, "the server had an error while answering")(scope, receive, send)
 
 
@@ -129,5 +133,11 @@ def _envelope(status: int, message: str, param: str | None, code: str) -> dict[s
 
 
 def _type(status: int) -> str:
-    named = {401: "authentication_error", 402: "payment_required", 403: "permission_error", 404: "not_found_error"}
+    named = {
+        401: "authentication_error",
+        402: "payment_required",
+        403: "permission_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+    }
     return named.get(status, "invalid_request_error" if status < 500 else "server_error")

@@ -1,4 +1,4 @@
-"""The request bodies that the gateway takes: OpenAI's, strictly typed, for what a plain language model can do.
+"""The request bodies that a model of ours takes: OpenAI's, strictly typed, for what a plain language model can do.
 
 Three kinds of fields. Supported ones are declared here. Harmless ones (`IGNORED`) change nothing that we answer and are
 ignored. Known ones that would change the answer (`NEUTRAL`) are refused unless they hold the value that asks for
@@ -14,9 +14,22 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tessera.core.errors import Invalid
+from tessera.serving.engine import MAX_LOGPROBS
 
-__all__ = ["ChatRequest", "CompletionRequest", "parse_body"]
+__all__ = [
+    "MAX_CHOICES",
+    "ChatRequest",
+    "CompletionRequest",
+    "EmbeddingRequest",
+    "StreamOptions",
+    "model_of",
+    "parse",
+    "read_json",
+    "validated",
+]
 
+MAX_CHOICES = 16  # of one request, all its prompts together
+MAX_INPUTS = 256
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_MESSAGES = 256
@@ -33,16 +46,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
+    "dimensions": (),
     "modalities": (["text"],),
-    "n": (1,),
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -59,8 +70,11 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None
 
 
-class _Request(_Body):
+class _Named(_Body):
     model: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class _Request(_Named):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -68,6 +82,7 @@ class _Request(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -83,16 +98,22 @@ class _Request(_Body):
 
 
 class CompletionRequest(_Request):
-    """`POST /v1/completions`: one prompt, as text or as token ids."""
+    """`POST /v1/completions`: prompts as text or as token ids."""
 
     prompt: (
         str
         | list[int]
-        | Annotated[list[str], Field(min_length=1, max_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1, max_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[list[int]], Field(min_length=1, max_length=MAX_CHOICES)]
     )
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     route: ClassVar[str] = "/v1/completions"
+
+    @property
+    def told(self) -> int | None:
+        """How many likeliest tokens to tell beside each; None for no log-probabilities."""
+        return self.logprobs
 
 
 class TextPart(_Body):
@@ -101,9 +122,16 @@ class TextPart(_Body):
 
 
 class Message(_Body):
+    """One message. An answer of ours may come back as it was: what it says that it has not is allowed."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    refusal: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
     def text(self) -> str:
@@ -115,33 +143,71 @@ class ChatRequest(_Request):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     route: ClassVar[str] = "/v1/chat/completions"
+
+    @property
+    def told(self) -> int | None:
+        """How many likeliest tokens to tell beside each; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-RequestT = TypeVar("RequestT", bound=_Request)
+class EmbeddingRequest(_Named):
+    """`POST /v1/embeddings`: texts, or token ids, each to a vector of length 1."""
+
+    input: (
+        str
+        | list[int]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[list[int]], Field(min_length=1, max_length=MAX_INPUTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+
+    route: ClassVar[str] = "/v1/embeddings"
 
 
-def parse_body(kind: type[RequestT], body: bytes) -> RequestT:
-    """The request in `body`. Raises: Invalid, with `param` naming the field and `reason` a stable word."""
+RequestT = TypeVar("RequestT", bound=_Named)
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`. Raises: Invalid."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Invalid("the body is not valid JSON", reason="invalid_json") from error
     if not isinstance(data, dict):
         raise Invalid(f"the body must be a JSON object, not {_kind(data)}", reason="invalid_json")
-    wanted = _without_the_harmless(data)
+    return data
+
+
+def model_of(data: Mapping[str, Any]) -> str:
+    """The model that a request names. Raises: Invalid."""
+    return validated(_Named, {"model": data["model"]} if "model" in data else {}).model
+
+
+def parse(kind: type[RequestT], data: Mapping[str, Any]) -> RequestT:
+    """The request in `data`. Raises: Invalid, with `param` naming the field and `reason` a stable word."""
+    return validated(kind, _without_the_harmless(data))
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def validated(kind: type[ModelT], data: dict[str, Any]) -> ModelT:
+    """`data` as a `kind`. Raises: Invalid, as `parse`."""
     try:
-        return kind.model_validate(wanted)
+        return kind.model_validate(data)
     except ValidationError as error:
         raise _first_problem(error) from None
 
 
-def _without_the_harmless(data: dict[str, Any]) -> dict[str, Any]:
+def _without_the_harmless(data: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {}
     for name, value in data.items():
         if name in NEUTRAL:

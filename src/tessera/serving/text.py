@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Literal, Protocol
 
 from tessera.core.errors import Invalid
-from tessera.serving.engine import Engine, Sampling
+from tessera.serving.engine import Engine, Sampling, Token
 
 __all__ = ["CharTokenizer", "Generation", "TextTokenizer", "flatten_chat"]
 
@@ -71,20 +71,33 @@ class Generation:
     ) -> None:
         self._tokens = engine.generate(prompt, sampling)
         self._tokenizer = tokenizer
-        self._max_tokens = sampling.max_tokens
         self._stops = tuple(stops)
         self._ids: list[int] = []
         self._start = 0  # decoding starts at this token
         self._shown = 0  # characters of that decoding already given out
         self._held = ""  # text that may turn out to begin a stop string
+        self._tells = sampling.logprobs is not None
+        self._told: list[
+            tuple[int, Token]
+        ] = []  # tokens to tell about, each with the characters that were there with it
+        self._decoded = self._given = 0  # characters that tokens completed, and that pieces gave out
         self._pieces = self._run()
-        self.prompt_tokens = len(prompt)
+        self.max_tokens = sampling.max_tokens
         self.completion_tokens = 0
         self.finish_reason: Literal["stop", "length"] = "stop"
 
     def pieces(self) -> AsyncGenerator[str, None]:
         """The text, token by token, to a stop string, a stop token or the token limit. Always the same iterator."""
         return self._pieces
+
+    def shown(self) -> list[Token]:
+        """The tokens with log-probabilities whose text was given out since the last call, in order.
+
+        So a token that only a stop string was made of is never told.
+        """
+        tokens = [token for end, token in self._told if end <= self._given]
+        del self._told[: len(tokens)]
+        return tokens
 
     async def aclose(self) -> None:
         """Frees what the engine holds. Safe to call twice."""
@@ -94,15 +107,22 @@ class Generation:
     async def _run(self) -> AsyncGenerator[str, None]:
         async for token in self._tokens:
             self.completion_tokens += 1
-            piece, stopped = self._release(self._characters(token.id))
+            characters = self._characters(token.id)
+            if self._tells:
+                self._decoded += len(characters)
+                self._told.append((self._decoded, token))
+            piece, stopped = self._release(characters)
+            self._given += len(piece)
             if stopped:
                 self.finish_reason = "stop"
                 yield piece
                 return
             yield piece
-        if self.completion_tokens >= self._max_tokens:
+        if self.completion_tokens >= self.max_tokens:
             self.finish_reason = "length"
-        if rest := self._rest():
+        rest = self._rest()
+        self._given += len(rest)
+        if rest:
             yield rest
 
     def _characters(self, token: int) -> str:
