@@ -31,6 +31,8 @@ def test_what_is_known_depends_on_the_last_tokens_and_on_no_other() -> None:
 def test_history_stands_for_the_text_before() -> None:
     table, ids = filled(64), torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(table(ids[:, 4:], skip=3), table(ids)[:, 7:])
+    nothing = torch.full((2, 3), -1)
+    torch.testing.assert_close(table(torch.cat((nothing, ids), 1), skip=3), table(ids))
 
 
 def test_hashed_tables_start_at_zero() -> None:

@@ -41,7 +41,10 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def enter(self, ids: Tensor, message: Tensor | None, skip: int = 0) -> tuple[Tensor, Tensor | None]:
-        """(stream [B, T, D], known). `message` is None at stage 0. The first `skip` ids are history, not input."""
+        """(stream [B, T, D], known). `message` is None at stage 0.
+
+        The first `skip` ids, none or `HISTORY`, are history, not input; of a text's beginning some of them are -1.
+        """
 
     @abstractmethod
     def leave(self, y: Tensor, known: Tensor | None) -> Tensor:
@@ -79,14 +82,30 @@ class TokenTable(nn.Module):
         self.pairs = nn.Parameter(torch.zeros(spec.codec.pairs, m.width)) if spec.codec.pairs else None
 
     def forward(self, ids: Int[Tensor, "B S"], skip: int = 0) -> Float[Tensor, "B T D"]:
+        if skip:
+            return self._after(ids, skip)
+        known = self._rows(ids) if self.taps is None else token_features(self.rows, self.taps, ids)
+        return known if self.pairs is None else known + self._of_pairs(self.pairs, ids, F.pad(ids, (1, 0))[:, :-1])
+
+    def _after(self, ids: Tensor, skip: int) -> Tensor:
+        """The same for what follows `skip` ids of history, for decoding: ids before the text are -1."""
+        seen = ids.clamp(min=0)
         if self.taps is None:
-            known = F.embedding(ids, self.rows).to(torch.float32)  # an imported table may be bfloat16
+            known = self._rows(seen[:, skip:])
         else:
-            known = token_features(self.rows, self.taps, ids)
-        if self.pairs is not None:
-            hashed = ids * _HASH[0] + F.pad(ids, (1, 0))[:, :-1] * _HASH[1]
-            known = known + F.embedding(hashed % self.pairs.size(0), self.pairs)
-        return known[:, skip:]
+            e = self._rows(seen).mul_((ids >= 0)[..., None])
+            known = e[:, skip:].clone()
+            for back in range(1, HISTORY + 1):
+                known.addcmul_(e[:, skip - back : -back], self.taps[back - 1])
+        if self.pairs is None:
+            return known
+        return known + self._of_pairs(self.pairs, seen[:, skip:], seen[:, skip - 1 : -1])
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.rows).to(torch.float32)  # an imported table may be bfloat16
+
+    def _of_pairs(self, pairs: Tensor, ids: Tensor, before: Tensor) -> Tensor:
+        return F.embedding((ids * _HASH[0] + before * _HASH[1]) % pairs.size(0), pairs)
 
 
 class DenseCodec(Codec):

@@ -4,10 +4,12 @@ Differences in storage only: q, k, v lie in one matrix (`qkv`, rows in that orde
 which saves a third of the small-model overhead. Each layer says how its fused matrices split (`fused_rows`).
 Output matrices start at zero, so an untrained layer is the identity.
 
-Legend: B sequences, T tokens, S tokens seen so far, D width, H heads, K key-value heads, E head size.
+Legend: B sequences, T tokens, D width, H heads, K key-value heads, E head size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +20,12 @@ from tessera.models.config import ModelConfig
 from tessera.models.functional import linear, rms_norm, split_heads, swiglu
 from tessera.models.initial import initial
 
-__all__ = ["Layer", "LayerCache", "Rotation"]
+__all__ = ["Attention", "Layer", "Rotation"]
 
 Rotation = tuple[Tensor, Tensor]  # cos, sin of the positions at hand
-
-
-class LayerCache:
-    """Keys and values of one session in one layer, room for `context` tokens. The owner tracks how many are filled."""
-
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        shape = (1, config.kv_heads, config.context, config.head_dim)
-        self.keys = torch.zeros(shape, device=device)
-        self.values = torch.zeros(shape, device=device)
-
-    def extend(self, filled: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes new tokens after `filled` and returns everything up to them."""
-        end = filled + keys.size(2)
-        self.keys[:, :, filled:end] = keys
-        self.values[:, :, filled:end] = values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+# Queries [B, T, H, E], keys and values [B, T, K, E] to [B, T, H, E]: what each query sees up to its own token. While
+# decoding, one that keeps the keys and values of earlier calls sees those too.
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer(nn.Module):
@@ -73,14 +62,14 @@ class Layer(nn.Module):
         return {"qkv": (c.attended, kv, kv), "gate_up": (c.ffn, c.ffn)}
 
     def forward(
-        self, x_BTD: Float[Tensor, "B T D"], rotation: Rotation, cache: LayerCache | None = None, filled: int = 0
+        self, x_BTD: Float[Tensor, "B T D"], rotation: Rotation, attention: Attention | None = None
     ) -> Float[Tensor, "B T D"]:
         eps = self.config.norm_eps
-        x_BTD = x_BTD + self._attend(rms_norm(x_BTD, self.attention_gain, eps), rotation, cache, filled)
+        x_BTD = x_BTD + self._attend(rms_norm(x_BTD, self.attention_gain, eps), rotation, attention)
         hidden = swiglu(linear(rms_norm(x_BTD, self.ffn_gain, eps), self.gate_up, self.low))
         return x_BTD + self._project(hidden, self.down)
 
-    def _attend(self, x_BTD: Tensor, rotation: Rotation, cache: LayerCache | None, filled: int) -> Tensor:
+    def _attend(self, x_BTD: Tensor, rotation: Rotation, attention: Attention | None) -> Tensor:
         c = self.config
         batch, length, _ = x_BTD.shape
         qkv = linear(x_BTD, self.qkv, self.low)
@@ -88,16 +77,8 @@ class Layer(nn.Module):
             qkv = qkv + self.qkv_bias
         qkv = qkv.view(batch, length, c.heads + 2 * c.kv_heads, c.head_dim)
         q, k, v = split_heads(qkv, self._qk_gain(), *rotation, c.heads, c.norm_eps)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(filled, k, v)
-        if c.kv_heads != c.heads:
-            k, v = (z.repeat_interleave(c.heads // c.kv_heads, dim=1) for z in (k, v))
-        windowed = 0 < c.window < filled + length
-        mask = _mask(length, filled, c.window, x_BTD.device) if windowed or (filled and length > 1) else None
-        causal = mask is None and length > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self._project(y.transpose(1, 2).reshape(batch, length, c.attended), self.out)
+        y = _causal(q, k, v, c.window) if attention is None else attention(q, k, v)
+        return self._project(y.reshape(batch, length, c.attended), self.out)
 
     def _qk_gain(self) -> Tensor | None:
         """One row for each query and key head. [H + K, E]"""
@@ -116,7 +97,13 @@ def _matrix(shape: tuple[int, int], std: float, seed: int, name: str) -> nn.Para
     return nn.Parameter(initial(shape, std, seed, name))
 
 
-def _mask(length: int, filled: int, window: int, device: torch.device) -> Tensor:
-    """New token i sees the `filled` ones before and the new ones up to itself; of those, the last `window`."""
-    seen = torch.ones(length, filled + length, dtype=torch.bool, device=device).tril(diagonal=filled)
-    return seen.triu(diagonal=filled - window + 1) if window else seen
+def _causal(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Each token sees those at hand up to itself; of those, with a `window`, the last so many."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if k.size(1) != q.size(1):
+        k, v = (z.repeat_interleave(q.size(1) // k.size(1), dim=1) for z in (k, v))
+    length, mask = q.size(2), None
+    if 0 < window < length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    causal = mask is None and length > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)

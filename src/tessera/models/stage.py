@@ -4,12 +4,12 @@ Every initial value follows from (seed, name of the parameter in the whole model
 alone, and one process with all layers starts from the same values as many processes with some. Names are global:
 stage 2 of 4 holds `layers.4.qkv`, not `layers.0.qkv`.
 
-Legend: B sequences, T tokens, S = T + those skipped, X = V or W, D width, V vocabulary, W message width.
+Legend: B sequences, T tokens, X = V or W, D width, V vocabulary, W message width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tessera.core.errors import Invalid
 from tessera.models.codec import Codec, make_codec, shared_basis
 from tessera.models.config import ModelSpec
-from tessera.models.decoder import Layer, LayerCache
+from tessera.models.decoder import Attention, Layer, Rotation
 from tessera.models.functional import linear, rms_norm, rope_tables
 
 __all__ = ["Stage"]
@@ -53,30 +53,34 @@ class Stage(nn.Module):
     def device(self) -> torch.device:
         return self.get_buffer("cos").device
 
-    def forward(
-        self,
-        ids: Int[Tensor, "B S"],
-        message: Float[Tensor, "B T W"] | None,
-        caches: list[LayerCache] | None = None,
-        filled: int = 0,
-        skip: int = 0,
-    ) -> Float[Tensor, "B T X"]:
-        """Logits [B, T, V] on the last stage, the message [B, T, W] on the others.
+    def forward(self, ids: Int[Tensor, "B T"], message: Float[Tensor, "B T W"] | None) -> Float[Tensor, "B T X"]:
+        """Logits [B, T, V] on the last stage, the message [B, T, W] on the others."""
+        x_BTD, known = self.codec.enter(ids, message)
+        x_BTD = self.through(x_BTD, self.rotation(slice(0, x_BTD.size(1))))
+        return self.logits(self.hidden(x_BTD)) if self.last else self.codec.leave(x_BTD, known)
 
-        Args:
-            caches: one for each layer, when decoding; `filled` tokens of them are in use.
-            skip: the first `skip` ids are history for the token features, not input.
-        """
-        codec = self._codec()
-        x_BTD, known = codec.enter(ids, message, skip)
-        length = x_BTD.size(1)
-        rotation = (self.get_buffer("cos")[filled : filled + length], self.get_buffer("sin")[filled : filled + length])
-        for i, layer in enumerate(self._layers()):
-            x_BTD = layer(x_BTD, rotation, None if caches is None else caches[i], filled)
-        if not self.last:
-            return codec.leave(x_BTD, known)
-        low = self.spec.model.compute == "bfloat16"
-        return linear(rms_norm(x_BTD, self.head_gain, self.spec.model.norm_eps), self.head, low)
+    @property
+    def codec(self) -> Codec:
+        return cast(Codec, self.codecs[str(self.index)])  # ModuleDict forgets the class
+
+    def rotation(self, positions: slice | Tensor) -> Rotation:
+        """What turns queries and keys at these positions."""
+        return self.get_buffer("cos")[positions], self.get_buffer("sin")[positions]
+
+    def through(
+        self, x_BTD: Float[Tensor, "B T D"], rotation: Rotation, attentions: Sequence[Attention] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """The stream after all layers. `attentions`, one for each layer, see more than the tokens at hand."""
+        for i, layer in enumerate(self.layers.values()):
+            x_BTD = layer(x_BTD, rotation, None if attentions is None else attentions[i])
+        return x_BTD
+
+    def hidden(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """The last stage's stream after the final norm."""
+        return rms_norm(x, self.head_gain, self.spec.model.norm_eps)
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        return linear(hidden, self.head, self.spec.model.compute == "bfloat16")
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
         """How each fused matrix, by its full name, splits by rows."""
@@ -86,9 +90,3 @@ class Stage(nn.Module):
             if isinstance(layer, Layer)
             for name, rows in layer.fused_rows().items()
         }
-
-    def _layers(self) -> Iterator[nn.Module]:
-        return iter(self.layers.values())
-
-    def _codec(self) -> Codec:
-        return cast(Codec, self.codecs[str(self.index)])  # ModuleDict forgets the class

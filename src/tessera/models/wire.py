@@ -11,6 +11,7 @@ Legend: B sequences, T tokens, W numbers for each token.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -80,6 +81,25 @@ class Wire:
         if self._bits:
             return self._unpack_codes(data, shape)
         return unpack_numbers(data, math.prod(shape), self._floats).reshape(shape)
+
+    def split(self, data: bytes, lengths: Sequence[int]) -> list[bytes]:
+        """The messages of consecutive runs of tokens, out of one of them all. A look at bytes: nothing is rounded."""
+        total, scale = sum(lengths), SCALE_BYTES if self.coded else 0
+        numbers, size, start = total * scale, self._token_bytes - scale, 0
+        parts = []
+        for length in lengths:
+            end = start + length
+            parts.append(data[start * scale : end * scale] + data[numbers + start * size : numbers + end * size])
+            start = end
+        return parts
+
+    def join(self, parts: Sequence[bytes]) -> bytes:
+        """The inverse of `split`."""
+        if not self.coded:
+            return b"".join(parts)
+        cuts = [len(part) // self._token_bytes * SCALE_BYTES for part in parts]
+        heads = [part[:cut] for part, cut in zip(parts, cuts, strict=True)]
+        return b"".join(heads + [part[cut:] for part, cut in zip(parts, cuts, strict=True)])
 
     def scales(self, data: bytes, batch: int, length: int) -> Float[Tensor, "B T 1"]:
         """One step of each token's codes, in a message of codes whose size is right. Not checked further."""
