@@ -8,6 +8,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
 from tessera.models.config import CodecConfig
@@ -94,6 +99,26 @@ def write_folder(
         where |= dict.fromkeys(part, name)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return path
+
+
+CHATML = """{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+def write_tokenizer(path: Path, **facts: Any) -> None:
+    """Byte-level, of at most 320 tokens, with three markers; the second ends a text."""
+    engine = Tokenizer(BPE())
+    engine.pre_tokenizer, engine.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    markers = ["<s>", "<|im_end|>", "<|im_start|>"]
+    trainer = BpeTrainer(
+        vocab_size=320, special_tokens=markers, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
+    )
+    engine.train_from_iterator(["the user said to the assistant that the system is here"] * 8, trainer=trainer)
+    (path / "tokenizer.json").write_text(str(engine.to_str()))
+    config = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "chat_template": CHATML, **facts}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 class Staged:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
@@ -55,6 +55,31 @@ async def test_a_completion_has_text_reason_and_our_count_of_tokens(free: httpx.
     assert body["object"] == "text_completion"
     assert body["choices"][0] == {"index": 0, "logprobs": None, "finish_reason": "stop", "text": "hello world"}
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 11, "total_tokens": 14}
+
+
+class Reversed:
+    """A chat whose prompt is the messages backwards, and which knows no system."""
+
+    async def prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        if messages[0][0] == "system":
+            raise Invalid("no system here", param="messages")
+        return list("".join(text for _, text in messages)[::-1].encode())
+
+
+async def test_a_model_with_a_chat_of_its_own_is_asked_through_it() -> None:
+    model = LocalModel(MODEL, FakeEngine(context=64), CharTokenizer(), chat=Reversed())
+    app = create_app(GatewayConfig(), [model], [Free()])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+
+        async def ask(role: str, text: str) -> httpx.Response:
+            body = {"model": MODEL, "max_tokens": 3, "messages": [{"role": role, "content": text}]}
+            return await client.post("/v1/chat/completions", content=json.dumps(body))
+
+        answer = (await ask("user", "abc")).json()
+        assert answer["choices"][0]["message"]["content"] == "cba"
+        assert answer["usage"]["prompt_tokens"] == 3
+        for role, text, code in (("system", "abc", 400), ("user", "", 400), ("user", "\ud800", 400)):
+            assert (await ask(role, text)).status_code == code
 
 
 async def test_the_token_limit_ends_with_reason_length(free: httpx.AsyncClient) -> None:

@@ -348,7 +348,7 @@ def test_no_vote_for_an_epoch_that_is_not_finished_or_is_settled(tmp_path: Path)
     async def main() -> None:
         async with settlement(MANIFEST, tmp_path) as world:
             world.settlers[1].steps_done = 2
-            with pytest.raises(Conflict, match="not finished here"):
+            with pytest.raises(Conflict, match="not finished here: 2 steps are done"):
                 await vote(world, honest())
             world.settlers[1].steps_done = 6
             await settle_all(world.settlers)

@@ -19,6 +19,7 @@ from tessera.cli.config import show_config
 from tessera.cli.data import data_app
 from tessera.cli.keys import keys_app
 from tessera.cli.log_view import show_logs
+from tessera.cli.models import models_app
 from tessera.cli.options import AsJson, StateDir, choice, default_state_dir
 from tessera.cli.relay import relay
 from tessera.cli.run_app import run_app
@@ -168,5 +169,6 @@ app.command("config", context_settings={"allow_extra_args": True, "ignore_unknow
 app.command()(relay)
 app.add_typer(run_app, name="run")
 app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(service_app, name="service")

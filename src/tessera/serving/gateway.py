@@ -139,7 +139,7 @@ class _Gateway:
             data = read_json(body)
             model = self._find(model_of(data))
             note.model = model.id
-            work = model.plan(kind, data)
+            work = await model.plan(kind, data)
             async with AsyncExitStack() as held:
                 charge = await self._admit(model, work, request, body, held)
                 visit = held.enter_context(

@@ -19,7 +19,7 @@ from tessera.serving.answers import Answer, closed, embedding, json_bytes, unit_
 from tessera.serving.charging import Usage
 from tessera.serving.engine import SEED_BITS, Engine, Sampling
 from tessera.serving.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, EmbeddingRequest, parse
-from tessera.serving.text import Generation, TextTokenizer, flatten_chat
+from tessera.serving.text import Chat, Generation, TextTokenizer, flatten_chat
 from tessera.serving.work import Kind, Work
 
 __all__ = ["LocalModel"]
@@ -30,6 +30,7 @@ class LocalModel:
 
     Args:
         stop_tokens: token ids that end every generation, such as the tokenizer's end of text.
+        chat: makes a prompt of a conversation; None: a plain model, which continues the text of the messages.
         default_max_tokens: when the request names none and the context has room.
     """
 
@@ -41,6 +42,7 @@ class LocalModel:
         engine: Engine,
         tokenizer: TextTokenizer,
         *,
+        chat: Chat | None = None,
         stop_tokens: tuple[int, ...] = (),
         default_max_tokens: int = 128,
         default_temperature: float = 1.0,
@@ -49,6 +51,7 @@ class LocalModel:
         self.id = model_id
         self._engine = engine
         self._tokenizer = tokenizer
+        self._chat = chat
         self._stop_tokens = stop_tokens
         self._default_max_tokens = default_max_tokens
         self._default_temperature = default_temperature
@@ -58,14 +61,14 @@ class LocalModel:
     def context(self) -> int:
         return self._engine.context
 
-    def plan(self, kind: Kind, data: Mapping[str, Any]) -> Work:
+    async def plan(self, kind: Kind, data: Mapping[str, Any]) -> Work:
         """See `ServedModel.plan`."""
         if kind == "chat":
             chat = parse(ChatRequest, data)
             if chat.top_logprobs and not chat.logprobs:
                 raise Invalid("top_logprobs needs logprobs: true", param="top_logprobs", reason="invalid_value")
-            text = flatten_chat([(message.role, message.text) for message in chat.messages])
-            return self._completion(chat, [self._encode("messages", text)])
+            messages = [(message.role, message.text) for message in chat.messages]
+            return self._completion(chat, [await self._prompt_of(messages)])
         if kind == "completion":
             completion = parse(CompletionRequest, data)
             return self._completion(completion, self._prompts("prompt", completion.prompt))
@@ -111,6 +114,12 @@ class LocalModel:
         tells = asked.told is not None
         return _Completion(answer, generations, sum(map(len, prompts)), stream=bool(asked.stream), tells=tells)
 
+    async def _prompt_of(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        if self._chat is None:
+            return self._encode("messages", flatten_chat(messages))
+        _check_text("messages", "".join(text for _, text in messages))
+        return self._nonempty("messages", await self._chat.prompt(messages))
+
     def _prompts(self, name: str, value: str | Sequence[Any]) -> list[list[int]]:
         """Every prompt of a request, which may be one text, one list of token ids, or a list of either."""
         if isinstance(value, str):
@@ -123,12 +132,7 @@ class LocalModel:
         return [self._nonempty(name, ids)]
 
     def _encode(self, name: str, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Invalid(
-                f"{name} holds a lone surrogate: it is not text", param=name, reason="invalid_value"
-            ) from None
+        _check_text(name, text)
         return self._nonempty(name, self._tokenizer.encode(text))
 
     def _nonempty(self, name: str, prompt: list[int]) -> list[int]:
@@ -249,6 +253,13 @@ class _Embedding:
 
     async def aclose(self) -> None:
         """Nothing is held between two inputs."""
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Invalid(f"{name} holds a lone surrogate: it is not text", param=name, reason="invalid_value") from None
 
 
 async def _together(steps: list[Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from tessera.core.errors import Invalid
 from tessera.serving.engine import Engine, Sampling, Token
 
-__all__ = ["CharTokenizer", "Generation", "TextTokenizer", "flatten_chat"]
+__all__ = ["CharTokenizer", "Chat", "Generation", "TextTokenizer", "flatten_chat"]
 
 REPLACEMENT = "\ufffd"
 
@@ -26,6 +26,14 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Chat(Protocol):
+    """What makes a prompt of a conversation; `tessera.serving.chat_template.TemplateChat` is one."""
+
+    async def prompt(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """The tokens after which the model writes the next message. Raises: Invalid: not with these messages."""
+        ...
 
 
 class CharTokenizer:

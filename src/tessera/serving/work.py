@@ -80,7 +80,7 @@ class ServedModel(Protocol):
         """Whether it is worth asking now."""
         ...
 
-    def plan(self, kind: Kind, data: Mapping[str, Any]) -> Work:
+    async def plan(self, kind: Kind, data: Mapping[str, Any]) -> Work:
         """Checks the request body `data`. Raises: Invalid, with `param` and `reason`."""
         ...
 

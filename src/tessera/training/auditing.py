@@ -22,7 +22,7 @@ import structlog
 from tessera.core.errors import Missing, TesseraError
 from tessera.core.ids import PeerId
 from tessera.core.signing import PeerKey
-from tessera.p2p.transport import Transport
+from tessera.p2p.transport import PeerRecord, Transport
 from tessera.training.accusations import Place, place_of
 from tessera.training.audit import Draw, Verdict, draw
 from tessera.training.audit_commitment import Commitment, SignedReceipt
@@ -86,7 +86,7 @@ class Auditing:
             message_bytes=message_bytes,
             transport=transport,
             own=records.log,
-            record_of=lambda peer: roster().seated(peer).record,
+            record_of=self._record_of,
             stage_of=lambda peer: roster().stage_by_peer.get(peer),
             ids=ids,
             device=device,
@@ -237,6 +237,12 @@ class Auditing:
 
     def _of_my_stage(self, peer: PeerId) -> bool:
         return self._roster().stage_of(peer) == self._stage
+
+    def _record_of(self, peer: PeerId) -> PeerRecord:
+        seat = self._roster().seat_of(peer)
+        if seat is None:
+            raise Missing(f"{peer[:16]}… has left")
+        return seat.record
 
     def _receipts(self, step: int) -> list[Receipt]:
         """By us and for us: those fix what we got and what we sent."""

@@ -131,13 +131,6 @@ class Roster:
         """A present worker's."""
         return next((seat for seat in self.seats if seat.peer == peer), None)
 
-    def seated(self, peer: PeerId) -> Seat:
-        """A present worker's. Raises `Missing` for who has none."""
-        seat = self.seat_of(peer)
-        if seat is None:
-            raise Missing(f"{peer[:16]}… has no seat in this run")
-        return seat
-
     def stage_of(self, peer: PeerId) -> int | None:
         """A present worker's."""
         seat = self.seat_of(peer)
