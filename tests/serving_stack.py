@@ -12,24 +12,29 @@ from typing import Any
 
 import httpx
 from eth_account import Account as EthAccount
+from eth_account.messages import encode_defunct
 
 from permit2_support import signed
 from tessera.chain.client import RpcChain
 from tessera.chain.faces import Coin
 from tessera.chain.genesis import PERMIT2, UPTO_PROXY
 from tessera.chain.local import LocalChain
-from tessera.core.clock import SystemClock
+from tessera.core.clock import Clock, SystemClock
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
 from tessera.serving.balances import Balances
 from tessera.serving.charging import PaidRequest
+from tessera.serving.credit import CreditConfig
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.holdings import HoldingsConfig
 from tessera.serving.keys import OperatorKeys
 from tessera.serving.local import LocalModel
+from tessera.serving.owners import Tokens
 from tessera.serving.payments import PaymentConfig, Settlement, X402Payments, credit_name
 from tessera.serving.prices import TokenPrice
 from tessera.serving.text import CharTokenizer
+from tessera.serving.till import Tables, Till, TillConfig, in_memory
 
 MODEL = "tessera-test"
 PRICE = 40_000
@@ -49,8 +54,8 @@ class Stack:
     coin: Coin
     engine: FakeEngine
     payments: X402Payments
-    balances: Balances
     app: Any
+    till: Till | None = None
     settled: list[Settlement] = field(default_factory=list)
 
     def client(self) -> httpx.AsyncClient:
@@ -81,10 +86,38 @@ class Stack:
         signature = bytes(signed.signature)
         await self.coin.cancelAuthorization(key, key.account, nonce, signature[64], signature[:32], signature[32:64])
 
-    async def post(self, body: dict[str, Any] | None = None, payment: str | None = None) -> httpx.Response:
+    async def post(
+        self,
+        body: dict[str, Any] | None = None,
+        payment: str | None = None,
+        *,
+        api_key: str | None = None,
+        path: str = "/v1/completions",
+    ) -> httpx.Response:
         headers = {} if payment is None else {"PAYMENT-SIGNATURE": payment}
+        if api_key is not None:
+            headers["Authorization"] = f"Bearer {api_key}"
         async with self.client() as client:
-            return await client.post("/v1/completions", json=body or completion(), headers=headers)
+            return await client.post(path, json=body or completion(), headers=headers)
+
+    async def buy_credit(
+        self, key: AccountKey, units: int, *, payment: str | None = None, api_key: str | None = None, **body: Any
+    ) -> httpx.Response:
+        terms = {"accepted": {"amount": str(units)}, "authorization": {"value": str(units)}}
+        payment = payment or self.sign(key, **terms)
+        return await self.post({"units": str(units)} | body, payment, api_key=api_key, path="/v1/credit")
+
+    async def sign_in(self, key: AccountKey) -> str:
+        """A session's API key."""
+        async with self.client() as client:
+            text = (await client.get("/v1/sign-in", params={"account": key.account})).json()["text"]
+            opened = await client.post("/v1/sign-in", json={"text": text, "signature": sign_text(key, text)})
+        return str(opened.json()["api_key"])
+
+    @property
+    def balances(self) -> Balances:
+        assert self.till is not None
+        return self.till.balances
 
     def sign(self, key: AccountKey, *, signer: AccountKey | None = None, **changes: Any) -> str:
         """A payment header for the offer, as an official client makes it, with `changes` by a cheat."""
@@ -142,19 +175,31 @@ async def open_stack(
     tokens: TokenPrice | None = None,
     chain: RpcChain | None = None,
     api_keys: Sequence[str] = (),
+    clock: Clock | None = None,
+    holdings: HoldingsConfig | None = None,
+    rights: Sequence[Tokens] = (),
+    tables: Tables | None = None,
     **settings: Any,
 ) -> Stack:
+    """With a price for `tokens` it has all the ways to pay, else `exact` alone."""
     chain = chain or open_chain()
     operator = AccountKey(b"\x07" * 32)
     coin = await Coin.deploy(chain, operator)
     settled: list[Settlement] = []
     config = PaymentConfig(coin.address, await coin.name(), await coin.version(), price, PAYEE, tokens=tokens)
-    balances = Balances(SystemClock())
-    payments = await X402Payments.open(config, chain, operator, balances=balances, on_settled=settled.append)
     engine = engine or FakeEngine(lambda prompt, sampling: list(b"hello world"))
     model = LocalModel(MODEL, engine, CharTokenizer())
-    app = create_app(GatewayConfig(**settings), [model], [OperatorKeys(api_keys), payments])
-    return Stack(chain, coin, engine, payments, balances, app, settled)
+    if tokens is None:
+        payments = await X402Payments.open(config, chain, operator, on_settled=settled.append)
+        app = create_app(GatewayConfig(**settings), [model], [OperatorKeys(api_keys), payments])
+        return Stack(chain, coin, engine, payments, app, settled=settled)
+    till = await Till.open(
+        TillConfig(config, CreditConfig(least_units=1_000), "http://gateway", holdings, rights),
+        chain, operator, clock or SystemClock(), tables=tables or in_memory, on_settled=settled.append,
+    )  # fmt: skip
+    app = create_app(GatewayConfig(**settings), [model], till.ways)
+    till.mount(app)
+    return Stack(chain, coin, engine, till.payments, app, till, settled)
 
 
 def completion(**changes: Any) -> dict[str, Any]:
@@ -168,6 +213,11 @@ def sign_authorization(key: AccountKey, domain: dict[str, Any], authorization: d
     message = authorization | {name: int(authorization[name]) for name in ("value", "validAfter", "validBefore")}
     signed = EthAccount.sign_typed_data(key.secret, domain, types, message)
     return "0x" + bytes(signed.signature).hex()
+
+
+def sign_text(key: AccountKey, text: str) -> str:
+    """As a wallet signs a text (EIP-191)."""
+    return "0x" + bytes(EthAccount.sign_message(encode_defunct(text=text), key.secret).signature).hex()
 
 
 def other_account() -> Account:

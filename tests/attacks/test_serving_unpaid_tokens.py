@@ -83,7 +83,7 @@ async def test_a_payment_for_a_short_answer_does_not_buy_a_long_one(stack: Stack
 
 
 async def test_one_balance_does_not_back_many_answers_at_once() -> None:
-    stack = await open_stack(FakeEngine(delay_s=0.01), tokens=TOKENS, max_concurrent=64)
+    stack = await open_stack(FakeEngine(delay_s=0.004), tokens=TOKENS, max_concurrent=64)
     key = await stack.buyer(2 * MOST, metered=True)
     statuses: list[int] = []
 
@@ -119,7 +119,7 @@ async def cheat(stack: Stack, key: AccountKey, takes_back: Any) -> str:
 
 @pytest.mark.parametrize("way", ["coins", "allowance", "nonce"])
 async def test_who_takes_the_money_back_in_mid_stream_is_refused_until_it_is_made_good(way: str) -> None:
-    stack = await open_stack(FakeEngine(delay_s=0.02), tokens=TOKENS, max_concurrent=64)
+    stack = await open_stack(FakeEngine(delay_s=0.008), tokens=TOKENS, max_concurrent=64)
     key = await stack.buyer(metered=True)
 
     async def takes_back() -> None:
@@ -181,7 +181,7 @@ async def test_a_whole_answer_whose_settlement_got_lost_is_served_again_for_the_
 
 
 async def test_money_taken_away_before_a_whole_answer_left_is_no_debt_and_no_answer() -> None:
-    stack = await open_stack(FakeEngine(delay_s=0.02), tokens=TOKENS)
+    stack = await open_stack(FakeEngine(delay_s=0.008), tokens=TOKENS)
     key = await stack.buyer(MOST, metered=True)
     responses = []
 

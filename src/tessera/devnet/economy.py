@@ -115,7 +115,7 @@ class Economy:
     async def _serve(self, run: Run, stack: AsyncExitStack) -> None:
         self._enter("serving", "the first buyer asks")
         run.host.phase = "serving"
-        stack.callback((await open_gateway(run, self._front, self._clock)).close)
+        stack.callback((await open_gateway(run, self._front, self.urls["page"].rstrip("/"), self._clock)).close)
         if self.config.requests:
             await sell(run, self.urls["page"].rstrip("/"), self.config.requests, partial(self._look, run))
 

@@ -16,13 +16,18 @@ from tessera.devnet.text import load_tokenizer, load_validation
 from tessera.models.tokenizer import END
 from tessera.serving.buyer import Buyer
 from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.holdings import HoldingsConfig
 from tessera.serving.local import LocalModel
-from tessera.serving.payments import PaymentConfig, X402Payments
+from tessera.serving.owners import capacity
+from tessera.serving.payments import PaymentConfig
+from tessera.serving.prices import TokenPrice
 from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
+from tessera.serving.till import Till, TillConfig
 
 __all__ = ["open_gateway", "sell"]
 
 BUYER_UNITS = 100_000_000  # test coins for the first buyer: 100 tUSD
+OWNERS_TOKENS_A_DAY = 100_000  # for who holds shares and signs in, in proportion
 SAMPLE_TOKENS = 96
 TEMPERATURE = 0.5
 PYTHON_PROMPTS = (
@@ -36,8 +41,11 @@ PYTHON_PROMPTS = (
 PROMPT_TOKENS = 16  # of the validation text, when the run has its own
 
 
-async def open_gateway(run: Run, front: Front, clock: Clock) -> X402Payments:
-    """Put the OpenAI interface behind the front door, paid to whom the manifest names. Close what it returns."""
+async def open_gateway(run: Run, front: Front, url: str, clock: Clock) -> Till:
+    """Put the OpenAI interface behind the front door, paid to whom the manifest names. Close what it returns.
+
+    The manifest's price is that of a request by `exact`, however long; by the token a whole context costs as much.
+    """
     model = run.manifest.model.model
     tokenizer = await to_thread.run_sync(load_tokenizer, run.blobs, run.manifest.tokenizer)
     engine = ShardEngine(
@@ -52,15 +60,19 @@ async def open_gateway(run: Run, front: Front, clock: Clock) -> X402Payments:
         asset_version=await coin.version(),
         price_units=run.manifest.price_units,
         pay_to=run.pay_to,
+        tokens=TokenPrice.of_context(run.manifest.price_units, model.context),
     )
-
-    where, schema = run.tables.at("payments")
-    payments = await X402Payments.open(
-        config, run.ledger.chain, run.people.operator, database=where, schema=schema, clock=clock
-    )
+    till = await Till.open(
+        TillConfig(
+            config, origin=url, holdings=HoldingsConfig(run.roster.share), rights=[capacity(OWNERS_TOKENS_A_DAY)]
+        ),
+        run.ledger.chain, run.people.operator, clock, tables=run.tables.at,
+    )  # fmt: skip
     served = LocalModel(run.manifest.name, engine, tokenizer, stop_tokens=(END,), clock=clock)
-    front.gateway = create_app(GatewayConfig(), [served], [payments], clock=clock)
-    return payments
+    app = create_app(GatewayConfig(), [served], till.ways, clock=clock)
+    till.mount(app)
+    front.gateway = app
+    return till
 
 
 async def sell(run: Run, url: str, count: int, after_each: Callable[[], Awaitable[object]]) -> None:

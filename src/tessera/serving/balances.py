@@ -5,8 +5,9 @@ request may need is taken from it before any work; when the request ends, what i
 gateway was killed in between, all of it comes back once the hold has run out: the buyer loses nothing, and the gateway
 at most what its requests in flight were worth.
 
-Invariants: a balance is never below nothing but by a debt; an entry of one kind and reference exists once; a hold ends
-once, by its request or by running out; several gateways on one database see one balance.
+Invariants: a balance is never below nothing but by a debt, or by as much as its holder is allowed; an entry of one kind
+and reference exists once; a hold ends once, by its request or by running out; several gateways on one database see one
+balance.
 """
 
 from __future__ import annotations
@@ -126,19 +127,17 @@ class Balances:
 
         return await self._apply(work, name)
 
-    async def hold(self, name: str, units: int, *, grant: int = 0) -> Reserve | None:
+    async def hold(self, name: str, units: int, *, allowed: int = 0) -> Reserve | None:
         """Sets `units` aside; None when there are not so many.
 
         Args:
-            grant: what the balance begins with, when it is new.
+            allowed: how far the balance may go below nothing, now.
         """
         reserve = Reserve(secrets.token_hex(16), name, units)
 
         def work(db: Transaction) -> Reserve | None:
             self._end_holds(db, name)
-            if grant and _last(db, name)[0] == 0:
-                self._append(db, name, "granted", grant, "")
-            if not 0 <= units <= _last(db, name)[1]:
+            if not 0 <= units <= _last(db, name)[1] + allowed:
                 return None
             self._append(db, name, "held", -units, reserve.id)
             row = {"id": reserve.id, "name": name, "units": units, "until": self._clock.time() + self._lease_s}
@@ -177,11 +176,11 @@ class Balances:
 
         return await self._apply(work, name)
 
-    async def entries(self, name: str, *, after: int = 0, limit: int = 100) -> list[Entry]:
-        """The entries beyond number `after`, oldest first."""
+    async def last(self, name: str, limit: int) -> list[Entry]:
+        """The last entries, newest first."""
         e = _ENTRIES.c
         columns = (e.number, e.kind, e.reference, e.units, e.balance, e.time)
-        query = select(*columns).where(e.name == name, e.number > after).order_by(e.number).limit(limit)
+        query = select(*columns).where(e.name == name).order_by(e.number.desc()).limit(limit)
         return await self._apply(lambda db: [Entry(**row) for row in db.execute(query).mappings()], name)
 
     async def debts(self, name: str, since: float) -> tuple[int, dict[str, int]]:
