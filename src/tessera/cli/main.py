@@ -17,6 +17,7 @@ from tessera.cli import work
 from tessera.cli.backup import backup, restore
 from tessera.cli.config import show_config
 from tessera.cli.data import data_app
+from tessera.cli.gateway_app import gateway_app
 from tessera.cli.keys import keys_app
 from tessera.cli.log_view import show_logs
 from tessera.cli.models import models_app
@@ -170,5 +171,6 @@ app.command()(relay)
 app.add_typer(run_app, name="run")
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
+app.add_typer(gateway_app, name="gateway")
 app.add_typer(keys_app, name="keys")
 app.add_typer(service_app, name="service")
