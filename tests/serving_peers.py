@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from tessera.serving.engine import Sampling
 from tessera.serving.links import PROTOCOL, Limits, Link
 from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
 from tessera.serving.shards import FixedRoster, ShardConfig, ShardServer, serve_decode
+from tessera.serving.speculation import Draft
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Shards:
                 await anyio.sleep(0.005)
 
     def one_process(self, prompt: list[int], count: int) -> list[int]:
-        """Greedy decoding with the same stages and no peers."""
+        """Greedy decoding with the same stages and no peers, token by token."""
         firsts = self.decoders[:: len(self.decoders) // self.roster.stages]
         decoders = [StageDecoder(decoder.stage) for decoder in firsts]
         new, found = list(prompt), []
@@ -79,7 +80,14 @@ async def open_peers(count: int, *, real: bool) -> AsyncIterator[tuple[MemoryNet
 
 @asynccontextmanager
 async def open_shards(
-    stages: int = 4, codec: Kind = "codec", *, replicas: int = 1, real: bool = False, **settings: Any
+    stages: int = 4,
+    codec: Kind = "codec",
+    *,
+    replicas: int = 1,
+    real: bool = False,
+    draft: Draft | None = None,
+    gateway_settings: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Shards]:
     """`transports`, `decoders` and `servers` are by stage, then by worker of it."""
     spec = tiny_spec(stages=stages, codec=codec)
@@ -93,7 +101,8 @@ async def open_shards(
             serve_decode(transport, decoder, number // replicas, roster, config)
             for number, (transport, decoder) in enumerate(zip(transports, decoders, strict=True))
         ]
-        engine = ShardEngine(gateway, roster, ShardEngineConfig(model.context, model.vocab_size, step_timeout_s=5))
+        how = {"step_timeout_s": 5} | dict(gateway_settings or {})
+        engine = ShardEngine(gateway, roster, ShardEngineConfig(model.context, model.vocab_size, **how), draft=draft)
         yield Shards(network, gateway, transports, decoders, servers, roster, engine, config)
 
 

@@ -20,13 +20,15 @@ NAME = "a" * 32
 LAST = PeerKey(b"\3" * 32).id  # of two stages
 HOW = Sampling().to_dict()
 OPEN = {"op": "open", "session": NAME, "stage": 0, "last": LAST, "sampling": HOW}
-LISTEN = {"op": "listen", "session": NAME}
+LEAVE = {"recoveries": 0, "run_tokens": 1}  # a gateway that gives up at once, and that is asked for each token
+LISTEN = {"op": "listen", "session": NAME, "ring": False}
+STEP = {"op": "step", "start": 0, "want": 1, "more": 0}
 
 
 async def refusal(shards: Shards, stage: int, header: dict[str, Any], ids: tuple[int, ...] = (), **kw: Any) -> str:
     """What a stage says to a first frame that it must not take."""
     link = await shards.link(stage, **kw)
-    await link.send(header, ids, timeout_s=1)
+    await link.send(header, ids or (1,) * (header["op"] == "open"), timeout_s=1)
     with pytest.raises(TesseraError) as caught:
         await link.await_ready(5)
     await shards.settled()
@@ -49,6 +51,9 @@ async def refusal(shards: Shards, stage: int, header: dict[str, Any], ids: tuple
         (0, OPEN, "missing"),
         (1, OPEN | {"stage": 1}, "refused"),
         (0, LISTEN, "invalid"),
+        (1, LISTEN | {"ring": 1}, "misbehaviour"),
+        (1, {"op": "listen", "session": NAME}, "misbehaviour"),
+        (1, LISTEN | {"ring": True}, "refused"),
     ],
 )
 async def test_a_bad_first_frame_is_refused_by_name(stage: int, header: dict[str, Any], reason: str) -> None:
@@ -71,7 +76,7 @@ async def open_session(shards: Shards, last: int) -> tuple[Any, Any]:
     await listening.send(LISTEN, timeout_s=1)
     await listening.await_ready(1)
     chain = await shards.link(0)
-    await chain.send(OPEN | {"last": listening.peer}, timeout_s=1)
+    await chain.send(OPEN | {"last": listening.peer}, [1, 2], timeout_s=1)
     await chain.await_ready(1)
     return listening, chain
 
@@ -79,14 +84,22 @@ async def open_session(shards: Shards, last: int) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("header", "ids"),
     [
-        ({"op": "step", "start": 1}, [1]),
-        ({"op": "step", "start": 0}, []),
-        ({"op": "step", "start": "0"}, [1]),
-        ({"op": "step", "start": False}, [1]),
+        (STEP | {"start": 1}, [1]),
+        (STEP | {"start": -1}, [1]),
+        (STEP, []),
+        (STEP | {"start": "0"}, [1]),
+        (STEP | {"start": False}, [1]),
         ({"op": "step"}, [1]),
         ({"op": "nonsense"}, []),
-        ({"op": "step", "start": 0}, [10**6]),
-        ({"op": "step", "start": 0}, [1] * 65),
+        (STEP, [10**6]),
+        (STEP, [1] * 65),
+        (STEP | {"want": 2}, [1]),
+        (STEP | {"want": 18}, [1] * 20),
+        (STEP | {"want": -1}, [1]),
+        (STEP | {"more": -1}, [1]),
+        (STEP | {"more": 64}, [1]),
+        (STEP | {"more": 3, "want": 2}, [1, 2]),
+        (STEP | {"extra": 1}, [1]),
     ],
 )
 async def test_a_bad_step_ends_the_session_everywhere(header: dict[str, Any], ids: list[int]) -> None:
@@ -101,7 +114,7 @@ async def test_a_bad_step_ends_the_session_everywhere(header: dict[str, Any], id
 async def test_a_prompt_with_code_bytes_is_refused_by_stage_0() -> None:
     async with open_shards(2) as shards:
         listening, chain = await open_session(shards, 1)
-        await chain.send({"op": "step", "start": 0}, [1], b"\0" * 10, timeout_s=1)
+        await chain.send(STEP, [1], b"\0" * 10, timeout_s=1)
         with pytest.raises(Unavailable):
             await listening.receive(5)
         await shards.settled()
@@ -125,7 +138,7 @@ async def test_garbage_frames_end_the_stream_and_nothing_else(data: bytes) -> No
 
 
 async def test_one_session_more_than_the_limit_is_unavailable_and_places_come_back() -> None:
-    async with open_shards(2, max_sessions=2) as shards:
+    async with open_shards(2, max_sessions=2, gateway_settings=LEAVE) as shards:
         running = [shards.engine.generate([1], Sampling(max_tokens=9)) for _ in range(2)]
         for generation in running:
             await anext(generation)
@@ -158,7 +171,7 @@ async def test_cancelling_in_mid_step_frees_every_stage() -> None:
 async def test_a_gateway_that_vanishes_frees_every_stage() -> None:
     async with open_shards(3) as shards:
         listening, chain = await open_session(shards, 2)
-        await chain.send({"op": "step", "start": 0}, [1, 2], timeout_s=1)
+        await chain.send(STEP, [1, 2], timeout_s=1)
         assert (await listening.receive(5)).op == "token"
         await chain.abort()
         await listening.abort()
@@ -166,7 +179,7 @@ async def test_a_gateway_that_vanishes_frees_every_stage() -> None:
 
 
 async def test_an_idle_session_is_freed() -> None:
-    async with open_shards(3, idle_timeout_s=0.4) as shards:
+    async with open_shards(3, idle_timeout_s=0.4, gateway_settings=LEAVE) as shards:
         generation = shards.engine.generate([1, 2], Sampling(max_tokens=30))
         await anext(generation)
         await shards.settled()
@@ -176,7 +189,7 @@ async def test_an_idle_session_is_freed() -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 async def test_a_stage_that_fails_in_mid_generation_ends_it_everywhere(stage: int) -> None:
-    async with open_shards(3) as shards:
+    async with open_shards(3, gateway_settings=LEAVE) as shards:
         generation = shards.engine.generate([1, 2], Sampling(max_tokens=30))
         await anext(generation)
         shards.decoders[stage].drop(next(iter(shards.decoders[stage]._sessions)))  # its cache is lost
@@ -187,7 +200,7 @@ async def test_a_stage_that_fails_in_mid_generation_ends_it_everywhere(stage: in
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 async def test_a_stage_killed_without_a_word_is_noticed_and_the_others_are_freed(stage: int) -> None:
-    async with open_shards(3) as shards:
+    async with open_shards(3, gateway_settings=LEAVE) as shards:
         generation = shards.engine.generate([1, 2], Sampling(max_tokens=30))
         await anext(generation)
         assert shards.network is not None
@@ -201,7 +214,7 @@ async def test_a_stage_killed_without_a_word_is_noticed_and_the_others_are_freed
 @pytest.mark.parametrize("real", [False, True], ids=["memory", "quic"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 async def test_a_stage_that_goes_away_in_mid_generation_is_unavailable_soon(stage: int, real: bool) -> None:
-    async with open_shards(3, real=real) as shards:
+    async with open_shards(3, real=real, gateway_settings=LEAVE) as shards:
         generation = shards.engine.generate([1, 2], Sampling(max_tokens=30))
         await anext(generation)
         await shards.transports[stage].close()

@@ -22,6 +22,7 @@ from tessera.serving.owners import capacity
 from tessera.serving.payments import PaymentConfig
 from tessera.serving.prices import TokenPrice
 from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
+from tessera.serving.speculation import NgramDraft
 from tessera.serving.till import Till, TillConfig
 
 __all__ = ["open_gateway", "sell"]
@@ -52,6 +53,7 @@ async def open_gateway(run: Run, front: Front, url: str, clock: Clock) -> Till:
         run.transport,
         LiveRoster(run.host.roster),
         ShardEngineConfig(context=model.context, vocab_size=model.vocab_size),
+        draft=NgramDraft(),
     )
     coin = Coin(run.ledger.chain, run.coin)
     config = PaymentConfig(

@@ -5,11 +5,15 @@
     4·ids     token ids, unsigned little-endian
     rest      code bytes, empty at stage 0
 
+Tokens with log-probabilities carry them where the code bytes would be; `pack_logprobs` says how. Hidden states lie
+there too, as little-endian float32.
+
 Everything is checked against limits before it is used; what does not fit is `Misbehaviour` of the peer that sent it.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +21,17 @@ from typing import Any
 
 from tessera.core import encoding
 from tessera.core.errors import Invalid, Misbehaviour
+from tessera.serving.engine import MAX_LOGPROBS, Token
 
-__all__ = ["HEADER_LIMIT", "Frame", "frame_limit", "pack", "unpack"]
+__all__ = [
+    "HEADER_LIMIT", "LOGPROB_BYTES", "Frame", "frame_limit", "pack", "pack_hidden", "pack_logprobs", "unpack",
+    "unpack_hidden", "unpack_logprobs",
+]  # fmt: skip
 
 HEADER_LIMIT = 4_096  # bytes
+LOGPROB_BYTES = 8 + 12 * MAX_LOGPROBS  # most for one token
 _LENGTH = struct.Struct(">I")
+_OWN, _LIKELY = struct.Struct("<d"), struct.Struct("<Id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,48 @@ def unpack(data: bytes, *, max_tokens: int, vocab_size: int) -> Frame:
         return _unpack(bytes(data), max_tokens, vocab_size)
     except (Invalid, struct.error) as error:
         raise Misbehaviour(f"a bad decode frame: {error}", evidence=bytes(data[:64]).hex()) from error
+
+
+def pack_logprobs(tokens: Sequence[Token]) -> bytes:
+    """Of each token: its own log-probability as float64, then (uint32, float64) for each of the likeliest.
+
+    Empty when there are none.
+    """
+    parts = list[bytes]()
+    for token in tokens:
+        if token.logprob is not None:
+            parts.append(_OWN.pack(token.logprob))
+            parts += [_LIKELY.pack(*likely) for likely in token.top]
+    return b"".join(parts)
+
+
+def unpack_logprobs(ids: Sequence[int], data: bytes, count: int | None) -> list[Token]:
+    """The tokens `ids` with `count` likeliest each. Raises: Misbehaviour: other bytes than `pack_logprobs` makes."""
+    size = 0 if count is None else _OWN.size + _LIKELY.size * count
+    if len(data) != size * len(ids):
+        raise Misbehaviour(f"expected {size * len(ids)} bytes of log-probabilities, not {len(data)}")
+    if count is None:
+        return [Token(token) for token in ids]
+    tokens = list[Token]()
+    for place, token in enumerate(ids):
+        (own,) = _OWN.unpack_from(data, place * size)
+        top = tuple(_LIKELY.iter_unpack(data[place * size + _OWN.size : (place + 1) * size]))
+        if not all(-math.inf <= value <= 0 for value in (own, *(value for _, value in top))):
+            raise Misbehaviour("a log-probability is a number of at most 0")
+        tokens.append(Token(token, own, top))
+    return tokens
+
+
+def pack_hidden(values: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+def unpack_hidden(data: bytes) -> list[float]:
+    """Raises: Misbehaviour for anything but finite numbers."""
+    values = list(struct.unpack(f"<{len(data) // 4}f", data[: len(data) // 4 * 4]))
+    if not values or len(data) % 4 or not all(math.isfinite(value) for value in values):
+        raise Misbehaviour(f"expected a hidden state, not {len(data)} bytes of something else")
+    return values
 
 
 def _unpack(data: bytes, max_tokens: int, vocab_size: int) -> Frame:

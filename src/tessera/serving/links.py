@@ -44,7 +44,10 @@ class Transport(Protocol):
     """What serving asks of the peers' transport; those of `tessera.p2p` fit."""
 
     def serve(self, protocol: str, handler: Callable[[Stream], Awaitable[None]], *, max_streams: int = 64) -> None: ...
-    async def open(self, peer: Any, protocol: str, *, timeout_s: float) -> Stream: ...
+
+    async def open(self, peer: Any, protocol: str, *, timeout_s: float, confirm: bool = True) -> Stream:
+        """Without `confirm` a refusal comes with what is received."""
+        ...
 
 
 class Roster(Protocol):
@@ -107,13 +110,14 @@ class Link:
         except TimeoutError:
             raise Late(f"{self.peer[:16]}… took no frame within {timeout_s:g} s") from None
 
-    async def await_ready(self, timeout_s: float) -> None:
-        """Raises: what the peer said instead of being ready."""
+    async def await_ready(self, timeout_s: float) -> Frame:
+        """The peer's ready. Raises: what it said instead."""
         frame = await self.receive(timeout_s)
         if frame is None:
             raise Unavailable(f"{self.peer[:16]}… hung up before it was ready")
         if frame.op != "ready":
             raise Misbehaviour(f"expected ready, not {str(frame.op)[:40]!r}", evidence=str(frame.header)[:200])
+        return frame
 
     async def close(self, error: TesseraError | None = None) -> None:
         """Says goodbye, or why not, and ends the stream. Never raises; a second call does nothing."""
@@ -142,13 +146,27 @@ class Link:
 
 
 def _error_header(error: TesseraError) -> dict[str, Any]:
-    """A failure for the wire: its class and message, without evidence or fields."""
-    return {"op": "error", "code": error.code, "message": error.message[:500]}
+    """A failure for the wire: its class and message, and at which stage it was; without evidence or other fields."""
+    stage = error.fields.get("stage")
+    return {
+        "op": "error",
+        "code": error.fields.get("peer_code", error.code),
+        "message": error.message[:500],
+        "at": stage,
+    }
 
 
 def _peer_error(frame: Frame) -> TesseraError:
-    """What to raise for a peer's error frame. Whatever it was there, here it is a stage that did not do its work."""
-    code, message = str(frame.header.get("code"))[:40], str(frame.header.get("message"))[:500]
-    if code == Late.code:
-        return Late(f"a stage timed out: {message}")
-    return Unavailable(f"a stage failed ({code}): {message}")
+    """What to raise for a peer's error frame. Whatever it was there, here it is a stage that did not do its work.
+
+    `peer_code` is the code that it had there, `stage` where that was, None when nobody said.
+    """
+    header = frame.header
+    stage = header.get("at") if type(header.get("at")) is int else None
+    fields: dict[str, Any] = {"peer_code": str(header.get("code"))[:40], "stage": stage}
+    message = str(header.get("message"))[:500]
+    if fields["peer_code"] == Late.code:
+        return Late(message if message.startswith("a stage") else f"a stage timed out: {message}", **fields)
+    if message.startswith("a stage failed"):
+        return Unavailable(message, **fields)
+    return Unavailable(f"a stage failed ({fields['peer_code']}): {message}", **fields)

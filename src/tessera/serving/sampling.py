@@ -1,21 +1,48 @@
 """The next token from logits: greedy, temperature, top-p, with randomness that is counted, not drawn.
 
 The uniform number for a position is a hash of (seed, position), so a stage that lost its state, or another replica,
-chooses the same token again. Sums run in float64 and in a fixed order.
+chooses the same token again. For the same reason guesses can be checked by comparing: a token is the one that would
+have been chosen without any guess, whatever was guessed. Sums run in float64 and in a fixed order.
 
-Shapes: V vocabulary.
+Legend: V vocabulary, N positions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tessera.core.errors import Invalid
 from tessera.core.hashing import sha256
-from tessera.serving.engine import Sampling
+from tessera.serving.engine import Sampling, Token
 
-__all__ = ["choose", "uniform"]
+__all__ = ["choose", "follow", "uniform"]
+
+
+def follow(logits_NV: Tensor, guesses: Sequence[int], sampling: Sampling, position: int) -> list[Token]:
+    """The tokens from `position` on: as many guesses as are right, and one more.
+
+    Args:
+        logits_NV: the first for `position`; then those after each guess.
+    """
+    found = list[Token]()
+    for place, logits_V in enumerate(logits_NV):
+        token = choose(logits_V, sampling, position + place)
+        found.append(_with_logprobs(token, logits_V, sampling.logprobs))
+        if place == len(guesses) or guesses[place] != token:
+            break
+    return found
+
+
+def _with_logprobs(token: int, logits_V: Tensor, count: int | None) -> Token:
+    if count is None:
+        return Token(token)
+    logprobs_V = torch.log_softmax(logits_V.to(torch.float64), 0)
+    likeliest = torch.sort(logprobs_V, descending=True, stable=True)
+    top = zip(likeliest.indices[:count].tolist(), likeliest.values[:count].tolist(), strict=True)
+    return Token(token, float(logprobs_V[token]), tuple(top))
 
 
 def uniform(seed: int, position: int) -> float:

@@ -1,12 +1,19 @@
 """The worker's side of decoding over peers: protocol "tessera/decode/3".
 
     gateway ──open, step──▶ stage 0 ──▶ stage 1 ──▶ ... ──▶ last stage ──token──▶ gateway
+                               ▲                                 │
+                               └──────────────token──────────────┘
 
 A session is a chain of streams: the gateway opens one to stage 0, each stage opens one to the next, and the gateway
-listens at the last stage, which samples and answers straight to it. Steps flow one way only, and so do failures: a
-stage that fails tells the next one, and the last tells the gateway.
+listens at the last stage, which samples and answers straight to it. Stage 0 listens there too, so that it can feed a
+token before the gateway has seen it. `open` carries the session's text so far; each stage answers how much of it it
+still has from before, and is fed from there on: by the messages that the stage before it kept, or by new ones. So a
+session that lost a stage, or had to make way somewhere, is opened again and computes only what is gone.
 
-Invariants: a session's cache lives as long as its stream; every wait on a peer has a deadline; sessions, frames and
+Failures flow both ways: a stage that fails tells the next one, the last tells the gateway, and the one before learns
+it.
+
+Invariants: a session's cache is held as long as its stream; every wait on a peer has a deadline; sessions, frames and
 prompts are bounded; a stage takes sessions from workers of the stage before it only. Where a stage has several workers,
 any of them will do, and one that is away is passed over; the last stage's is whom the gateway listens to.
 """
@@ -14,20 +21,24 @@ any of them will do, and one that is away is passed over; the last stage's is wh
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import anyio
-import anyio.to_thread
 import structlog
 
 from tessera.core.errors import Conflict, Invalid, Late, Misbehaviour, Missing, Refused, TesseraError, Unavailable
 from tessera.core.ids import PeerId, parse_peer_id
-from tessera.serving.engine import Sampling
-from tessera.serving.frames import Frame
+from tessera.models.steps import Step
+from tessera.serving.batches import Batches, Compute, in_thread
+from tessera.serving.dialling import Dialler
+from tessera.serving.engine import Sampling, Token
+from tessera.serving.frames import Frame, pack_hidden, pack_logprobs
 from tessera.serving.links import PROTOCOL, Limits, Link, Record, Roster, Stream, Transport
+from tessera.serving.stage_session import MAX_GUESSES, ShardConfig, StageSession, TowardsNext
 
 __all__ = ["Decoder", "FixedRoster", "ShardConfig", "ShardServer", "serve_decode"]
 
@@ -38,9 +49,15 @@ log = structlog.get_logger()
 class Decoder(Protocol):
     """What a stage can do; `tessera.models.decode.StageDecoder` is one. Called from one thread at a time."""
 
-    def step(self, session: str, ids: list[int], payload: bytes | None, *, position: int | None = None) -> Any:
-        """The next stage's message, or the logits on the last stage."""
+    def open(self, session: str, ids: Sequence[int], *, source: str = "") -> int:
+        """How many of the text `ids` need not be fed: what was computed before from messages of the same source."""
         ...
+
+    def run(self, steps: Sequence[Step]) -> Sequence[Any]:
+        """For each step the next stage's message, on the last stage logits or hidden states; or an error."""
+        ...
+
+    def messages(self, session: str, start: int, end: int) -> bytes: ...
 
     def drop(self, session: str) -> None: ...
 
@@ -61,23 +78,14 @@ class FixedRoster:
         return self.records[stage]
 
 
-@dataclass(frozen=True, slots=True)
-class ShardConfig:
-    """Limits of one stage. Times in seconds."""
-
-    context: int  # most tokens of a session
-    vocab_size: int
-    max_sessions: int = 32
-    idle_timeout_s: float = 60.0  # without a step from the stage before
-    open_timeout_s: float = 10.0  # for the stages after this one to be ready, and for a listener's session to open
-    send_timeout_s: float = 10.0  # for a peer to take a frame
-
-
 @dataclass
-class _Listener:
-    link: Link
-    taken: anyio.Event = field(default_factory=anyio.Event)
-    done: anyio.Event = field(default_factory=anyio.Event)
+class _Audience:
+    """Who listens to a session at the last stage: the gateway, and stage 0."""
+
+    links: dict[bool, Link] = field(default_factory=dict)  # by whether it is stage 0
+    opened: anyio.Event = field(default_factory=anyio.Event)
+    closed: anyio.Event = field(default_factory=anyio.Event)
+    deserted: anyio.Event = field(default_factory=anyio.Event)  # by the gateway
 
 
 class ShardServer:
@@ -91,19 +99,20 @@ class ShardServer:
         roster: Roster,
         config: ShardConfig,
         gateways: frozenset[PeerId] | None,
+        compute: Compute,
     ) -> None:
         if not 0 <= stage < roster.stages:
             raise Invalid(f"stage {stage} of {roster.stages}")
-        self._transport = transport
         self._decoder = decoder
         self._stage = stage
         self._roster = roster
         self._config = config
         self._gateways = gateways
         self._last = stage == roster.stages - 1
-        self._sessions: set[str] = set()
-        self._listeners: dict[str, _Listener] = {}
-        self._computing = anyio.CapacityLimiter(1)  # a decoder is used from one thread at a time
+        self._sessions: dict[str, Sampling | None] = {}
+        self._audiences: dict[str, _Audience] = {}
+        self._batches = Batches(self._run, most_tokens=config.batch_tokens, compute=compute)
+        self._dialler = Dialler(transport, Limits(MAX_GUESSES + 1, config.vocab_size))
 
     @property
     def sessions(self) -> int:
@@ -112,8 +121,8 @@ class ShardServer:
 
     @property
     def listeners(self) -> int:
-        """Gateways listening now; always 0 but on the last stage."""
-        return len(self._listeners)
+        """Streams on which somebody listens now; always 0 but on the last stage."""
+        return sum(len(audience.links) for audience in self._audiences.values())
 
     async def handle(self, stream: Stream) -> None:
         """One stream of the protocol, from its first frame to its end. Peers' failures end it, they do not escape."""
@@ -124,7 +133,7 @@ class ShardServer:
                 return
             session = _session_name(frame)
             if frame.op == "listen":
-                await self._listen(link, session)
+                await self._listen(link, session, frame)
             elif frame.op == "open":
                 await self._decode(link, session, frame)
             else:
@@ -135,129 +144,182 @@ class ShardServer:
         finally:
             await link.close()
 
-    async def _listen(self, link: Link, session: str) -> None:
-        """Lends the gateway's stream to its session, until that ends or the gateway hangs up."""
-        if not self._last:
-            raise Invalid(f"stage {self._stage} is not the last: there is nothing to listen to")
-        self._check_gateway(link.peer)
-        if session in self._listeners:
+    # --- listening, on the last stage -------------------------------------------------------------------------------
+
+    async def _listen(self, link: Link, session: str, frame: Frame) -> None:
+        """Lends a stream to its session, until that ends or whoever listens hangs up."""
+        ring = self._check_listen(link.peer, frame)
+        audience = self._audiences.setdefault(session, _Audience())
+        if ring in audience.links:
             raise Conflict("somebody listens to this session already")
-        if len(self._listeners) >= self._config.max_sessions:
-            raise Unavailable(f"{self._config.max_sessions} gateways listen already")
-        listener = self._listeners[session] = _Listener(link)
+        audience.links[ring] = link
         late = False
         try:
             await link.send({"op": "ready"}, timeout_s=self._config.send_timeout_s)
             async with anyio.create_task_group() as group:
                 group.start_soon(_when_hung_up, link, group.cancel_scope)
                 with anyio.move_on_after(self._config.open_timeout_s):
-                    await listener.taken.wait()
-                if listener.taken.is_set():
-                    await listener.done.wait()  # bounded: a session ends by its own deadlines
-                late = not listener.taken.is_set()
+                    await audience.opened.wait()
+                if audience.opened.is_set():
+                    await audience.closed.wait()  # bounded: a session ends by its own deadlines
+                late = not audience.opened.is_set()
                 group.cancel_scope.cancel()
             if late:
                 raise Late(f"no session was opened within {self._config.open_timeout_s:g} s of listening")
         finally:
-            self._listeners.pop(session, None)
+            del audience.links[ring]
+            if not ring:
+                audience.deserted.set()
+            if not audience.links and self._audiences.get(session) is audience:
+                del self._audiences[session]
+
+    def _check_listen(self, peer: PeerId, frame: Frame) -> bool:
+        """Whether it is stage 0 that listens."""
+        ring = frame.header.get("ring")
+        if frame.header.keys() != {"op", "session", "ring"} or type(ring) is not bool or frame.ids or frame.payload:
+            raise Misbehaviour("listen holds session and ring", evidence=str(sorted(frame.header))[:200])
+        if not self._last:
+            raise Invalid(f"stage {self._stage} is not the last: there is nothing to listen to")
+        if not ring:
+            self._check_gateway(peer)
+        elif peer not in {record.id for record in self._roster.holders(0)}:
+            raise Refused("only workers of stage 0 listen for what they feed next", rule="stage_0")
+        if self.listeners >= 2 * self._config.max_sessions:
+            raise Unavailable(f"{self.listeners} streams listen already")
+        return ring
+
+    # --- sessions ---------------------------------------------------------------------------------------------------
 
     async def _decode(self, link: Link, session: str, opened: Frame) -> None:
         sampling = self._check_open(link.peer, session, opened)
-        self._sessions.add(session)
+        self._sessions[session] = sampling
         try:
-            if self._last:
-                await self._run_last(link, session, sampling)
-            else:
-                await self._run_before(link, session, opened)
+            source = link.peer if self._stage else ""  # stage 0 computes from ids alone: nobody can spoil those
+            kept = await self._batches.resting(partial(self._decoder.open, session, opened.ids, source=source))
+            run = self._run_last if self._last else self._run_before
+            await run(link, session, opened, kept)
         finally:
             with anyio.CancelScope(shield=True):  # waits for a step that still runs
-                await anyio.to_thread.run_sync(self._decoder.drop, session, limiter=self._computing)
-            self._sessions.discard(session)
+                await self._batches.resting(partial(self._decoder.drop, session))
+            del self._sessions[session]
 
-    async def _run_before(self, link: Link, session: str, opened: Frame) -> None:
+    async def _run_before(self, link: Link, session: str, opened: Frame, kept: int) -> None:
         """A stage that has another after it: compute, pass on."""
-        config = self._config
-        after = await self._open_next(opened)
+        ring = await self._open_ring(session, opened) if self._stage == 0 else None
         try:
-            await link.send({"op": "ready"}, timeout_s=config.send_timeout_s)
-            async for step in self._steps(link):
-                out = await self._step(session, step)
-                await after.send(step.header, step.ids, out, timeout_s=config.send_timeout_s)
+            after, needed = await self._open_next(opened)
+        except BaseException:
+            if ring is not None:
+                await ring.abort()
+            raise
+        try:
+            await self._ready(link, kept)
+            onward = TowardsNext(after, needed, partial(self._messages, session), self._config)
+            await onward.replay(opened.ids, kept)
+            await self._session(session, link, onward, ring).run()
         except TesseraError as error:
+            if self._is_at_fault(error):
+                self._dialler.blame(after.peer)
             await after.close(error)
             raise
         finally:
             await after.close()
+            if ring is not None:
+                await ring.close()
 
-    async def _open_next(self, opened: Frame) -> Link:
-        """The session at the next stage: at the worker whom the gateway listens to, or at the first who answers.
+    async def _run_last(self, link: Link, session: str, opened: Frame, kept: int) -> None:
+        """The last stage: compute, choose, tell whoever listens."""
+        audience = self._audiences.get(session)
+        if audience is None or False not in audience.links or audience.opened.is_set():
+            raise Missing("nobody listens to this session: listen first, then open")
+        audience.opened.set()
+        try:
+            await self._ready(link, kept)
+            await self._session(session, link, _Telling(audience, self._config), None).run()
+        except TesseraError as error:
+            for listening in list(audience.links.values()):
+                await listening.close(error)
+            raise
+        finally:
+            audience.closed.set()
+
+    def _session(self, name: str, link: Link, sink: TowardsNext | _Telling, ring: Link | None) -> StageSession:
+        hidden, loop = self._sessions[name] is None, self._stage == 0 and self._last
+        return StageSession(
+            name, link, sink, self._batches, self._config, stage=self._stage, hidden=hidden, ring=ring, loop=loop
+        )
+
+    async def _ready(self, link: Link, kept: int) -> None:
+        await link.send({"op": "ready", "kept": kept}, timeout_s=self._config.send_timeout_s)
+
+    async def _open_next(self, opened: Frame) -> tuple[Link, int]:
+        """The session at the next stage, and how much that has of it.
+
+        It is at the worker whom the gateway listens to, or at the first who answers.
 
         Raises: what the last one of them said.
         """
         config, stage, last = self._config, self._stage + 1, opened.header["last"]
+
+        async def greet(link: Link) -> int:
+            await link.send(opened.header | {"stage": stage}, opened.ids, timeout_s=config.send_timeout_s)
+            return check_kept(await link.await_ready(config.open_timeout_s), len(opened.ids))
+
         holders = [r for r in self._roster.holders(stage) if stage < self._roster.stages - 1 or r.id == last]
-        failure: TesseraError = Unavailable(f"nobody whom the gateway listens to holds stage {stage}")
-        for record in holders:
-            try:
-                share_s = config.open_timeout_s / len(holders)
-                after = Link(await self._transport.open(record, PROTOCOL, timeout_s=share_s), self._limits())
-                try:
-                    await after.send(opened.header | {"stage": stage}, timeout_s=config.send_timeout_s)
-                    await after.await_ready(config.open_timeout_s)
-                    return after
-                except TesseraError as error:
-                    await after.close(error)
-                    raise
-            except (Unavailable, Late) as error:
-                failure = error
-        raise failure
+        if not holders:
+            raise Unavailable(f"nobody whom the gateway listens to holds stage {stage}")
+        return await self._dialler.reach(holders, greet, timeout_s=config.open_timeout_s)
 
-    async def _run_last(self, link: Link, session: str, sampling: Sampling) -> None:
-        """The last stage: compute, choose, tell the gateway."""
-        listener = self._listeners.get(session)
-        if listener is None or listener.taken.is_set():
-            raise Missing("nobody listens to this session: listen first, then open")
-        listener.taken.set()
+    async def _open_ring(self, session: str, opened: Frame) -> Link | None:
+        """Stage 0 listens where the gateway does."""
+        if self._last:
+            return None
+        config, last = self._config, opened.header["last"]
+
+        async def greet(link: Link) -> None:
+            # Its ready is not waited for: the session hears it, or why not, before any token.
+            await link.send({"op": "listen", "session": session, "ring": True}, timeout_s=config.send_timeout_s)
+
+        holders = [record for record in self._roster.holders(self._roster.stages - 1) if record.id == last]
+        link, _ = await self._dialler.reach(holders, greet, timeout_s=config.open_timeout_s)
+        return link
+
+    async def _messages(self, session: str, start: int, end: int) -> bytes:
+        return await self._batches.resting(partial(self._decoder.messages, session, start, end))
+
+    def _is_at_fault(self, error: TesseraError) -> bool:
+        """Whether the next stage's worker is to be asked last from now on: its stream broke, or it said it cannot."""
+        if "peer_code" not in error.fields:
+            return isinstance(error, (Unavailable, Late)) and "stage" not in error.fields
+        return error.fields.get("stage") == self._stage + 1 and error.fields["peer_code"] != Conflict.code
+
+    def _run(self, steps: list[Step]) -> list[Any]:
+        """One forward; on the last stage also what follows from it: tokens, or hidden states."""
+        answers = list(self._decoder.run(steps))
+        if self._last:
+            for place, (step, answer) in enumerate(zip(steps, answers, strict=True)):
+                if not isinstance(answer, TesseraError):
+                    answers[place] = self._follow(step, answer)
+        return answers
+
+    def _follow(self, step: Step, told: Any) -> list[Token] | list[float] | TesseraError:
+        from tessera.serving.sampling import follow  # torch, which only the last stage needs here
+
+        sampling = self._sessions.get(step.session)
+        if sampling is None:
+            return [float(value) for value in told[-1]] if step.want else []
+        guesses, position = step.ids[step.final :], (step.start or 0) + step.final
         try:
-            await link.send({"op": "ready"}, timeout_s=self._config.send_timeout_s)
-            async for step in self._steps(link):
-                position = step.header["start"] + len(step.ids)
-                token = await self._step(session, step, sampling)
-                header = {"op": "token", "position": position}
-                await listener.link.send(header, [token], timeout_s=self._config.send_timeout_s)
+            return follow(told, guesses, sampling, position) if step.want else []
         except TesseraError as error:
-            await listener.link.close(error)
-            raise
-        finally:
-            listener.done.set()
+            return error
 
-    async def _steps(self, link: Link) -> AsyncIterator[Frame]:
-        """The session's steps in order, until the stage before says goodbye."""
-        position = 0
-        while (frame := await link.receive(self._config.idle_timeout_s)) is not None:
-            start = frame.header.get("start")
-            if frame.op != "step" or not frame.ids or type(start) is not int or start != position:
-                raise Misbehaviour(f"expected a step at token {position}", evidence=str(frame.header)[:200])
-            if position + len(frame.ids) > self._config.context:
-                raise Invalid(f"{position} + {len(frame.ids)} tokens do not fit a context of {self._config.context}")
-            position += len(frame.ids)
-            yield frame
-
-    async def _step(self, session: str, frame: Frame, sampling: Sampling | None = None) -> Any:
-        """The stage's own work, in a thread, one session at a time: the next stage's message, or the chosen token."""
-        payload = frame.payload if self._stage or frame.payload else None
-        start = frame.header["start"]
-
-        def work() -> Any:
-            out = self._decoder.step(session, frame.ids, payload, position=start)
-            return out if sampling is None else _choose(out, sampling, start + len(frame.ids))
-
-        return await anyio.to_thread.run_sync(work, limiter=self._computing)
-
-    def _check_open(self, peer: PeerId, session: str, frame: Frame) -> Sampling:
+    def _check_open(self, peer: PeerId, session: str, frame: Frame) -> Sampling | None:
         header = frame.header
-        if header.keys() != {"op", "session", "stage", "last", "sampling"} or frame.ids or frame.payload:
-            raise Misbehaviour("open holds session, stage, last and sampling", evidence=str(sorted(header))[:200])
+        if header.keys() != {"op", "session", "stage", "last", "sampling"} or not frame.ids or frame.payload:
+            raise Misbehaviour(
+                "open holds session, stage, last, sampling and the text", evidence=str(sorted(header))[:200]
+            )
         parse_peer_id(header["last"])
         if header["stage"] != self._stage:
             raise Invalid(f"this is stage {self._stage}, not {str(header['stage'])[:20]}")
@@ -269,15 +331,39 @@ class ShardServer:
             raise Conflict("this session is open already")
         if len(self._sessions) >= self._config.max_sessions:
             raise Unavailable(f"{self._config.max_sessions} sessions are open on stage {self._stage}")
-        return Sampling.from_dict(header["sampling"])
+        return None if header["sampling"] is None else Sampling.from_dict(header["sampling"])
 
     def _check_gateway(self, peer: PeerId) -> None:
         if self._gateways is not None and peer not in self._gateways:
             raise Refused("this peer is not a gateway of the run", rule="gateways")
 
     def _limits(self) -> Limits:
-        payload = self._decoder.payload_limit(self._config.context) if self._stage else 0
+        payload = self._decoder.payload_limit(self._config.max_step_tokens) if self._stage else 0
         return Limits(self._config.context, self._config.vocab_size, payload)
+
+
+class _Telling:
+    """The results of the last stage, to whoever listens."""
+
+    def __init__(self, audience: _Audience, config: ShardConfig) -> None:
+        self._audience = audience
+        self._timeout_s = config.send_timeout_s
+
+    async def put(self, step: Step, answer: Any) -> None:
+        if not step.want:
+            return
+        position = (step.start or 0) + step.final
+        if step.hidden:
+            op, ids, payload = "hidden", list[int](), pack_hidden(answer)
+        else:
+            op, ids, payload = "token", [token.id for token in answer], pack_logprobs(answer)
+        header = {"op": op, "position": position}
+        for ring, link in list(self._audience.links.items()):
+            await link.send(header, ids, b"" if ring else payload, timeout_s=self._timeout_s)
+
+    async def watch(self) -> None:
+        await self._audience.deserted.wait()
+        raise Unavailable("the gateway hung up")
 
 
 def serve_decode(
@@ -288,27 +374,31 @@ def serve_decode(
     config: ShardConfig,
     *,
     gateways: frozenset[PeerId] | None = None,
+    compute: Compute = in_thread,
 ) -> ShardServer:
     """Serves `stage` to the peers of `roster`.
 
     Args:
         gateways: who may open sessions at stage 0 and listen at the last stage; None = anybody.
+        compute: where the decoder runs.
 
     Returns: the server, whose counters tell how busy it is.
     """
-    server = ShardServer(transport, decoder, stage, roster, config, gateways)
-    transport.serve(PROTOCOL, server.handle, max_streams=2 * config.max_sessions + 2)
+    server = ShardServer(transport, decoder, stage, roster, config, gateways, compute)
+    transport.serve(PROTOCOL, server.handle, max_streams=3 * config.max_sessions + 2)
     return server
 
 
-def _choose(logits: Any, sampling: Sampling, position: int) -> int:
-    from tessera.serving.sampling import choose  # torch, which only the last stage needs here
-
-    return choose(logits, sampling, position)
+def check_kept(ready: Frame, text: int) -> int:
+    """How much of a text of `text` tokens a stage says it has. Raises: Misbehaviour."""
+    kept = ready.header.get("kept")
+    if type(kept) is not int or not 0 <= kept < text:
+        raise Misbehaviour(f"of {text} tokens a stage cannot have {str(kept)[:20]}", evidence=str(ready.header)[:200])
+    return kept
 
 
 async def _when_hung_up(link: Link, scope: anyio.CancelScope) -> None:
-    """Cancels `scope` when the listening gateway goes; it has nothing to say, so anything ends it."""
+    """Cancels `scope` when the listening peer goes; it has nothing to say, so anything ends it."""
     with suppress(TesseraError):
         await link.receive(math.inf)  # as long as the session, which has its own deadlines
     scope.cancel()
