@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from tessera.serving.passing import PASSED
 from tessera.serving.schemas import IGNORED, NEUTRAL, ChatRequest, CompletionRequest, EmbeddingRequest
 
 __all__ = ["describe"]
@@ -51,7 +52,7 @@ def describe(app: FastAPI) -> None:
 
 
 def _requests() -> Json:
-    """The request bodies, with what is read and ignored."""
+    """The request bodies as a model of ours takes them, with what is read and ignored."""
     _, made = models_json_schema(
         [(kind, "validation") for kind in KINDS.values()], ref_template="#/components/schemas/{model}"
     )
@@ -61,7 +62,10 @@ def _requests() -> Json:
         for name in IGNORED:
             properties.setdefault(name, {"description": "Read and ignored."})
         for name, values in NEUTRAL.items():
-            properties.setdefault(name, {"description": "Changes nothing here.", "enum": [None, *values]})
+            told = {"description": "Changes nothing here.", "enum": [None, *values]}
+            if name in PASSED:
+                told["description"] = "An upstream takes more; a model of ours takes what asks for nothing."
+            properties.setdefault(name, told)
     return schemas
 
 
