@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import anyio
 import httpx
 
+from tessera.core.errors import Unavailable
 from tessera.serving.charging import Free, Payments
 from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.outgoing import Reply
 from tessera.serving.upstream import Target, Upstream, UpstreamConfig
 
 MODEL = "m"
@@ -39,8 +41,17 @@ class FakeUpstream:
     def last(self) -> dict[str, Any]:
         return json.loads(self.asked[-1].content)
 
-    async def answer(self, request: httpx.Request) -> httpx.Response:
-        self.asked.append(request)
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Reply:
+        """See `Poster.post`."""
+        self.asked.append(httpx.Request("POST", url, headers=headers, content=body))
+        reply = self.answer(self.asked[-1])
+        assert isinstance(reply.stream, Body)
+        return FakeReply(reply.status_code, reply.headers, reply.stream)
+
+    async def aclose(self) -> None:
+        """Nothing is kept."""
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
         fault = self.faults.get(request.url.host)
         if isinstance(fault, Exception):
             raise fault
@@ -93,22 +104,37 @@ class Body(httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for number, chunk in enumerate(self._chunks):
             if number == self._owner.breaks_after:
-                raise httpx.ReadError("gone")
+                raise Unavailable("gone")
             await anyio.sleep(self._owner.delay_s)
             self._owner.sent += 1
             yield chunk
 
     async def aclose(self) -> None:
+        self.close()
+
+    def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._owner.open -= 1
 
 
+@dataclass
+class FakeReply:
+    status: int
+    headers: Mapping[str, str]
+    stream: Body
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        async for chunk in self.stream:
+            yield chunk
+
+    def close(self) -> None:
+        self.stream.close()
+
+
 def make_upstream(fake: FakeUpstream, *, targets: Sequence[Target] = TARGETS, **settings: Any) -> Upstream:
     tokenizer, clock = settings.pop("tokenizer", None), settings.pop("clock", None)
-    transport = httpx.MockTransport(fake.answer)
-    config = UpstreamConfig(**settings)
-    return Upstream(MODEL, targets, config, tokenizer=tokenizer, clock=clock, transport=transport)
+    return Upstream(MODEL, targets, UpstreamConfig(**settings), tokenizer=tokenizer, clock=clock, poster=fake)
 
 
 @asynccontextmanager

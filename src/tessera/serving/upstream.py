@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
-import anyio
-import httpx
 import structlog
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -23,6 +22,7 @@ from tessera.core.errors import Invalid, Late, TesseraError, Unavailable
 from tessera.serving.answers import closed, event, json_bytes, usage_object
 from tessera.serving.charging import Usage
 from tessera.serving.metering import Encoder, Meter
+from tessera.serving.outgoing import HttpPoster, HungUp, Poster, Reply
 from tessera.serving.passing import Passed, check_passing
 from tessera.serving.sse import Events
 from tessera.serving.work import Kind, Work
@@ -67,7 +67,7 @@ class Upstream:
 
     Args:
         tokenizer: the model's, where it is known: then we can count ourselves.
-        transport: for tests; by default the network.
+        poster: for tests; by default the network.
     """
 
     def __init__(
@@ -78,29 +78,24 @@ class Upstream:
         *,
         tokenizer: Encoder | None = None,
         clock: Clock | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
+        poster: Poster | None = None,
     ) -> None:
         if not targets:
             raise Invalid(f"the upstream of {model_id} has no target")
         for target in targets:
-            url = httpx.URL(target.url)
-            if url.scheme not in ("http", "https") or not url.host or url.userinfo:
-                raise Invalid(f"an upstream's URL is http(s)://host/v1 without a password, not {url!r}")
+            url = urlsplit(target.url)
+            if url.scheme not in ("http", "https") or not url.hostname or url.password or url.username:
+                raise Invalid("an upstream's URL is http(s)://host/v1 without a user or a password")
         self.id = model_id
         self.config = config or UpstreamConfig()
         self._targets = tuple(targets)
         self._tokenizer = tokenizer
         self._clock = clock or SystemClock()
         self._resting: dict[Target, float] = {}
-        byte_s = self.config.byte_timeout_s
-        self._client = httpx.AsyncClient(
-            transport=transport,
-            trust_env=False,  # neither a proxy nor a .netrc that nobody meant for this
-            follow_redirects=False,
-            timeout=httpx.Timeout(byte_s, connect=self.config.connect_timeout_s, pool=self.config.connect_timeout_s),
-            limits=httpx.Limits(
-                max_connections=self.config.max_connections, max_keepalive_connections=self.config.max_connections
-            ),
+        self._poster = poster or HttpPoster(
+            connect_timeout_s=self.config.connect_timeout_s,
+            byte_timeout_s=self.config.byte_timeout_s,
+            max_connections=self.config.max_connections,
         )
 
     @property
@@ -112,7 +107,7 @@ class Upstream:
         """Whether some target has not just failed."""
         return any(self._rested(target) for target in self._targets)
 
-    def plan(self, kind: Kind, data: Mapping[str, Any]) -> Work:
+    async def plan(self, kind: Kind, data: Mapping[str, Any]) -> Work:
         """See `ServedModel.plan`."""
         asked = check_passing(
             kind, data, default_tokens=self.config.default_max_tokens, most_tokens=self.config.max_tokens
@@ -120,69 +115,56 @@ class Upstream:
         return _Passing(self, ROUTES[kind], asked, Meter(asked, self._tokenizer))
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._poster.aclose()
 
-    async def call(self, route: str, body: Mapping[str, Any], held: AsyncExitStack) -> httpx.Response:
-        """The first good answer of a target, its body unread; closed with `held`.
+    async def call(self, route: str, body: Mapping[str, Any], held: ExitStack) -> Reply:
+        """The first good answer of a target, its body unread; closed with `held`, like every other.
 
         Raises: Invalid when the request is at fault; Unavailable or Late when no target answers.
         """
         problem: TesseraError = Unavailable("no upstream")
         for target in sorted(self._targets, key=lambda target: not self._rested(target)):
             try:
-                response = await self._ask(target, route, body, held)
+                reply = await self._ask(target, route, body, held)
             except (Unavailable, Late) as error:
                 self._resting[target] = self._clock.time() + self.config.rest_s
-                log.warning("upstream_failed", model=self.id, host=httpx.URL(target.url).host, reason=error.message)
+                log.warning("upstream_failed", model=self.id, host=urlsplit(target.url).hostname, reason=error.message)
                 problem = error
             else:
                 self._resting.pop(target, None)
-                return response
+                return reply
         raise problem
 
     def _rested(self, target: Target) -> bool:
         return self._resting.get(target, 0.0) <= self._clock.time()
 
-    async def _ask(self, target: Target, route: str, body: Mapping[str, Any], held: AsyncExitStack) -> httpx.Response:
+    async def _ask(self, target: Target, route: str, body: Mapping[str, Any], held: ExitStack) -> Reply:
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if target.api_key:
             headers["authorization"] = f"Bearer {target.api_key}"
         PROPAGATOR.inject(headers)
         content = json.dumps(dict(body, model=target.model or self.id)).encode()
-        request = self._client.build_request("POST", target.url.rstrip("/") + route, content=content, headers=headers)
-        response = await self._send(request)
-        async with AsyncExitStack() as mine:
-            mine.push_async_callback(response.aclose)
-            if response.status_code != 200:
-                raise await self._complaint(response, target)
-            if response.headers.get("content-encoding", "identity") != "identity":
-                raise Unavailable("the upstream answered in an encoding that was not asked for")
-            held.push_async_callback(mine.pop_all().aclose)
-        return response
+        url = target.url.rstrip("/") + route
+        try:
+            reply = await self._poster.post(url, headers, content)
+        except HungUp:
+            reply = await self._poster.post(url, headers, content)
+        held.callback(reply.close)
+        if reply.status != 200:
+            raise await self._complaint(reply, target)
+        if reply.headers.get("content-encoding", "identity") != "identity":
+            raise Unavailable("the upstream answered in an encoding that was not asked for")
+        return reply
 
-    async def _send(self, request: httpx.Request) -> httpx.Response:
-        for again in (True, False):
-            try:
-                with anyio.fail_after(self.config.connect_timeout_s + self.config.byte_timeout_s):
-                    return await self._client.send(request, stream=True)
-            except (TimeoutError, httpx.TimeoutException):
-                raise Late("the upstream did not answer in time") from None
-            except httpx.RemoteProtocolError:
-                if not again:  # else a connection kept from before, which the upstream closed as we wrote
-                    raise Unavailable("the upstream hung up") from None
-            except httpx.TransportError as error:
-                raise Unavailable(f"the upstream cannot be reached ({type(error).__name__})") from None
-        raise AssertionError("the second try returns or raises")
-
-    async def _complaint(self, response: httpx.Response, target: Target) -> TesseraError:
+    async def _complaint(self, reply: Reply, target: Target) -> TesseraError:
         """What went wrong: in the upstream's words only where the caller can do something about it."""
-        status = response.status_code
+        status = reply.status
         if status not in CALLERS_FAULT:
-            wait_s = response.headers.get("retry-after", "")
+            wait_s = reply.headers.get("retry-after", "")
             retry_after_s = min(float(wait_s), 3_600.0) if wait_s.isdecimal() and len(wait_s) < 6 else 1.0
             return Unavailable(f"the upstream answered {status}", retry_after_s=retry_after_s)
         try:
-            told = json.loads(await self.read(response, COMPLAINT_BYTES))
+            told = json.loads(await _read(reply, COMPLAINT_BYTES))
         except (TesseraError, ValueError, RecursionError):
             told = None
         error = told.get("error", told) if isinstance(told, dict) else None
@@ -197,25 +179,6 @@ class Upstream:
             reason=code[:100] if isinstance(code, str) else "invalid_value",
         )
 
-    async def read(self, response: httpx.Response, limit: int) -> bytes:
-        """The whole body. Raises: Unavailable over `limit` bytes or when it breaks; Late when it stalls."""
-        body = bytearray()
-        async with aclosing(self.chunks(response)) as chunks:
-            async for chunk in chunks:
-                body += chunk
-                if len(body) > limit:
-                    raise Unavailable(f"the upstream sent more than {limit} bytes")
-        return bytes(body)
-
-    async def chunks(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
-        try:
-            async for chunk in response.aiter_raw():  # `aclose` of the response, which is held, ends it
-                yield chunk
-        except httpx.TimeoutException:
-            raise Late(f"the upstream was silent for {self.config.byte_timeout_s:g} s") from None
-        except httpx.TransportError:
-            raise Unavailable("the upstream broke off its answer") from None
-
 
 class _Passing:
     """One request to an upstream."""
@@ -225,7 +188,7 @@ class _Passing:
         self._route = route
         self._asked = asked
         self._meter = meter
-        self._held = AsyncExitStack()
+        self._held = ExitStack()
         self._closings: dict[int, dict[str, Any]] = {}
         self._events = self._run()
         self.prompt_tokens = asked.prompt_limit
@@ -237,8 +200,8 @@ class _Passing:
         return self._meter.usage()
 
     async def whole(self) -> bytes:
-        response = await self._upstream.call(self._route, self._asked.body, self._held)
-        answer = _object(await self._upstream.read(response, self._upstream.config.max_answer_bytes))
+        reply = await self._upstream.call(self._route, self._asked.body, self._held)
+        answer = _object(await _read(reply, self._upstream.config.max_answer_bytes))
         if not isinstance(answer.get("choices" if self.max_tokens else "data"), list):
             raise Unavailable("the upstream's answer holds no choices")
         self._meter.report(answer.get("usage"))
@@ -253,14 +216,14 @@ class _Passing:
 
     async def aclose(self) -> None:
         await self._events.aclose()
-        await self._held.aclose()
+        self._held.close()
 
     async def _run(self) -> AsyncGenerator[bytes, None]:
         config = self._upstream.config
-        response = await self._upstream.call(self._route, self._asked.body, self._held)
+        reply = await self._upstream.call(self._route, self._asked.body, self._held)
         parser = Events(config.max_event_bytes)
         size = 0
-        async with aclosing(self._upstream.chunks(response)) as chunks:
+        async with aclosing(reply.chunks()) as chunks:
             async for chunk in chunks:
                 size += len(chunk)
                 if size > config.max_answer_bytes:
@@ -316,3 +279,14 @@ def _object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Unavailable("the upstream's answer is not a JSON object")
     return value
+
+
+async def _read(reply: Reply, limit: int) -> bytes:
+    """The whole body. Raises: Unavailable over `limit` bytes or when it breaks; Late when it stalls."""
+    body = bytearray()
+    async with aclosing(reply.chunks()) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > limit:
+                raise Unavailable(f"the upstream sent more than {limit} bytes")
+    return bytes(body)
