@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import structlog
 
@@ -73,6 +74,7 @@ class Batches:
         return answer
 
     async def _wait(self, wish: _Wish) -> Any:
+        await anyio.lowlevel.checkpoint_if_cancelled()  # a forward is shielded: here is where a caller can be stopped
         self._waiting.append(wish)
         try:
             while not wish.done:

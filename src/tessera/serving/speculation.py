@@ -19,7 +19,7 @@ __all__ = ["Draft", "Drafter", "NgramDraft", "NgramTable", "Pace"]
 
 LONGEST = 4  # tokens that must agree before a text is taken to repeat itself: tried first, down to SHORTEST
 SHORTEST = 2
-WORTH = 0.15  # a guess is sent while the chance that it and all before it are right is at least this
+WORTH = 0.03  # a guess is sent while the chance that it and all before it are right is at least this
 MEMORY = 0.9  # of the estimate, for each guess that was judged
 PROBE_EVERY = 8  # rounds without a guess before one is tried again
 
