@@ -108,14 +108,17 @@ CHATML = """{%- for message in messages %}
 
 
 def write_tokenizer(path: Path, **facts: Any) -> None:
-    """Byte-level, of at most 320 tokens, with three markers; the second ends a text."""
+    """Byte-level, of 320 tokens, with three markers; the second ends a text."""
     engine = Tokenizer(BPE())
     engine.pre_tokenizer, engine.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     markers = ["<s>", "<|im_end|>", "<|im_start|>"]
     trainer = BpeTrainer(
         vocab_size=320, special_tokens=markers, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
     )
-    engine.train_from_iterator(["the user said to the assistant that the system is here"] * 8, trainer=trainer)
+    text = (
+        "the user said to the assistant that the system is here and every word of it counts for something new, always"
+    )
+    engine.train_from_iterator([text] * 8, trainer=trainer)
     (path / "tokenizer.json").write_text(str(engine.to_str()))
     config = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "chat_template": CHATML, **facts}
     (path / "tokenizer_config.json").write_text(json.dumps(config))

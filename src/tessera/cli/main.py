@@ -24,6 +24,7 @@ from tessera.cli.models import models_app
 from tessera.cli.options import AsJson, StateDir, choice, default_state_dir
 from tessera.cli.relay import relay
 from tessera.cli.run_app import run_app
+from tessera.cli.serve import hold, serve
 from tessera.cli.service import service_app
 from tessera.cli.tree import Configured
 
@@ -168,6 +169,8 @@ app.command("logs")(show_logs)
 app.command("config", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
                                         "allow_interspersed_args": False})(show_config)  # fmt: skip
 app.command()(relay)
+app.command()(serve)
+app.command()(hold)
 app.add_typer(run_app, name="run")
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")

@@ -7,7 +7,7 @@ equal requests with equal seeds give equal answers; what an answer holds is free
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -32,9 +32,8 @@ class LocalModel:
         stop_tokens: token ids that end every generation, such as the tokenizer's end of text.
         chat: makes a prompt of a conversation; None: a plain model, which continues the text of the messages.
         default_max_tokens: when the request names none and the context has room.
+        is_ready: whether the engine would find all its stages.
     """
-
-    ready = True
 
     def __init__(
         self,
@@ -46,9 +45,11 @@ class LocalModel:
         stop_tokens: tuple[int, ...] = (),
         default_max_tokens: int = 128,
         default_temperature: float = 1.0,
+        is_ready: Callable[[], bool] = lambda: True,
         clock: Clock | None = None,
     ) -> None:
         self.id = model_id
+        self._is_ready = is_ready
         self._engine = engine
         self._tokenizer = tokenizer
         self._chat = chat
@@ -60,6 +61,10 @@ class LocalModel:
     @property
     def context(self) -> int:
         return self._engine.context
+
+    @property
+    def ready(self) -> bool:
+        return self._is_ready()
 
     async def plan(self, kind: Kind, data: Mapping[str, Any]) -> Work:
         """See `ServedModel.plan`."""

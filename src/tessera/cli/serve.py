@@ -1,0 +1,179 @@
+"""`tessera serve` and `tessera hold`: a model behind an OpenAI endpoint, and one stage of somebody else's."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tessera.cli.models import Boundary, Context, Stages
+from tessera.cli.options import AsJson, StateDir, choice, default_state_dir
+from tessera.core.errors import Invalid
+
+if TYPE_CHECKING:
+    from tessera.devnet.library import Import
+    from tessera.devnet.model_server import Price, ServeConfig, Served
+    from tessera.devnet.stage_holding import Holding
+    from tessera.models.card import ModelCard
+    from tessera.training.home import Home
+
+__all__ = ["hold", "serve"]
+
+Relay = Annotated[
+    list[str] | None, typer.Option(help="A relay's URL, '#' and its token if it asks for one. Repeat for more.")
+]
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A model of `tessera models list`, or a checkpoint folder to import.")],
+    stages: Stages = 4,
+    boundary: Boundary = "dense",
+    context: Context = 0,
+    host: Annotated[str, typer.Option(help="Address that the gateway listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the gateway; 0 = any free one.")] = 8410,
+    free: Annotated[bool, typer.Option(help="Serve anybody for nothing.")] = False,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Who has it is served. Default, unless free or paid: one that is kept here."),
+    ] = None,
+    price: Annotated[int, typer.Option(help="Units of the coin for one request, paid with x402; 0 = not paid.")] = 0,
+    coin: Annotated[str, typer.Option(help="The coin's contract; it must speak EIP-3009, as USDC does.")] = "",
+    pay_to: Annotated[str, typer.Option(help="Account that is paid. Default: this directory's.")] = "",
+    chain: Annotated[str, typer.Option(help="JSON-RPC URL of the network that the coin is on.")] = "",
+    invite: Annotated[int, typer.Option(help="How many stages other machines hold; prints an invitation.")] = 0,
+    bind: Annotated[str, typer.Option(help="Address and UDP port for those machines.")] = "0.0.0.0:0",
+    relay: Relay = None,
+    concurrent: Annotated[int, typer.Option(help="Answers at once; more are told to come back.")] = 16,
+    threads: Annotated[int, typer.Option(help="Of each stage here. Default: they share the cores.")] = 0,
+    state_dir: StateDir = default_state_dir("serve"),
+    as_json: AsJson = False,
+) -> None:
+    """Serve a model behind an OpenAI endpoint, until Ctrl-C: all of it here, or stages of it on other machines."""
+    from tessera.cli.join import parse_relay
+    from tessera.cli.logs import configure_logs
+    from tessera.cli.running import run_until_signal
+    from tessera.devnet.library import Import
+    from tessera.devnet.model_server import Peers, ServeConfig
+    from tessera.training.home import Home
+
+    configure_logs("warning", state_dir / "logs" / "serve.log")
+    home = Home(state_dir)
+    how = Import(stages=stages, boundary=choice("--boundary", boundary, ("dense", "int8")), context=context)
+    card = _model(home, model, how)
+    relays = tuple(parse_relay(text) for text in relay or ())
+    paid = _price(home, price, coin, pay_to, chain)
+    keys = tuple(api_key or ()) or (() if free or paid else (_kept_key(home),))
+    peers = Peers(invite, bind=bind, relays=relays) if invite else None
+    config = ServeConfig(
+        host=host, port=port, api_keys=keys, free=free, price=paid, concurrent=concurrent, threads=threads, peers=peers
+    )
+    run_until_signal(lambda: _serve(home, card, config, as_json=as_json))
+
+
+def hold(
+    invitation: Annotated[str, typer.Argument(help="What `tessera serve --invite` printed.")],
+    bind: Annotated[str, typer.Option(help="Address and UDP port to listen on. Default: any.")] = "",
+    relay: Relay = None,
+    state_dir: StateDir = default_state_dir("hold"),
+) -> None:
+    """Hold one stage of a model that another machine serves, until Ctrl-C."""
+    from tessera.cli.join import parse_relay
+    from tessera.cli.logs import configure_logs
+    from tessera.cli.running import run_until_signal
+    from tessera.core.clock import SystemClock
+    from tessera.devnet.stage_holding import hold_stage
+    from tessera.devnet.stage_invitation import StageInvitation
+    from tessera.training.home import Home
+
+    configure_logs("warning", state_dir / "logs" / "hold.log")
+    clock = SystemClock()
+    asked, home = StageInvitation.parse(invitation, clock), Home(state_dir)
+    relays = tuple(parse_relay(text) for text in relay or ())
+    run_until_signal(lambda: hold_stage(home, asked, clock, bind=bind, relays=relays, tell=_say_holding))
+
+
+def _model(home: Home, what: str, how: Import) -> ModelCard:
+    """The model called `what`; a folder is imported under its own name when no model has that yet."""
+    from tessera.devnet.library import find_model, import_model, known_models
+
+    path = Path(what)
+    if not path.is_dir():
+        return find_model(home, what)
+    name = path.resolve().name
+    if any(card.name == name for card in known_models(home)):
+        typer.echo(f"{name} was imported before; `tessera models remove {name}` forgets it", err=True)
+        return find_model(home, name)
+    return import_model(
+        home, path, name, how, progress=lambda done, total: typer.echo(f"stage {done} of {total}", err=True)
+    )
+
+
+def _price(home: Home, units: int, coin: str, pay_to: str, chain: str) -> Price | None:
+    from tessera.core.ids import parse_account
+    from tessera.devnet.model_server import Price
+
+    if not units:
+        return None
+    if units < 0 or not coin or not chain:
+        raise Invalid("--price takes units above 0, and needs --coin and --chain")
+    return Price(units, parse_account(coin), parse_account(pay_to or home.account_key.account), chain)
+
+
+def _kept_key(home: Home) -> str:
+    """The API key of this directory, made at its first use."""
+    from tessera.training.home import write_atomic
+
+    file = home.path / "api_key.txt"
+    if not file.exists():
+        write_atomic(file, f"tsk-{secrets.token_hex(24)}\n".encode(), mode=0o600)
+    return file.read_text().strip()
+
+
+async def _serve(home: Home, card: ModelCard, config: ServeConfig, *, as_json: bool) -> None:
+    import anyio
+
+    from tessera.core.clock import SystemClock
+    from tessera.devnet.model_server import serve_model
+
+    with home.locked():
+        async with serve_model(home, card, config, SystemClock()) as served:
+            _say_serving(served, config, as_json=as_json)
+            await anyio.sleep_forever()
+
+
+def _say_serving(served: Served, config: ServeConfig, *, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    card, key = served.card, config.api_keys[0] if config.api_keys else ""
+    invitation = served.invitation.to_text() if served.invitation else ""
+    if as_json:
+        facts = {"url": served.url, "model": card.name, "digest": card.digest, "api_key": key, "invitation": invitation}
+        typer.echo(json.dumps(facts))
+        return
+    console = Console()
+    who = "for an API key" if key else f"{config.price.units} units a request" if config.price else "for anybody"
+    rows = [
+        ("model", f"{card.name}, {card.params:,} params in {card.spec.stages} stages"),
+        ("url", f"{served.url}/v1, {who}"),
+    ]
+    body = json.dumps({"model": card.name, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64})
+    header = f" -H 'authorization: Bearer {key}'" if key else ""
+    rows.append(
+        ("try", f"curl {served.url}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'")
+    )
+    if invitation:
+        rows.append(("invite", f"tessera hold {invitation}"))
+    for name, value in rows:
+        console.print(Text(f"{name:>8}  {value}"), soft_wrap=True, highlight=False)
+    console.print("It stays up until Ctrl-C.", style="dim")
+
+
+def _say_holding(holding: Holding) -> None:
+    card, stage = holding.card, holding.stage
+    size = card.stages[stage].size_bytes / 1e6
+    done = "held, until Ctrl-C" if holding.ready else f"coming, {size:,.1f} MB"
+    typer.echo(f"{card.name}: stage {stage} of {card.spec.stages} is {done}")
