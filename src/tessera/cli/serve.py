@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,8 @@ from tessera.core.errors import Invalid
 
 if TYPE_CHECKING:
     from tessera.devnet.library import Import
-    from tessera.devnet.model_server import Price, ServeConfig, Served
+    from tessera.devnet.model_server import ServeConfig, Served
+    from tessera.devnet.model_till import Access, Price
     from tessera.devnet.stage_holding import Holding
     from tessera.models.card import ModelCard
     from tessera.training.home import Home
@@ -37,12 +37,14 @@ def serve(
     free: Annotated[bool, typer.Option(help="Serve anybody for nothing.")] = False,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(help="Who has it is served. Default, unless free or paid: one that is kept here."),
+        typer.Option(help="Who has it is served; `tessera gateway keys` makes others."),
     ] = None,
     price: Annotated[int, typer.Option(help="Units of the coin for one request, paid with x402; 0 = not paid.")] = 0,
     coin: Annotated[str, typer.Option(help="The coin's contract; it must speak EIP-3009, as USDC does.")] = "",
     pay_to: Annotated[str, typer.Option(help="Account that is paid. Default: this directory's.")] = "",
     chain: Annotated[str, typer.Option(help="JSON-RPC URL of the network that the coin is on.")] = "",
+    database: Annotated[str, typer.Option(help="URL of every table about money. Default: files here.")] = "",
+    public_url: Annotated[str, typer.Option(help="Scheme and host as users see them, behind a proxy.")] = "",
     invite: Annotated[int, typer.Option(help="How many stages other machines hold; prints an invitation.")] = 0,
     bind: Annotated[str, typer.Option(help="Address and UDP port for those machines.")] = "0.0.0.0:0",
     relay: Relay = None,
@@ -57,6 +59,7 @@ def serve(
     from tessera.cli.running import run_until_signal
     from tessera.devnet.library import Import
     from tessera.devnet.model_server import Peers, ServeConfig
+    from tessera.devnet.model_till import Access
     from tessera.training.home import Home
 
     configure_logs("warning", state_dir / "logs" / "serve.log")
@@ -64,12 +67,12 @@ def serve(
     how = Import(stages=stages, boundary=choice("--boundary", boundary, ("dense", "int8")), context=context)
     card = _model(home, model, how)
     relays = tuple(parse_relay(text) for text in relay or ())
-    paid = _price(home, price, coin, pay_to, chain)
-    keys = tuple(api_key or ()) or (() if free or paid else (_kept_key(home),))
+    access = Access(
+        api_keys=tuple(api_key or ()), free=free, price=_price(home, price, coin, pay_to, chain), database=database,
+        public_url=public_url,
+    )  # fmt: skip
     peers = Peers(invite, bind=bind, relays=relays) if invite else None
-    config = ServeConfig(
-        host=host, port=port, api_keys=keys, free=free, price=paid, concurrent=concurrent, threads=threads, peers=peers
-    )
+    config = ServeConfig(host=host, port=port, access=access, concurrent=concurrent, threads=threads, peers=peers)
     run_until_signal(lambda: _serve(home, card, config, as_json=as_json))
 
 
@@ -113,23 +116,13 @@ def _model(home: Home, what: str, how: Import) -> ModelCard:
 
 def _price(home: Home, units: int, coin: str, pay_to: str, chain: str) -> Price | None:
     from tessera.core.ids import parse_account
-    from tessera.devnet.model_server import Price
+    from tessera.devnet.model_till import Price
 
     if not units:
         return None
     if units < 0 or not coin or not chain:
         raise Invalid("--price takes units above 0, and needs --coin and --chain")
     return Price(units, parse_account(coin), parse_account(pay_to or home.account_key.account), chain)
-
-
-def _kept_key(home: Home) -> str:
-    """The API key of this directory, made at its first use."""
-    from tessera.training.home import write_atomic
-
-    file = home.path / "api_key.txt"
-    if not file.exists():
-        write_atomic(file, f"tsk-{secrets.token_hex(24)}\n".encode(), mode=0o600)
-    return file.read_text().strip()
 
 
 async def _serve(home: Home, card: ModelCard, config: ServeConfig, *, as_json: bool) -> None:
@@ -140,36 +133,44 @@ async def _serve(home: Home, card: ModelCard, config: ServeConfig, *, as_json: b
 
     with home.locked():
         async with serve_model(home, card, config, SystemClock()) as served:
-            _say_serving(served, config, as_json=as_json)
+            _say_serving(served, config.access, as_json=as_json)
             await anyio.sleep_forever()
 
 
-def _say_serving(served: Served, config: ServeConfig, *, as_json: bool) -> None:
+def _say_serving(served: Served, access: Access, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    card, key = served.card, config.api_keys[0] if config.api_keys else ""
+    card = served.card
     invitation = served.invitation.to_text() if served.invitation else ""
     if as_json:
-        facts = {"url": served.url, "model": card.name, "digest": card.digest, "api_key": key, "invitation": invitation}
+        key = {"api_key": served.first_key} if served.first_key else {}
+        facts = {"url": f"{served.url}/v1", "model": card.name, "digest": card.digest, "invitation": invitation, **key}
         typer.echo(json.dumps(facts))
         return
     console = Console()
-    who = "for an API key" if key else f"{config.price.units} units a request" if config.price else "for anybody"
+    price = f"{access.price.units} units a request, or by the token" if access.price else "for an API key"
     rows = [
         ("model", f"{card.name}, {card.params:,} params in {card.spec.stages} stages"),
-        ("url", f"{served.url}/v1, {who}"),
+        ("url", f"{served.url}/v1, {'for anybody' if access.free else price}"),
     ]
-    body = json.dumps({"model": card.name, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64})
-    header = f" -H 'authorization: Bearer {key}'" if key else ""
-    rows.append(
-        ("try", f"curl {served.url}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'")
-    )
+    if served.first_key:
+        rows.append(("key", f"{served.first_key}  (shown only now; `tessera gateway keys new` makes others)"))
+    rows.append(("try", _curl(served, access)))
     if invitation:
         rows.append(("invite", f"tessera hold {invitation}"))
     for name, value in rows:
         console.print(Text(f"{name:>8}  {value}"), soft_wrap=True, highlight=False)
     console.print("It stays up until Ctrl-C.", style="dim")
+
+
+def _curl(served: Served, access: Access) -> str:
+    """A request that works as it stands, but for a key that only its owner knows, or a payment."""
+    said = [{"role": "user", "content": "Hello!"}]
+    body = json.dumps({"model": served.card.name, "messages": said, "max_tokens": 64})
+    key = served.first_key or "$KEY"
+    header = "" if access.free or access.price else f' -H "authorization: Bearer {key}"'
+    return f"curl {served.url}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'"
 
 
 def _say_holding(holding: Holding) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -17,15 +17,14 @@ import structlog
 import torch
 from anyio import to_thread
 
-from tessera.chain.faces import Coin
 from tessera.core import encoding
 from tessera.core.clock import Clock
 from tessera.core.errors import Invalid
-from tessera.core.ids import Account, parse_blob_id
+from tessera.core.ids import parse_blob_id
 from tessera.core.signing import PeerKey
 from tessera.devnet.http import bind_port, listening
-from tessera.devnet.ledger import ensure_funded, open_ledger
 from tessera.devnet.library import model_tokenizer
+from tessera.devnet.model_till import Access, open_model_till
 from tessera.devnet.stage_hosting import StageDesk
 from tessera.devnet.stage_invitation import StageInvitation
 from tessera.devnet.stage_table import StageTable
@@ -38,32 +37,19 @@ from tessera.p2p.engines import start_transport
 from tessera.p2p.memory import MemoryNetwork
 from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import Transport
-from tessera.serving.charging import Free, Payments
 from tessera.serving.chat_template import TemplateChat
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.keys import OperatorKeys
 from tessera.serving.local import LocalModel
-from tessera.serving.payments import PaymentConfig, X402Payments
 from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
 from tessera.serving.shards import ShardConfig, serve_decode
 from tessera.training.home import Home, write_atomic
 
-__all__ = ["Peers", "Price", "ServeConfig", "Served", "serve_model"]
+__all__ = ["Peers", "ServeConfig", "Served", "serve_model"]
 
 log = structlog.get_logger()
 
 ANSWER_TOKENS = 1024  # when a request names no limit
 ONLINE_S = 5.0  # for a relay, before the invitation is made
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """What a request costs, on which chain, and who is paid."""
-
-    units: int  # of the coin, for one request
-    coin: Account  # must speak EIP-3009
-    pay_to: Account
-    chain_url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +68,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8410  # 0 = any free one
-    api_keys: tuple[str, ...] = ()
-    free: bool = False  # serve anybody for nothing
-    price: Price | None = None
+    access: Access = field(default_factory=Access)
     concurrent: int = 16  # answers at once
     threads: int = 0  # of each stage; 0 = the stages here share the cores
     peers: Peers | None = None
@@ -97,26 +81,26 @@ class Served:
     url: str
     card: ModelCard
     table: StageTable
+    first_key: str  # an API key that was made just now; shown once
     invitation: StageInvitation | None
-    desk: StageDesk | None = field(default=None)
+    desk: StageDesk | None
 
 
 @asynccontextmanager
 async def serve_model(home: Home, card: ModelCard, config: ServeConfig, clock: Clock) -> AsyncIterator[Served]:
     """Serve `card` inside the block.
 
-    Raises: Invalid: no way to pay, no memory for the stages, a chat template that fails; Conflict: the port is taken;
-    Unavailable: the chain does not answer.
+    Raises: Invalid: free and paid at once, no memory for the stages, a chat template that fails; Conflict: the port is
+    taken; Unavailable: the chain does not answer.
     """
-    if not (config.api_keys or config.free or config.price):
-        raise Invalid("nobody could use this gateway: give --free, an --api-key or a --price")
     async with AsyncExitStack() as stack:
         blobs = BlobStore(home.blobs)
         tokenizer = await to_thread.run_sync(model_tokenizer, blobs, card)
         chat = None
         if card.template:
             chat = await stack.enter_async_context(TemplateChat(card.template, card.named, tokenizer, clock))
-        ways = await _ways(home, config, stack, clock)
+        opening = open_model_till(home, config.access, card.spec.model.context, clock)
+        till = await stack.enter_async_context(opening)
         table = StageTable(card.spec.stages)
         opened = await stack.enter_async_context(_open_stages(home, card, config, table, blobs, clock))
         limits = ShardEngineConfig(context=card.spec.model.context, vocab_size=card.spec.model.vocab_size)
@@ -130,11 +114,13 @@ async def serve_model(home: Home, card: ModelCard, config: ServeConfig, clock: C
             is_ready=lambda: table.complete,
             clock=clock,
         )
-        app = create_app(GatewayConfig(max_concurrent=config.concurrent), [model], ways, clock=clock)
+        limit = GatewayConfig(max_concurrent=config.concurrent, public_url=config.access.public_url)
+        app = create_app(limit, [model], till.ways, clock=clock)
+        till.mount(app)
         server_socket = bind_port(config.host, config.port)
         stack.callback(server_socket.close)
         url = await stack.enter_async_context(listening(app, server_socket))
-        yield Served(url, card, table, opened.invitation, opened.desk)
+        yield Served(url, card, table, till.first_key, opened.invitation, opened.desk)
 
 
 @dataclass(frozen=True)
@@ -180,29 +166,6 @@ async def _open_stages(
         serve_blobs(gateway, blobs)
         invitation = _invite(home, card, gateway, peers, clock)
         yield _Opened(gateway, invitation, StageDesk(gateway, card, table, invitation, clock))
-
-
-async def _ways(home: Home, config: ServeConfig, stack: AsyncExitStack, clock: Clock) -> Sequence[Payments]:
-    """To pay, in the order in which they are tried."""
-    ways: list[Payments] = []
-    if config.api_keys:
-        ways.append(OperatorKeys(config.api_keys))
-    if (price := config.price) is not None:
-        operator = home.account("operator")
-        ledger = await stack.enter_async_context(open_ledger(home.path / "chain", price.chain_url, clock))
-        await ensure_funded(ledger, operator)
-        coin = Coin(ledger.chain, price.coin)
-        asked = PaymentConfig(
-            asset=price.coin, asset_name=await coin.name(), asset_version=await coin.version(),
-            price_units=price.units, pay_to=price.pay_to,
-        )  # fmt: skip
-        file = home.path / "payments.sqlite"
-        payments = await X402Payments.open(asked, ledger.chain, operator, database=file, clock=clock)
-        stack.callback(payments.close)
-        ways.append(payments)
-    if config.free:
-        ways.append(Free())
-    return ways
 
 
 def _invite(home: Home, card: ModelCard, gateway: Transport, peers: Peers, clock: Clock) -> StageInvitation:
