@@ -14,13 +14,13 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import select
 
 from tessera.agents.intents import Intent
 from tessera.agents.mandates import Mandate
-from tessera.agents.tables import APPROVAL_REQUESTS, APPROVAL_VERDICTS, LAYOUT
+from tessera.agents.tables import APPROVAL_GRANTS, APPROVAL_REQUESTS, APPROVAL_VERDICTS, LAYOUT
 from tessera.core import encoding
 from tessera.core.clock import Clock, SystemClock
 from tessera.core.errors import Conflict, Invalid, Late, Missing, Refused
@@ -30,13 +30,15 @@ from tessera.core.typed_data import domain, struct_hash, typed_digest
 from tessera.storage.database import Transaction, open_database
 from tessera.storage.location import MEMORY
 
-__all__ = ["Approval", "Approvals", "Call", "Request", "approve", "payment_call", "use_for"]
+__all__ = ["Answer", "Approval", "Approvals", "Call", "Request", "approve", "payment_call", "use_for"]
 
+Answer = Literal["waiting", "expired", "denied", "used"]
 LIFE_S = 3_600
 BODY_LIMIT = 262_144  # bytes of a call and its evidence
 NO_MANDATE = "00" * 32
 _FIELDS = "string tool,string arguments,bytes32 mandate,bytes32 nonce"
-_DOMAIN = domain("Tessera approval", "1")
+_NAME, _VERSION = "Tessera approval", "1"
+_DOMAIN = domain(_NAME, _VERSION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,22 @@ class Call:
     def signing_digest(self, expires_at: int) -> bytes:
         """The 32 bytes that the approver signs."""
         return typed_digest(_DOMAIN, f"Approval({_FIELDS},uint256 expiresAt)", (*self._values(), expires_at))
+
+    def typed_data(self, expires_at: int) -> dict[str, Any]:
+        """The same for a wallet: what `eth_signTypedData_v4` takes."""
+        fields = [field.split() for field in f"{_FIELDS},uint256 expiresAt".split(",")]
+        return {
+            "domain": {"name": _NAME, "version": _VERSION},
+            "types": {
+                "EIP712Domain": [{"name": name, "type": "string"} for name in ("name", "version")],
+                "Approval": [{"name": name, "type": kind} for kind, name in fields],
+            },
+            "primaryType": "Approval",
+            "message": {
+                "tool": self.tool, "arguments": self.text, "mandate": f"0x{self.mandate}", "nonce": f"0x{self.nonce}",
+                "expiresAt": str(expires_at),
+            },
+        }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         return {"tool": self.tool, "arguments": dict(self.arguments), "mandate": self.mandate, "nonce": self.nonce}
@@ -126,11 +144,12 @@ class Approvals:
         return request
 
     def pending(self) -> list[Request]:
-        """Those that wait still, oldest first."""
-        done = select(APPROVAL_VERDICTS.c.call)
+        """Those that nobody has answered yet, oldest first."""
+        done, granted = select(APPROVAL_VERDICTS.c.call), select(APPROVAL_GRANTS.c.call)
         query = select(APPROVAL_REQUESTS).where(
-            APPROVAL_REQUESTS.c.call.not_in(done), APPROVAL_REQUESTS.c.expires_at * 1000 > self._now_ms()
-        )
+            APPROVAL_REQUESTS.c.call.not_in(done), APPROVAL_REQUESTS.c.call.not_in(granted),
+            APPROVAL_REQUESTS.c.expires_at * 1000 > self._now_ms(),
+        )  # fmt: skip
         with self._db.read() as db:
             rows = db.execute(query.order_by(APPROVAL_REQUESTS.c.at_ms, APPROVAL_REQUESTS.c.call)).all()
         return [_request(row) for row in rows]
@@ -147,6 +166,35 @@ class Approvals:
         """Say no, which needs no key. Raises: Missing; Conflict when it was used already."""
         self.find(call)
         self._db.apply(lambda db: _settle(db, call, "denied", self._now_ms()))
+
+    def grant(self, approval: Approval) -> None:
+        """Keep an approval for whoever waits for it.
+
+        Raises: Missing when nobody does; Refused for another signer; Late; Conflict when it was denied or used.
+        """
+        call = self.find(approval.call).call
+        _check(approval, call, self.approver, self._now_ms())
+        row = {"call": approval.call, "signature": approval.signature, "expires_at": approval.expires_at}
+
+        def work(db: Transaction) -> None:
+            _check_open(db, approval.call)
+            db.add(APPROVAL_GRANTS, [row | {"at_ms": self._now_ms()}])
+
+        self._db.apply(work)
+
+    def answer(self, call: str) -> Approval | Answer:
+        """What became of a request: the approval, when there is one to use. Raises: Missing."""
+        request = self.find(call)
+        with self._db.read() as db:
+            done = db.execute(select(APPROVAL_VERDICTS.c.kind).where(APPROVAL_VERDICTS.c.call == call)).scalar()
+            grants = select(APPROVAL_GRANTS).where(APPROVAL_GRANTS.c.call == call)
+            grant = db.execute(grants.order_by(APPROVAL_GRANTS.c.expires_at.desc())).first()
+        if done is not None:
+            return "used" if done == "used" else "denied"
+        now_ms = self._now_ms()
+        if grant is not None and now_ms < grant.expires_at * 1000:
+            return Approval(call, grant.expires_at, grant.signature)
+        return "waiting" if now_ms < request.expires_at * 1000 else "expired"
 
     def use(self, approval: Approval, call: Call) -> None:
         """Take the approval for `call`, which may be made after this returns, once.
@@ -169,6 +217,11 @@ def use_for(db: Transaction, approval: Approval, intent: Intent, mandate: Mandat
 
 
 def _use(db: Transaction, approval: Approval, call: Call, approver: Account, now_ms: int) -> None:
+    _check(approval, call, approver, now_ms)
+    _settle(db, approval.call, "used", now_ms)
+
+
+def _check(approval: Approval, call: Call, approver: Account, now_ms: int) -> None:
     if approval.call != call.digest:
         raise Refused("the approval is for another call: tool, arguments, mandate or nonce differ", rule="other_call")
     if now_ms >= approval.expires_at * 1000:
@@ -176,13 +229,16 @@ def _use(db: Transaction, approval: Approval, call: Call, approver: Account, now
     signer = recover_account(call.signing_digest(approval.expires_at), approval.signature)
     if signer != approver:
         raise Refused(f"the approval is signed by {signer}, the approver is {approver}", rule="not_the_approver")
-    _settle(db, approval.call, "used", now_ms)
 
 
-def _settle(db: Transaction, call: str, kind: str, now_ms: int) -> None:
+def _check_open(db: Transaction, call: str) -> None:
     done = db.execute(select(APPROVAL_VERDICTS.c.kind).where(APPROVAL_VERDICTS.c.call == call)).first()
     if done is not None:
         raise Conflict(f"the call was {done.kind} already")
+
+
+def _settle(db: Transaction, call: str, kind: str, now_ms: int) -> None:
+    _check_open(db, call)
     db.add(APPROVAL_VERDICTS, [{"call": call, "kind": kind, "at_ms": now_ms}])
 
 

@@ -25,7 +25,7 @@ from tessera.core import encoding
 from tessera.core.errors import Invalid, Refused
 from tessera.core.hashing import sha256
 
-__all__ = ["Approver", "Ask", "Decision", "Guard", "GuardConfig", "NeedsApproval"]
+__all__ = ["Approver", "Ask", "Decision", "Guard", "GuardConfig", "NeedsApproval", "Simulated"]
 
 Executor = Callable[[str, dict[str, Any]], Any]
 AsyncExecutor = Callable[[str, dict[str, Any]], Awaitable[Any]]
@@ -75,6 +75,17 @@ class NeedsApproval(Refused):
         rules = ", ".join(decision.verdict.rules)
         super().__init__(f"{decision.tool} needs a person's approval: {rules}", rule="approval", rules=rules)
         self.decision = decision
+
+
+class Simulated(Protocol):
+    """What a transaction did when it was run on a copy of the chain; see `agents.simulation`."""
+
+    @property
+    def verdict(self) -> str:
+        """ "same" as what the call says, "differs", or "unknown" when it could not be run."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class Approver(Protocol):
@@ -143,16 +154,16 @@ class Guard:
 
     def call(self, tool: str, arguments: Mapping[str, Any], executor: Executor) -> Any:
         """Run a tool if it may be run. Raises: Refused with the policy as its rule; NeedsApproval."""
-        decision = self._admit(tool, arguments)
+        decision = self.admit(tool, arguments)
         result = executor(tool, dict(decision.arguments))
-        self._learn(decision, result)
+        self.learn(decision, result)
         return result
 
     async def acall(self, tool: str, arguments: Mapping[str, Any], executor: AsyncExecutor) -> Any:
         """The same for an asynchronous executor."""
-        decision = self._admit(tool, arguments)
+        decision = self.admit(tool, arguments)
         result = await executor(tool, dict(decision.arguments))
-        self._learn(decision, result)
+        self.learn(decision, result)
         return result
 
     def resume(self, digest: str, executor: Executor) -> Any:
@@ -166,8 +177,8 @@ class Guard:
         if self._stopped():
             raise Refused("the agent was stopped", rule="stopped")
         result = executor(decision.tool, dict(decision.arguments))
-        self._endorse(decision)
-        self._learn(decision, result)
+        self.endorse(decision)
+        self.learn(decision, result)
         return result
 
     def call_approved(
@@ -182,13 +193,11 @@ class Guard:
         Raises: Refused when it is not enough; what `use` raises.
         """
         decision = self.decide(tool, arguments)
-        if decision.answer == "deny":
-            rules = ", ".join(decision.verdict.rules)
-            raise Refused(f"{tool} is refused: {rules}", rule=decision.verdict.rules[0], rules=rules)
+        _refuse_denied(decision)
         use()
+        self.endorse(decision)
         result = executor(tool, dict(decision.arguments))
-        self._endorse(decision)
-        self._learn(decision, result)
+        self.learn(decision, result)
         return result
 
     def wrap(self, executor: Executor) -> Executor:
@@ -202,8 +211,12 @@ class Guard:
 
     # --- judging ----------------------------------------------------------------------------------------------------
 
-    def decide(self, tool: str, arguments: Mapping[str, Any]) -> Decision:
-        """Judge a call without running it."""
+    def decide(self, tool: str, arguments: Mapping[str, Any], simulated: Simulated | None = None) -> Decision:
+        """Judge a call without running it.
+
+        Args:
+            simulated: what the transaction that the call would sign does, for a tool that signs one.
+        """
         spec = self.spec(tool, arguments)
         given = {name: value for name, value in arguments.items() if value is not None}
         try:
@@ -212,6 +225,9 @@ class Guard:
             raise Refused(f"the arguments have no canonical form: {error.message}", rule="arguments") from error
         frozen = encoding.decode(text, len(text))[1]  # what is judged is what runs: nobody else holds these objects
         context, evidence = self._context(spec, frozen)
+        context["simulation"] = ("missing" if spec.signs else "none") if simulated is None else simulated.verdict
+        if simulated is not None:
+            evidence["simulation"] = simulated.to_dict()
         nonce = secrets.token_hex(32)
         digest = sha256(b"tessera/call\0", bytes.fromhex(nonce), text).hex()
         verdict = self._policy.judge(spec.effect, tool, context)
@@ -219,11 +235,13 @@ class Guard:
         self.log.append(decision)
         return decision
 
-    def _admit(self, tool: str, arguments: Mapping[str, Any]) -> Decision:
-        decision = self.decide(tool, arguments)
-        if decision.answer == "deny":
-            rules = ", ".join(decision.verdict.rules)
-            raise Refused(f"{tool} is refused: {rules}", rule=decision.verdict.rules[0], rules=rules)
+    def admit(self, tool: str, arguments: Mapping[str, Any], simulated: Simulated | None = None) -> Decision:
+        """Judge a call that is about to be made, and ask where somebody has to be asked. Tell `learn` what it returned.
+
+        Raises: as `call`.
+        """
+        decision = self.decide(tool, arguments, simulated)
+        _refuse_denied(decision)
         if decision.answer == "ask":
             self.questions += 1
             if self._approver is None:
@@ -233,17 +251,19 @@ class Guard:
                 raise Refused(f"{tool} was denied by a person", rule="denied")
             if self._stopped():
                 raise Refused("the agent was stopped", rule="stopped")
-            self._endorse(decision)
+            self.endorse(decision)
         return decision
 
-    def _endorse(self, decision: Decision) -> None:
+    def endorse(self, decision: Decision) -> None:
+        """A person has allowed this call: what it names is the user's from now on."""
         spec = self.spec(decision.tool, decision.arguments)
         roles = ("target", "url", "label", "control")
         self.knowledge.endorse(
             text for name, value in decision.arguments.items() if spec.role(name) in roles for text in strings_in(value)
         )
 
-    def _learn(self, decision: Decision, result: Any) -> None:
+    def learn(self, decision: Decision, result: Any) -> None:
+        """What an admitted call returned: labels for whatever is made of it later."""
         spec = self.spec(decision.tool, decision.arguments)
         made = spec.effect in ("write", "send", "pay")
         self.knowledge.learn(spec, decision.arguments, _plain(result), made_here=made)
@@ -418,6 +438,12 @@ class Guard:
         values = [text for _, value in by_role.get("when", ()) for text in strings_in(value)]
         days = {day for value in values for day in days_in(value)}
         return not days or self.knowledge.speaks_of_a_day(days)
+
+
+def _refuse_denied(decision: Decision) -> None:
+    if decision.answer == "deny":
+        rules = ", ".join(decision.verdict.rules)
+        raise Refused(f"{decision.tool} is refused: {rules}", rule=decision.verdict.rules[0], rules=rules)
 
 
 def _is_in_text_only(known: Knowledge, value: str) -> bool:

@@ -1,12 +1,13 @@
-"""The tables of the money: rows are added and never changed, and the database itself refuses anything else."""
+"""The tables of money and runs: rows are added and never changed, and the database itself refuses anything else."""
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Connection, Index, LargeBinary, MetaData, String, Table, event, text
+from sqlalchemy import BigInteger, Column, Connection, Index, LargeBinary, MetaData, String, Table, Text, event, text
 
 from tessera.storage.layout import Layout
 
 __all__ = [
+    "APPROVAL_GRANTS",
     "APPROVAL_REQUESTS",
     "APPROVAL_VERDICTS",
     "CHARGES",
@@ -15,7 +16,12 @@ __all__ = [
     "INTENTS",
     "LAYOUT",
     "MANDATES",
+    "NOTES",
+    "PINS",
+    "RUNS",
+    "STEPS",
     "STOPS",
+    "TURNS",
 ]
 
 _TABLES = MetaData()
@@ -36,7 +42,7 @@ MANDATES = Table(
 STOPS = Table(
     "agent_stops",
     _TABLES,
-    Column("mandate", String, primary_key=True),  # "" stops every one
+    Column("mandate", String, primary_key=True),  # "agent/NAME" stops an agent, "" everything
     Column("reason", String, nullable=False),
     _big("at_ms"),
 )
@@ -88,6 +94,56 @@ APPROVAL_VERDICTS = Table(
     Column("kind", String, primary_key=True),  # used or denied
     _big("at_ms"),
 )
+APPROVAL_GRANTS = Table(  # signed, and not used yet
+    "agent_approval_grants",
+    _TABLES,
+    Column("call", String, primary_key=True),
+    Column("signature", LargeBinary, primary_key=True),
+    _big("expires_at"),
+    _big("at_ms"),
+)
+RUNS = Table(
+    "agent_runs",
+    _TABLES,
+    Column("id", String, primary_key=True),
+    Column("agent", String, nullable=False),
+    Column("request", Text, nullable=False),
+    _big("at_ms"),
+)
+TURNS = Table(  # which process goes on with a run: the latest
+    "agent_turns",
+    _TABLES,
+    Column("run", String, primary_key=True),
+    Column("turn", BigInteger, primary_key=True, autoincrement=False),
+    _big("at_ms"),
+)
+STEPS = Table(
+    "agent_steps",
+    _TABLES,
+    Column("run", String, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", String, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # JSON
+    _big("at_ms"),
+)
+PINS = Table(  # what an agent's tools were when they were accepted; the latest counts
+    "agent_pins",
+    _TABLES,
+    Column("agent", String, primary_key=True),
+    Column("tool", String, primary_key=True),
+    Column("turn", BigInteger, primary_key=True, autoincrement=False),
+    Column("digest", String, nullable=False),
+    _big("at_ms"),
+)
+NOTES = Table(  # what an agent remembers: the oldest are forgotten, so these rows may go
+    "agent_notes",
+    _TABLES,
+    Column("agent", String, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("origin", String, nullable=False),
+    Column("note", Text, nullable=False),
+    _big("at_ms"),
+)
 
 
 def _protect(table: Table, connection: Connection, **_: object) -> None:
@@ -110,5 +166,11 @@ def _protect(table: Table, connection: Connection, **_: object) -> None:
 
 
 for _table in _TABLES.sorted_tables:
-    event.listen(_table, "after_create", _protect)
-LAYOUT = Layout("agents", _TABLES, remedy="restore it from your backup; a new file forgets what was paid")
+    if _table is not NOTES:
+        event.listen(_table, "after_create", _protect)
+LAYOUT = Layout(
+    "agents",
+    _TABLES,
+    remedy="restore it from your backup; a new file forgets what was paid",
+    migrations=(_TABLES.create_all,),  # version 2: grants, runs, pins and notes
+)

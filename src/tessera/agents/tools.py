@@ -99,6 +99,8 @@ class ToolSpec:
         preload: argument sets with which the guard itself calls the tool before the model runs, to know the user's own
             records; only for tools that read. `preload_each` names an argument and the kind of a directory: once for
             each of its members.
+        signs: it signs a transaction: without a simulation of it a person is asked.
+        repeatable: the same call once more has no second effect, whatever interrupted the first one.
     """
 
     name: str
@@ -108,6 +110,8 @@ class ToolSpec:
     subject: str = ""
     preload: tuple[Mapping[str, object], ...] = ()
     preload_each: tuple[str, str] = ("", "")
+    signs: bool = False
+    repeatable: bool = False
 
     def role(self, argument: str) -> Role:
         return self.roles.get(argument, "plain" if self.effect == "read" else "content")
