@@ -16,12 +16,13 @@ import binascii
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
 import httpx
 import structlog
+from eth_abi.abi import encode as abi_encode
 
 from tessera.agents.approvals import Approval
 from tessera.agents.intents import Authorization, Coin, Intent, authorize, resource_name
@@ -31,17 +32,26 @@ from tessera.agents.settlements import Settlements
 from tessera.core.amount import Amount
 from tessera.core.clock import Clock, SystemClock
 from tessera.core.errors import Conflict, Invalid, Late, PaymentRequired, Refused, TesseraError, Unavailable
+from tessera.core.hashing import keccak
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 
-__all__ = ["Bought", "Payer", "PayerConfig", "Purchase", "parse_offer"]
+__all__ = ["Bought", "Payer", "PayerConfig", "Purchase", "SendingChain", "parse_offer"]
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
+_TRANSFER_TYPES = ("address", "address", "uint256", "uint256", "uint256", "bytes32", "uint8", "bytes32", "bytes32")
+_TRANSFER = f"transferWithAuthorization({','.join(_TRANSFER_TYPES)})"
 HEADER_LIMIT = 16_384  # characters of an offer
 BUSY = (408, 425, 429)  # not now: the same payment may come again
 RENEW_S = 10  # an authorization with less time than this left is signed anew, with the same nonce
+
+
+class SendingChain(Protocol):
+    """A chain that takes transactions; see `chain.types.Chain`."""
+
+    async def send(self, key: AccountKey, to: Account | None, data: bytes) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +168,31 @@ class Payer:
         self._check_same(purchase, entry)
         return await self._present(purchase, entry)
 
+    async def pay(self, intent: Intent, chain: SendingChain, approval: Approval | None = None) -> Entry:
+        """Pay an account that sells nothing over HTTP: the coin's own transfer by authorization, which the purse sends.
+
+        Raises: as `buy`; what the chain says when it refuses, with the intent left open: it may be tried again.
+        """
+        entry = await _thread(lambda: self._ledger.find(intent.id))
+        if entry is None:
+            entry = await self._set_aside(intent, approval)
+        if entry.intent != intent:
+            raise Refused("this intent is known for another payment", rule="changed_terms")
+        if entry.is_over:
+            return entry
+        signed = await self._sign(entry)
+        _, contract = parse_asset(self._coin.asset)
+        r, s, v = signed.signature[:32], signed.signature[32:64], signed.signature[64]
+        words = (signed.payer, signed.payee, signed.units, 0, signed.valid_before, signed.nonce, v, r, s)
+        try:
+            await chain.send(self._key, contract, keccak(_TRANSFER.encode())[:4] + abi_encode(_TRANSFER_TYPES, words))
+        except TesseraError:
+            entry = await self._look(entry)  # the answer may be lost, or somebody else has sent it
+            if entry.state != "consumed":
+                raise
+            return entry
+        return await self._look(entry)
+
     async def reconcile(self) -> list[Entry]:
         """Bring every open intent to what the chain says; what is still in doubt stays open.
 
@@ -175,18 +210,25 @@ class Payer:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     async def _reserve(self, purchase: Purchase, payee: Account, price: Amount, approval: Approval | None) -> Entry:
-        chain = await _thread(lambda: self._ledger.chain(purchase.mandate))
-        if chain[0].agent != self._key.account:
-            raise Refused(f"the mandate's agent is {chain[0].agent}, not {self._key.account}", rule="agent")
         if price > purchase.most:
             raise Refused(f"the price is {price.units} units, at most {purchase.most.units}", rule="price")
         if purchase.payee is not None and payee != parse_account(purchase.payee):
             raise Refused(f"the seller wants {payee} to be paid, expected {purchase.payee}", rule="payee")
         intent = Intent(purchase.intent, purchase.mandate, payee, price, purchase.resource, purchase.purpose)
+        return await self._set_aside(intent, approval)
+
+    async def _set_aside(self, intent: Intent, approval: Approval | None) -> Entry:
+        chain = await _thread(lambda: self._ledger.chain(intent.mandate))
+        if chain[0].agent != self._key.account:
+            raise Refused(f"the mandate's agent is {chain[0].agent}, not {self._key.account}", rule="agent")
         balance = None
         if any(node.balance_bps < FULL_BPS for node in chain):
             balance = await self._settlements.balance(self._coin.asset, self._key.account)
-        return await _thread(lambda: self._ledger.reserve(intent, balance=balance, approval=approval))
+        try:
+            return await _thread(lambda: self._ledger.reserve(intent, balance=balance, approval=approval))
+        except Refused as error:
+            error.fields["intent"] = intent.to_dict()  # what the approver would have to sign, see `payment_call`
+            raise
 
     def _check_same(self, purchase: Purchase, entry: Entry) -> None:
         intent = entry.intent

@@ -154,6 +154,12 @@ class State:
         except ValidationError as error:
             raise Invalid(f"the call cannot run: {error}") from error
 
+    def run(self, message: Message, env: BlockEnv) -> Outcome:
+        """As `call`, but what it changes stays in this State, for the next message. Raises as `call`."""
+        outcome = self.call(message, env)
+        self._state.lock_changes()
+        return outcome
+
     def balance(self, account: bytes) -> int:
         return int(self._state.get_balance(account))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tessera.chain.blocks import EMPTY_LIST, EMPTY_REQUESTS, EMPTY_TRIE, EXTRA_DATA, Block
-from tessera.chain.engine import GAS_LIMIT, SignedTx
+from tessera.chain.engine import GAS_LIMIT, Outcome, SignedTx
 from tessera.core.ids import Account, account_from_bytes
 
-__all__ = ["block_form", "data", "log_form", "receipt_form", "transaction_form"]
+__all__ = ["block_form", "data", "log_form", "receipt_form", "simulated_form", "transaction_form"]
 
 ZERO_ACCOUNT = "0x" + "00" * 20
 
@@ -115,6 +115,22 @@ def log_form(block: Block, index: int) -> dict[str, Any]:
         "logIndex": hex(index),
         "removed": False,
     }
+
+
+def simulated_form(outcome: Outcome) -> dict[str, Any]:
+    """Of one call of eth_simulateV1."""
+    form: dict[str, Any] = {
+        "returnData": data(outcome.output),
+        "gasUsed": hex(outcome.gas_used),
+        "status": hex(int(outcome.ok)),
+        "logs": [
+            {"address": _account(address), "topics": [data(topic) for topic in topics], "data": data(body)}
+            for address, topics, body in outcome.logs
+        ],
+    }
+    if not outcome.ok:
+        form["error"] = {"code": 3 if outcome.reverted else -32015, "message": outcome.error}
+    return form
 
 
 def _included(block: Block) -> SignedTx:

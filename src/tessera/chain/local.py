@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from tessera.chain.blocks import Block, RawLog, make_block
 from tessera.chain.checkpoint import Checkpoint
 from tessera.chain.client import RpcChain
-from tessera.chain.engine import BlockEnv, Message, Outcome, SignedTx, State, decode_transaction
+from tessera.chain.engine import GAS_LIMIT, BlockEnv, Message, Outcome, SignedTx, State, decode_transaction
 from tessera.chain.genesis import Genesis
 from tessera.chain.heads import SignedHead, sign_head
 from tessera.chain.journal import Entry, Journal
@@ -219,6 +219,19 @@ class LocalChain:
             raise Missing(f"no block {number}: the head is {self._view.head.number}")
         before = self._blocks[max(0, number - 256) : number]
         return self.state(number).call(message, BlockEnv(self.chain_id, number, block.timestamp, ancestors(before)))
+
+    def simulate(self, messages: Sequence[Message], number: int | None = None) -> list[Outcome]:
+        """What messages would do one after the other, on a copy of the state that is thrown away.
+
+        Together they have the gas of one block. Raises: as `call`.
+        """
+        state, left = self.state(number), GAS_LIMIT
+        env = self._next_env(self._view.head)
+        outcomes = []
+        for message in messages:
+            outcomes.append(state.run(replace(message, gas=min(message.gas, left)), env))
+            left -= outcomes[-1].gas_used
+        return outcomes
 
     def estimate(self, message: Message, number: int | None = None) -> tuple[int, Outcome]:
         """The least gas with which the message succeeds, exactly; 0 when it fails even with `message.gas`.

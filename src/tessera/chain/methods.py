@@ -13,7 +13,7 @@ from tessera import __version__
 from tessera.chain import parameters as read
 from tessera.chain.engine import GAS_LIMIT, Outcome
 from tessera.chain.filters import Filter, Filters
-from tessera.chain.forms import block_form, data, log_form, receipt_form, transaction_form
+from tessera.chain.forms import block_form, data, log_form, receipt_form, simulated_form, transaction_form
 from tessera.chain.jsonrpc import INVALID_PARAMS, METHOD_NOT_FOUND, REVERTED, SERVER_ERROR, RpcFault, fault_of
 from tessera.chain.reverts import revert_reason
 from tessera.core.errors import TesseraError
@@ -127,6 +127,12 @@ class Methods:
         if not outcome.ok:
             raise _failed(outcome)
         return hex(gas)
+
+    def _eth_simulateV1(self, wanted: Any, block: Any = None) -> list[dict[str, Any]]:
+        """One block of calls, each upon what the ones before it did."""
+        calls = read.simulation(wanted)
+        outcomes = self._chain.simulate(calls, self._height(block))
+        return [{"number": hex(self._chain.head.number + 1), "calls": [simulated_form(one) for one in outcomes]}]
 
     def _eth_getBlockByNumber(self, block: Any, full: Any = False) -> dict[str, Any] | None:
         number = read.block_number(block)
@@ -308,7 +314,7 @@ def _failed(outcome: Outcome) -> RpcFault:
 
 _READING = (
     "web3_clientVersion", "net_version", "net_listening", "eth_chainId", "eth_syncing", "eth_accounts",
-    "eth_blockNumber", "eth_gasPrice", "eth_maxPriorityFeePerGas", "eth_feeHistory", "eth_getBalance",
+    "eth_blockNumber", "eth_simulateV1", "eth_gasPrice", "eth_maxPriorityFeePerGas", "eth_feeHistory", "eth_getBalance",
     "eth_getTransactionCount", "eth_getCode", "eth_getStorageAt", "eth_call", "eth_estimateGas",
     "eth_getBlockByNumber", "eth_getBlockByHash", "eth_getTransactionByHash", "eth_getTransactionReceipt",
     "eth_getBlockReceipts", "eth_getLogs", "eth_getBlockTransactionCountByNumber", "eth_getBlockTransactionCountByHash",

@@ -10,8 +10,9 @@ from tessera.chain.jsonrpc import INVALID_PARAMS, RpcFault
 from tessera.core.errors import Invalid
 from tessera.core.ids import parse_account
 
-__all__ = ["address", "block_number", "boolean", "data", "hash32", "log_query", "message", "quantity"]
+__all__ = ["address", "block_number", "boolean", "data", "hash32", "log_query", "message", "quantity", "simulation"]
 
+MAX_SIMULATED = 256  # calls; they share one block's gas
 MAX_ALTERNATIVES = 1_000  # addresses or topics in one query
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
 _TAGS = frozenset({"latest", "pending", "safe", "finalized"})  # a block is final at once
@@ -90,6 +91,19 @@ def message(value: Any) -> Message:
         value=quantity(value.get("value") or 0, "value"),
         gas=GAS_LIMIT if gas is None else min(quantity(gas, "gas"), GAS_LIMIT),
     )
+
+
+def simulation(value: Any) -> list[Message]:
+    """The object of eth_simulateV1: one block of calls, without overrides."""
+    blocks = value.get("blockStateCalls") if isinstance(value, dict) else None
+    if not isinstance(blocks, list) or len(blocks) != 1 or not isinstance(blocks[0], dict):
+        raise _wrong("simulation", "blockStateCalls with one block", value)
+    if not set(value) <= {"blockStateCalls", "traceTransfers", "validation"} or value.get("validation"):
+        raise _wrong("simulation", "blockStateCalls, and no validation", value)
+    calls = blocks[0].get("calls")
+    if set(blocks[0]) != {"calls"} or not isinstance(calls, list) or not 0 < len(calls) <= MAX_SIMULATED:
+        raise _wrong("simulation", f"a block with 1 to {MAX_SIMULATED} calls and nothing else", blocks[0])
+    return [message(call) for call in calls]
 
 
 def log_query(value: Any) -> tuple[Any, Any, frozenset[bytes] | None, list[frozenset[bytes] | None]]:

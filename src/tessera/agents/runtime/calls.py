@@ -8,6 +8,7 @@ repeatable, or when a person says so; a person's word is used once, for these ve
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from pydantic_core import to_json, to_jsonable_python
 
 from tessera.agents.approvals import NO_MANDATE, Approval, Approvals, Call, Request
 from tessera.agents.guard import Decision, Guard, Simulated
+from tessera.agents.policy import Verdict
 from tessera.agents.runtime.agent import Limits, Simulate
 from tessera.agents.runtime.journal import Journal
 from tessera.agents.steps import Step
@@ -25,10 +27,11 @@ from tessera.core import encoding
 from tessera.core.errors import Conflict, Invalid, Refused, TesseraError
 from tessera.core.hashing import sha256
 
-__all__ = ["Ask", "GuardedCalls", "Made", "Waiting"]
+__all__ = ["Ask", "GuardedCalls", "Made", "NeedsPerson", "Waiting", "current_calls"]
 
 Ask = Callable[[Request], Awaitable[Approval | None]]
 Execute = Callable[[dict[str, Any]], Awaitable[Any]]
+_CURRENT: ContextVar[GuardedCalls] = ContextVar("calls")
 REQUEST_SHOWN = 500  # characters of the user's request, beside a question
 
 
@@ -38,6 +41,17 @@ class Waiting(Exception):
     def __init__(self, request: Request) -> None:
         super().__init__(f"{request.call.tool} waits for a person")
         self.request = request
+
+
+class NeedsPerson(Exception):
+    """Raised by a tool that needs a signature of its own, such as a payment above the mandate's `approve_above`.
+
+    The call is made again when the approval is there; a tool that raises this must be repeatable.
+    """
+
+    def __init__(self, call: Call, evidence: Mapping[str, Any]) -> None:
+        super().__init__(f"{call.tool} needs the approver's signature")
+        self.call, self.evidence = call, evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +134,7 @@ class GuardedCalls:
             return await self._doubt(tool, arguments, execute, called, open_question)
         if called is None:
             self._check_same(self.journal.take("refused"), tool, arguments)
-            self._keep(self.guard.decide(tool, arguments), "refused", False, step)
+            self._keep(self._judge(tool, arguments), "refused", False, step)
         else:
             self.journal.take("returned")
             decision, approved, _ = self._recall(tool, arguments, called)
@@ -131,10 +145,17 @@ class GuardedCalls:
         """A call that was admitted before: what the guard says of it now, and what it knew of it then."""
         facts, approved = called.body.get("simulated"), called.body["approved"]
         simulated = None if facts is None else _Recorded(facts)
-        decision = self.guard.decide(tool, arguments, simulated)
+        decision = self._judge(tool, arguments, simulated)
         if approved:
             self.guard.endorse(decision)
         return decision, approved, simulated
+
+    def _judge(self, tool: str, arguments: Mapping[str, Any], simulated: Simulated | None = None) -> Decision:
+        """What the guard says now; arguments that it cannot even read are denied."""
+        try:
+            return self.guard.decide(tool, arguments, simulated)
+        except (Refused, Invalid) as error:
+            return Decision(Verdict("deny", (error.code,)), tool, dict(arguments), "", "", {"to": {}})
 
     # --- a call that is new -----------------------------------------------------------------------------------------
 
@@ -152,7 +173,7 @@ class GuardedCalls:
         except (Refused, Invalid) as error:
             refused = {"refused": error.message, "rule": error.fields.get("rule", error.code)}
             step = await self.journal.add("refused", _named(tool, arguments) | {"answer": refused})
-            self._keep(self.guard.log[-1], "refused", False, step)
+            self._keep(self._judge(tool, arguments), "refused", False, step)
             return refused
         return await self._make(decision, execute, approved, simulated)
 
@@ -166,8 +187,7 @@ class GuardedCalls:
         called = await self.journal.add("called", body)
         failed = True
         try:
-            with anyio.fail_after(self.limits.tool_timeout_s):
-                answer = self._bounded(to_jsonable_python(await execute(dict(arguments))))
+            answer = self._bounded(to_jsonable_python(await self._execute(execute, dict(arguments))))
             failed = False
         except TimeoutError:
             if not self._is_harmless(decision):
@@ -178,6 +198,32 @@ class GuardedCalls:
         except (ModelRetry, ToolFailed) as error:
             answer = {"error": str(error)}
         return await self._returned(decision, approved, answer, failed)
+
+    async def _execute(self, execute: Execute, arguments: dict[str, Any]) -> Any:
+        """A tool's answer, after whatever it needs a person for."""
+        holder = _CURRENT.set(self)
+        try:
+            while True:
+                try:
+                    with anyio.fail_after(self.limits.tool_timeout_s):
+                        return await execute(dict(arguments))
+                except NeedsPerson as needed:
+                    await self._sign(needed)
+        finally:
+            _CURRENT.reset(holder)
+
+    async def _sign(self, needed: NeedsPerson) -> None:
+        approvals, call = self.approvals, needed.call
+        if approvals is None:
+            raise Refused(f"{call.tool} needs the approver, and nobody can be asked", rule="nobody")
+        evidence = {**needed.evidence, "request": self.guard.knowledge.request[:REQUEST_SHOWN], "run": self.run}
+        await anyio.to_thread.run_sync(approvals.request, call, evidence)
+        state = await anyio.to_thread.run_sync(approvals.answer, call.digest)
+        answer = await self._ask_person(approvals, call) if state == "waiting" else state
+        if not isinstance(answer, Approval):
+            raise Refused(f"{call.tool} was not approved: {answer}", rule="denied")
+        if answer is not state:
+            await anyio.to_thread.run_sync(approvals.grant, answer)
 
     async def _returned(self, decision: Decision, approved: bool, answer: Any, failed: bool) -> Any:
         step = await self.journal.add("returned", {"answer": answer, "failed": failed})
@@ -271,6 +317,14 @@ class GuardedCalls:
                 f"the run does not go as it was recorded: now {tool}, at step {step.number} {step.body['tool']}: "
                 "were its tools changed since?"
             )
+
+
+def current_calls() -> GuardedCalls:
+    """Of the run that a tool is called in. Raises: Invalid outside of one."""
+    try:
+        return _CURRENT.get()
+    except LookupError:
+        raise Invalid("this tool is called outside of a run") from None
 
 
 def _named(tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

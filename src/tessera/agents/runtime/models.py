@@ -1,6 +1,6 @@
 """Models: any OpenAI-compatible endpoint, paid for through x402 when it asks for money; a script; a recorded one.
 
-Invariant: a recorded answer is never asked for again, and a paid one is one intent: it is paid once, whatever is killed.
+Invariant: a recorded answer is never asked for again, and a paid one is one intent, paid once whatever is killed.
 """
 
 from __future__ import annotations

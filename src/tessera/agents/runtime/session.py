@@ -27,7 +27,7 @@ from tessera.agents.memory import RECALL, REMEMBER, USER_NOTE, Memory, note_orig
 from tessera.agents.plan import plan_from
 from tessera.agents.policy import Policy
 from tessera.agents.runtime.agent import Agent, Tool
-from tessera.agents.runtime.calls import Ask, GuardedCalls, Made, Waiting
+from tessera.agents.runtime.calls import Ask, GuardedCalls, Made, Waiting, current_calls
 from tessera.agents.runtime.journal import Journal, RecordEnds
 from tessera.agents.runtime.models import RecordedModel, nobody
 from tessera.agents.runtime.toolset import Guarded, Recorded, Seen, function_toolset, server_toolset
@@ -205,8 +205,7 @@ class _Session:
         def remember(note: str) -> str:
             """Keep a short note for later runs."""
             assert memory is not None, "an agent with a memory has one"
-            assert self._calls is not None, "calls are guarded"
-            memory.remember(note, note_origin(self._calls.guard.knowledge, note))
+            memory.remember(note, note_origin(current_calls().guard.knowledge, note))
             return "remembered"
 
         def recall(query: str) -> list[dict[str, str]]:
