@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,9 @@ from tessera.models.stage import Stage
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.p2p.memory import MemoryNetwork
 from tessera.p2p.transport import Transport
+from tessera.serving.dues import Dues
 from tessera.serving.engine import Sampling
+from tessera.serving.gate import Gate
 from tessera.serving.links import PROTOCOL, Limits, Link
 from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
 from tessera.serving.shards import FixedRoster, ShardConfig, ShardServer, serve_decode
@@ -68,12 +70,17 @@ class Shards:
         return found
 
 
+def peer_key(number: int) -> PeerKey:
+    """Of the gateway, which is 0, and of the workers."""
+    return PeerKey(bytes([number + 1]) * 32)
+
+
 @asynccontextmanager
 async def open_peers(count: int, *, real: bool) -> AsyncIterator[tuple[MemoryNetwork | None, list[Transport]]]:
     """Transports over QUIC when `real`, else over a network in memory with the same behaviour."""
     network = None if real else MemoryNetwork(random.Random(0))
     async with AsyncExitStack() as stack:
-        keys = [PeerKey(bytes([number + 1]) * 32) for number in range(count)]
+        keys = [peer_key(number) for number in range(count)]
         starts = [IrohTransport.start(key) if network is None else network.start(key) for key in keys]
         yield network, [await stack.enter_async_context(start) for start in starts]
 
@@ -87,9 +94,15 @@ async def open_shards(
     real: bool = False,
     draft: Draft | None = None,
     gateway_settings: Mapping[str, Any] | None = None,
+    gate: Callable[[int], Gate] | None = None,
+    dues: Callable[[Any, list[Any]], Dues] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Shards]:
-    """`transports`, `decoders` and `servers` are by stage, then by worker of it."""
+    """`transports`, `decoders` and `servers` are by stage, then by worker of it, and so is what `gate` is asked for.
+
+    Args:
+        dues: of the gateway with this transport, whose workers have these records.
+    """
     spec = tiny_spec(stages=stages, codec=codec)
     model = spec.model
     async with open_peers(stages * replicas + 1, real=real) as (network, (gateway, *transports)):
@@ -98,11 +111,12 @@ async def open_shards(
         config = ShardConfig(context=model.context, vocab_size=model.vocab_size, **settings)
         decoders = [StageDecoder(_lively(Stage(spec, number // replicas))) for number in range(stages * replicas)]
         servers = [
-            serve_decode(transport, decoder, number // replicas, roster, config)
+            serve_decode(transport, decoder, number // replicas, roster, config, gate=gate(number) if gate else None)
             for number, (transport, decoder) in enumerate(zip(transports, decoders, strict=True))
         ]
         how = {"step_timeout_s": 5} | dict(gateway_settings or {})
-        engine = ShardEngine(gateway, roster, ShardEngineConfig(model.context, model.vocab_size, **how), draft=draft)
+        shape = ShardEngineConfig(model.context, model.vocab_size, **how)
+        engine = ShardEngine(gateway, roster, shape, draft=draft, dues=dues(gateway, records) if dues else None)
         yield Shards(network, gateway, transports, decoders, servers, roster, engine, config)
 
 

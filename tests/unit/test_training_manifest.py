@@ -39,7 +39,7 @@ def test_the_run_id_survives_any_layout_of_the_json() -> None:
         ({"schedule__surprise": 1}, "schedule.surprise: unknown field"),
         ({"allocation__work": 8499}, "sums to 9999 basis points, expected 10000"),
         ({"pay_to": "0x12"}, "pay_to"),
-        ({"price_units": 0}, "price_units"),
+        ({"price_units": -1}, "price_units"),
         ({"price_units": "10"}, "price_units"),
         ({"model__stages": 1}, "only a neighbour can sign receipts"),
         ({"data__sets__0__index": "../../etc/passwd"}, "data.sets.0.index"),

@@ -18,7 +18,7 @@ from tessera.core.clock import Clock
 from tessera.core.errors import Conflict, TesseraError
 from tessera.devnet.front import Asgi, Front
 from tessera.devnet.http import bind_ports
-from tessera.devnet.market import open_gateway, sell
+from tessera.devnet.market import gateway, sell
 from tessera.devnet.opening import open_doors, open_run_here
 from tessera.devnet.plan import UpConfig
 from tessera.devnet.run import Run
@@ -79,10 +79,11 @@ class Economy:
                     await self._seat(run)
                     stack.callback(run.books.close)
                     await self._train(run)
-                    await self._serve(run, stack)
-                    await self._settle(run)
-                    if not config.once:
-                        await self._stay_open(run)
+                    async with gateway(run, self._front, self.urls["page"].rstrip("/"), self._clock):
+                        await self._serve(run)
+                        await self._settle(run)
+                        if not config.once:
+                            await self._stay_open(run)
                 tasks.cancel_scope.cancel()
             self._enter("closed")
             await run.host.close()
@@ -112,11 +113,10 @@ class Economy:
             await self._look(run)
             await anyio.sleep(POLL_S)
 
-    async def _serve(self, run: Run, stack: AsyncExitStack) -> None:
+    async def _serve(self, run: Run) -> None:
         self._enter("serving", "the first buyer asks")
         run.host.phase = "serving"
-        stack.callback((await open_gateway(run, self._front, self.urls["page"].rstrip("/"), self._clock)).close)
-        if self.config.requests:
+        if self.config.requests and run.manifest.price_units:
             await sell(run, self.urls["page"].rstrip("/"), self.config.requests, partial(self._look, run))
 
     async def _settle(self, run: Run) -> None:

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 from anyio import to_thread
 
-from tessera.chain.faces import Coin
 from tessera.core.clock import Clock
 from tessera.devnet.front import Front
+from tessera.devnet.income import serving_dues, serving_terms
 from tessera.devnet.ledger import give_coins
 from tessera.devnet.node import LiveRoster
 from tessera.devnet.run import Run
 from tessera.devnet.text import load_tokenizer, load_validation
-from tessera.models.tokenizer import END
+from tessera.models.tokenizer import END, Tokenizer
 from tessera.serving.buyer import Buyer
+from tessera.serving.charging import Free
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.holdings import HoldingsConfig
 from tessera.serving.local import LocalModel
 from tessera.serving.owners import capacity
 from tessera.serving.payments import PaymentConfig
 from tessera.serving.prices import TokenPrice
+from tessera.serving.purse import Purse
 from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
 from tessera.serving.speculation import NgramDraft
 from tessera.serving.till import Till, TillConfig
+from tessera.serving.vouchers import Terms
 
-__all__ = ["open_gateway", "sell"]
+__all__ = ["gateway", "sell"]
 
 BUYER_UNITS = 100_000_000  # test coins for the first buyer: 100 tUSD
+HOUSE_UNITS = 10_000_000  # for the operator's own use, and what is given away to owners
 OWNERS_TOKENS_A_DAY = 100_000  # for who holds shares and signs in, in proportion
 SAMPLE_TOKENS = 96
 TEMPERATURE = 0.5
@@ -42,39 +47,54 @@ PYTHON_PROMPTS = (
 PROMPT_TOKENS = 16  # of the validation text, when the run has its own
 
 
-async def open_gateway(run: Run, front: Front, url: str, clock: Clock) -> Till:
-    """Put the OpenAI interface behind the front door, paid to whom the manifest names. Close what it returns.
+@asynccontextmanager
+async def gateway(run: Run, front: Front, url: str, clock: Clock) -> AsyncIterator[None]:
+    """Put the OpenAI interface behind the front door, paid to whom the manifest names, for as long as this is open.
 
     The manifest's price is that of a request by `exact`, however long; by the token a whole context costs as much.
     """
     model = run.manifest.model.model
     tokenizer = await to_thread.run_sync(load_tokenizer, run.blobs, run.manifest.tokenizer)
-    engine = ShardEngine(
-        run.transport,
-        LiveRoster(run.host.roster),
-        ShardEngineConfig(context=model.context, vocab_size=model.vocab_size),
-        draft=NgramDraft(),
-    )
-    coin = Coin(run.ledger.chain, run.coin)
-    config = PaymentConfig(
-        asset=run.coin,
-        asset_name=await coin.name(),
-        asset_version=await coin.version(),
-        price_units=run.manifest.price_units,
-        pay_to=run.pay_to,
-        tokens=TokenPrice.of_context(run.manifest.price_units, model.context),
-    )
-    till = await Till.open(
-        TillConfig(
-            config, origin=url, holdings=HoldingsConfig(run.roster.share), rights=[capacity(OWNERS_TOKENS_A_DAY)]
-        ),
-        run.ledger.chain, run.people.operator, clock, tables=run.tables.at,
+    roster, shape = LiveRoster(run.host.roster), ShardEngineConfig(context=model.context, vocab_size=model.vocab_size)
+    terms = await serving_terms(run.ledger.chain, run.manifest, run.roster)
+    if terms is None:
+        served = _served(run, ShardEngine(run.transport, roster, shape, draft=NgramDraft()), tokenizer, clock)
+        front.gateway = create_app(GatewayConfig(), [served], [Free()], clock=clock)
+        yield
+        return
+    people, chain = run.people, run.ledger.chain
+    await give_coins(run.ledger, run.coin, people.operator, people.operator.account, HOUSE_UNITS)
+    where, schema = run.tables.at("purse")
+    purse = await to_thread.run_sync(lambda: Purse(terms, people.operator, clock, where=where, schema=schema))
+    till = await _till(run, terms, purse, url, clock)
+    keys, workers = (run.peer_key, people.operator), lambda: run.host.roster().records
+    try:
+        async with serving_dues(run.transport, keys, terms, purse, chain, workers, clock) as dues:
+            served = _served(
+                run, ShardEngine(run.transport, roster, shape, draft=NgramDraft(), dues=dues), tokenizer, clock
+            )
+            app = create_app(GatewayConfig(), [served], till.ways, clock=clock)
+            till.mount(app)
+            front.gateway = app
+            yield
+    finally:
+        till.close()
+        purse.close()
+
+
+async def _till(run: Run, terms: Terms, purse: Purse, url: str, clock: Clock) -> Till:
+    units = run.manifest.price_units
+    price = TokenPrice.of_context(units, run.manifest.model.model.context)
+    config = PaymentConfig(terms.asset, terms.asset_name, terms.asset_version, units, terms.pay_to, tokens=price)
+    rights = [capacity(OWNERS_TOKENS_A_DAY)]
+    return await Till.open(
+        TillConfig(config, origin=url, holdings=HoldingsConfig(run.roster.share), rights=rights),
+        run.ledger.chain, run.people.operator, clock, tables=run.tables.at, on_bought=purse.add,
     )  # fmt: skip
-    served = LocalModel(run.manifest.name, engine, tokenizer, stop_tokens=(END,), clock=clock)
-    app = create_app(GatewayConfig(), [served], till.ways, clock=clock)
-    till.mount(app)
-    front.gateway = app
-    return till
+
+
+def _served(run: Run, engine: ShardEngine, tokenizer: Tokenizer, clock: Clock) -> LocalModel:
+    return LocalModel(run.manifest.name, engine, tokenizer, stop_tokens=(END,), clock=clock)
 
 
 async def sell(run: Run, url: str, count: int, after_each: Callable[[], Awaitable[object]]) -> None:

@@ -12,6 +12,7 @@ from anyio import to_thread
 
 from tessera.core.clock import Clock, SystemClock
 from tessera.core.errors import Missing
+from tessera.devnet.income import open_gate, serving_terms
 from tessera.devnet.invitations import keep_invitation, last_invitation
 from tessera.devnet.preview import Preview, make_preview, measure
 from tessera.models.decode import StageDecoder
@@ -98,7 +99,7 @@ async def run_node(
                     return
             keep_invitation(home, invitation)
             gate = Gate(config.gate, MachineSensors(home.path, people=config.gate.only_when_idle), clock)
-            serve = partial(_serve, invitation)
+            serve = partial(_serve, host, home, clock)
             worker = Worker(home, host, config.worker, pace=pace, gate=gate, clock=clock, serve=serve, link=link)
             await worker.run()
 
@@ -141,12 +142,16 @@ def _relays(invitation: Invitation, config: NodeConfig) -> tuple[RelayUrl, ...]:
     return tuple({relay.url: relay for relay in (*invitation.relays, *config.relays)}.values())
 
 
-async def _serve(invitation: Invitation, seated: Seated) -> None:
-    """Decode for the run's gateway, which is whoever gave the invitation; for nobody else, since only it is paid."""
-    gateways = frozenset(peer.id for peer in invitation.peers)
+async def _serve(host: HostLink, home: Home, clock: Clock, seated: Seated) -> None:
+    """Decode for the run's gateway, which is whoever gave the invitation, and for nobody else; and for what was paid,
+    unless the manifest says that serving is open."""
+    gateways = frozenset(peer.id for peer in host.invitation.peers)
     model = seated.manifest.model.model
     config = ShardConfig(context=model.context, vocab_size=model.vocab_size)
     roster = LiveRoster(lambda: seated.roster)
-    serve_decode(seated.transport, StageDecoder(seated.trainer), seated.stage, roster, config, gateways=gateways)
-    log.info("serving", stage=seated.stage)
-    await anyio.sleep_forever()
+    terms = await host.patiently(lambda: serving_terms(seated.chain, seated.manifest, seated.roster))
+    async with open_gate(seated, terms, gateways, (home.peer_key, home.account_key), clock) as gate:
+        decoder = StageDecoder(seated.trainer)
+        serve_decode(seated.transport, decoder, seated.stage, roster, config, gateways=gateways, gate=gate)
+        log.info("serving", stage=seated.stage)
+        await anyio.sleep_forever()

@@ -110,6 +110,7 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
             people=people,
             text=text,
             blobs=blobs,
+            peer_key=home.peer_key,
             transport=transport,
             host=host,
             board=board,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tessera.core.errors import Conflict
 from tessera.core.ids import Account
+from tessera.core.signing import PeerKey
 from tessera.devnet.board import Board
 from tessera.devnet.books import Books, Figures
 from tessera.devnet.ledger import Ledger
@@ -36,6 +37,7 @@ class Run:
     people: People
     text: Text
     blobs: BlobStore
+    peer_key: PeerKey = field(repr=False)  # the host's, who is the gateway too
     transport: Transport
     host: RunHost
     board: Board
@@ -96,8 +98,8 @@ class Run:
 
     @property
     def pay_to(self) -> Account:
-        """Who is paid by buyers: the share contract, unless the manifest names another."""
-        return self.roster.share if self.manifest.pay_to == "share" else Account(self.manifest.pay_to)
+        """Who is paid by buyers."""
+        return self.manifest.payee(self.roster.share)
 
     def _seated(self) -> tuple[Roster, Books]:
         if self.seated is None:

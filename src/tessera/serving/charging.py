@@ -18,6 +18,7 @@ import anyio
 import anyio.lowlevel
 
 from tessera.core.errors import PaymentRequired
+from tessera.serving.vouchers import purchase_of
 
 __all__ = [
     "API_KEY_HEADER",
@@ -116,6 +117,7 @@ class Charge:
 
     def __init__(self, hold: Hold) -> None:
         self.caller = hold.caller
+        self.purchase = purchase_of(hold)
         self._hold = hold
         self._begun = self._over = False
 

@@ -10,7 +10,7 @@ more than was set aside for it; the key's secret is told to who paid, and to nob
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import anyio
@@ -27,6 +27,7 @@ from tessera.serving.facilitator import PaymentChain
 from tessera.serving.keys import ApiKey, KeyRing, bearer
 from tessera.serving.payments import X402Payments, credit_name
 from tessera.serving.prices import TokenPrice
+from tessera.serving.vouchers import Purchase
 
 __all__ = ["Bought", "Credit", "CreditConfig", "CreditDesk", "refund"]
 
@@ -81,11 +82,22 @@ class Credit:
 
 
 class CreditDesk:
-    """Sells credit and tells what is left of it."""
+    """Sells credit and tells what is left of it.
+
+    Args:
+        on_bought: told of each payment that bought credit, perhaps again: what workers are shown for its use.
+    """
 
     def __init__(
-        self, config: CreditConfig, payments: X402Payments, credit: Credit, balances: Balances, keys: KeyRing
+        self,
+        config: CreditConfig,
+        payments: X402Payments,
+        credit: Credit,
+        balances: Balances,
+        keys: KeyRing,
+        on_bought: Callable[[Purchase], None] | None = None,
     ) -> None:
+        self._on_bought = on_bought
         self._config, self._payments, self._credit = config, payments, credit
         self._balances, self._keys = balances, keys
 
@@ -113,6 +125,8 @@ class CreditDesk:
             headers = await charge.start()
             with anyio.CancelScope(shield=True):
                 bought = await self._give(hold.payer, hold.nonce, units, request.headers)
+                if self._on_bought is not None and hold.purchase is not None:
+                    self._on_bought(hold.purchase)
             return bought, headers
         finally:
             charge.owe()  # the buyer may not hear of it: with its secret, the same payment brings the key again

@@ -29,6 +29,7 @@ from tessera.serving.charging import API_KEY_HEADER, PAYMENT_HEADER, Charge, Pai
 from tessera.serving.observing import METRICS_TYPE, Metrics, Note, Observed, note_of
 from tessera.serving.openapi import describe
 from tessera.serving.schemas import model_of, read_json
+from tessera.serving.vouchers import PAYER, Payer
 from tessera.serving.work import Kind, ServedModel, Work
 
 __all__ = ["GatewayConfig", "create_app"]
@@ -188,6 +189,7 @@ class _Gateway:
         for way in self._ways:
             if (hold := await way.hold(paid)) is not None:
                 charge = Charge(hold)
+                PAYER.set(Payer(charge.caller, charge.purchase))
                 held.push_async_callback(charge.release)
                 return charge
         raise envelope.Unauthorized("this gateway serves API keys that it knows")

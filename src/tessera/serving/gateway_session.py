@@ -10,10 +10,12 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import anyio
 
 from tessera.core.errors import Conflict, Late, Misbehaviour, TesseraError, Unavailable
+from tessera.core.ids import PeerId
 from tessera.serving.dialling import Dialler
 from tessera.serving.engine import Sampling, Token
 from tessera.serving.frames import Frame, unpack_hidden, unpack_logprobs
@@ -41,16 +43,31 @@ class ShardEngineConfig:
 class GatewaySession:
     """Use `open` once, then `tokens` or `hidden`, then `close` in any case."""
 
-    def __init__(self, dialler: Dialler, roster: Roster, config: ShardEngineConfig, sampling: Sampling | None) -> None:
+    def __init__(
+        self,
+        dialler: Dialler,
+        roster: Roster,
+        config: ShardEngineConfig,
+        sampling: Sampling | None,
+        voucher: list[Any] | None = None,
+    ) -> None:
         self._dialler = dialler
         self._roster = roster
         self._config = config
         self._sampling = sampling
+        self._voucher = voucher
         self._name = secrets.token_hex(16)
         self._chain: Link | None = None
         self._listening: Link | None = None
         self._fed = 0  # tokens that the stages have, guesses that turned out wrong not counted
         self._running = 0  # tokens that they still make by themselves
+
+    @property
+    def last(self) -> PeerId:
+        """The last stage's worker, once it is open."""
+        if self._listening is None:
+            raise RuntimeError("the session is not open")
+        return self._listening.peer
 
     async def open(self, text: Sequence[int]) -> None:
         """Listens at the last stage, then opens the chain for `text`. Raises: Unavailable, Late, Misbehaviour."""
@@ -119,6 +136,7 @@ class GatewaySession:
         timeout_s = self._config.open_timeout_s
         sampling = None if self._sampling is None else self._sampling.to_dict()
         header = {"op": "open", "session": self._name, "stage": 0, "last": last, "sampling": sampling}
+        header |= {} if self._voucher is None else {"voucher": self._voucher}
         await link.send(header, text, timeout_s=timeout_s)
         return check_kept(await link.await_ready(timeout_s), len(text))
 

@@ -35,6 +35,7 @@ from tessera.serving.facilitator import Facilitator, PaymentChain, load_x402
 from tessera.serving.ledger import REMEMBER_S, Lease, PaymentLedger
 from tessera.serving.offers import Offer, Payment, encode_header, parse_payment, refuse
 from tessera.serving.prices import TokenPrice
+from tessera.serving.vouchers import Purchase
 from tessera.storage.location import MEMORY
 
 __all__ = ["PaymentConfig", "Settlement", "X402Hold", "X402Payments", "credit_name"]
@@ -242,6 +243,11 @@ class X402Hold:
     def nonce(self) -> str:
         """With the payer, what this payment is called for ever."""
         return self._payment.name.nonce
+
+    @property
+    def purchase(self) -> Purchase | None:
+        """What workers can check for themselves."""
+        return Purchase.from_x402(self._payment.payload)
 
     async def verify(self, *, indebted: bool) -> None:
         """Raises: PaymentRequired with the reason; Unavailable or Late when the chain cannot be asked."""

@@ -12,7 +12,7 @@ from typing import Self
 from tessera.core.errors import Invalid
 from tessera.serving.charging import PaidRequest, Usage
 
-__all__ = ["TokenPrice"]
+__all__ = ["LOT", "TokenPrice"]
 
 LOT = 1_000  # tokens that a price is for
 

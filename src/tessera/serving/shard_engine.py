@@ -6,13 +6,16 @@ stage that is gone is replaced, and the text goes on with the tokens that it wou
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncGenerator, Sequence
 
 import anyio
 import structlog
 
 from tessera.core.errors import Invalid, Late, PaymentRequired, Refused, Unavailable
+from tessera.core.ids import PeerId
 from tessera.serving.dialling import Dialler
+from tessera.serving.dues import Dues, NoDues
 from tessera.serving.engine import Sampling, Token
 from tessera.serving.frames import LOGPROB_BYTES
 from tessera.serving.gateway_session import GatewaySession, ShardEngineConfig
@@ -32,6 +35,7 @@ class ShardEngine:
 
     Args:
         draft: guesses what comes next; None = nothing is guessed.
+        dues: what workers are shown and owed; None = they serve for nothing.
     """
 
     def __init__(
@@ -41,10 +45,12 @@ class ShardEngine:
         config: ShardEngineConfig,
         *,
         draft: Draft | None = None,
+        dues: Dues | None = None,
     ) -> None:
         self._roster = roster
         self._config = config
         self._draft = draft
+        self._dues = dues or NoDues()
         payload = max(HIDDEN_BYTES, (MAX_GUESSES + 1) * LOGPROB_BYTES)
         self._dialler = Dialler(transport, Limits(MAX_GUESSES + 1, config.vocab_size, payload))
         self.guessed = self.right = 0  # tokens guessed by the draft, and those of them that came
@@ -60,13 +66,17 @@ class ShardEngine:
         end = len(text) + sampling.max_tokens
         drafter = None if self._draft is None else self._draft.begin()
         pace, failures = Pace(), 0
+        answer, got = secrets.token_hex(16), _Got(len(text))
+        voucher = self._dues.voucher(answer, end)
         try:
             while len(text) < end:
-                session = GatewaySession(self._dialler, self._roster, self._config, sampling)
+                session = GatewaySession(self._dialler, self._roster, self._config, sampling, voucher)
                 try:
                     await session.open(text)
                     while len(text) < end:
-                        for token in await session.tokens(text, end - len(text), drafter, pace):
+                        tokens = await session.tokens(text, end - len(text), drafter, pace)
+                        got.note(session.last, len(tokens))
+                        for token in tokens:
                             if token.id in sampling.stop:
                                 return
                             text.append(token.id)
@@ -78,17 +88,23 @@ class ShardEngine:
                 finally:
                     await session.close()
         finally:
+            if got.by_worker:
+                self._dues.delivered(answer, got.by_worker)
             self.guessed += pace.guessed
             self.right += pace.right
 
     async def embed(self, prompt: Sequence[int]) -> list[float]:
         """See `Engine.embed`."""
         text, failures = self._check(prompt, 0), 0
+        answer = secrets.token_hex(16)
+        voucher = self._dues.voucher(answer, len(text))
         while True:
-            session = GatewaySession(self._dialler, self._roster, self._config, None)
+            session = GatewaySession(self._dialler, self._roster, self._config, None, voucher)
             try:
                 await session.open(text)
-                return await session.hidden(text)
+                hidden = await session.hidden(text)
+                self._dues.delivered(answer, {session.last: len(text)})
+                return hidden
             except (Unavailable, Late) as error:
                 session.blame(error)
                 failures = await self._again(error, failures)
@@ -114,3 +130,15 @@ class ShardEngine:
                 f"{len(ids)} + {more} tokens do not fit a context of {self._config.context}", param="max_tokens"
             )
         return ids
+
+
+class _Got:
+    """How many tokens came from whom of the last stage: the prompt counts with the first that came."""
+
+    def __init__(self, prompt: int) -> None:
+        self._prompt = prompt
+        self.by_worker: dict[PeerId, int] = {}
+
+    def note(self, worker: PeerId, tokens: int) -> None:
+        self.by_worker[worker] = self.by_worker.get(worker, 0) + tokens + self._prompt
+        self._prompt = 0

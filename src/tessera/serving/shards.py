@@ -37,6 +37,7 @@ from tessera.serving.batches import Batches, Compute, in_thread
 from tessera.serving.dialling import Dialler
 from tessera.serving.engine import Sampling, Token
 from tessera.serving.frames import Frame, pack_hidden, pack_logprobs
+from tessera.serving.gate import Budget, Gate, OpenGate
 from tessera.serving.links import PROTOCOL, Limits, Link, Record, Roster, Stream, Transport
 from tessera.serving.stage_session import MAX_GUESSES, ShardConfig, StageSession, TowardsNext
 
@@ -100,6 +101,7 @@ class ShardServer:
         config: ShardConfig,
         gateways: frozenset[PeerId] | None,
         compute: Compute,
+        gate: Gate,
     ) -> None:
         if not 0 <= stage < roster.stages:
             raise Invalid(f"stage {stage} of {roster.stages}")
@@ -108,6 +110,7 @@ class ShardServer:
         self._roster = roster
         self._config = config
         self._gateways = gateways
+        self._gate = gate
         self._last = stage == roster.stages - 1
         self._sessions: dict[str, Sampling | None] = {}
         self._audiences: dict[str, _Audience] = {}
@@ -193,17 +196,21 @@ class ShardServer:
     async def _decode(self, link: Link, session: str, opened: Frame) -> None:
         sampling = self._check_open(link.peer, session, opened)
         self._sessions[session] = sampling
+        budget: Budget | None = None
         try:
+            budget = await self._gate.admit(link.peer, opened.header.get("voucher"))
             source = link.peer if self._stage else ""  # stage 0 computes from ids alone: nobody can spoil those
             kept = await self._batches.resting(partial(self._decoder.open, session, opened.ids, source=source))
             run = self._run_last if self._last else self._run_before
-            await run(link, session, opened, kept)
+            await run(link, session, opened, kept, budget)
         finally:
+            if budget is not None:
+                budget.close()
             with anyio.CancelScope(shield=True):  # waits for a step that still runs
                 await self._batches.resting(partial(self._decoder.drop, session))
             del self._sessions[session]
 
-    async def _run_before(self, link: Link, session: str, opened: Frame, kept: int) -> None:
+    async def _run_before(self, link: Link, session: str, opened: Frame, kept: int, budget: Budget) -> None:
         """A stage that has another after it: compute, pass on."""
         ring = await self._open_ring(session, opened) if self._stage == 0 else None
         try:
@@ -216,7 +223,7 @@ class ShardServer:
             await self._ready(link, kept)
             onward = TowardsNext(after, needed, partial(self._messages, session), self._config)
             await onward.replay(opened.ids, kept)
-            await self._session(session, link, onward, ring).run()
+            await self._session(session, link, onward, ring, budget).run()
         except TesseraError as error:
             if self._is_at_fault(error):
                 self._dialler.blame(after.peer)
@@ -227,7 +234,7 @@ class ShardServer:
             if ring is not None:
                 await ring.close()
 
-    async def _run_last(self, link: Link, session: str, opened: Frame, kept: int) -> None:
+    async def _run_last(self, link: Link, session: str, opened: Frame, kept: int, budget: Budget) -> None:
         """The last stage: compute, choose, tell whoever listens."""
         audience = self._audiences.get(session)
         if audience is None or False not in audience.links or audience.opened.is_set():
@@ -235,7 +242,7 @@ class ShardServer:
         audience.opened.set()
         try:
             await self._ready(link, kept)
-            await self._session(session, link, _Telling(audience, self._config), None).run()
+            await self._session(session, link, _Telling(audience, self._config), None, budget).run()
         except TesseraError as error:
             for listening in list(audience.links.values()):
                 await listening.close(error)
@@ -243,11 +250,14 @@ class ShardServer:
         finally:
             audience.closed.set()
 
-    def _session(self, name: str, link: Link, sink: TowardsNext | _Telling, ring: Link | None) -> StageSession:
+    def _session(
+        self, name: str, link: Link, sink: TowardsNext | _Telling, ring: Link | None, budget: Budget
+    ) -> StageSession:
         hidden, loop = self._sessions[name] is None, self._stage == 0 and self._last
         return StageSession(
-            name, link, sink, self._batches, self._config, stage=self._stage, hidden=hidden, ring=ring, loop=loop
-        )
+            name, link, sink, self._batches, self._config, budget,
+            stage=self._stage, hidden=hidden, ring=ring, loop=loop,
+        )  # fmt: skip
 
     async def _ready(self, link: Link, kept: int) -> None:
         await link.send({"op": "ready", "kept": kept}, timeout_s=self._config.send_timeout_s)
@@ -316,9 +326,11 @@ class ShardServer:
 
     def _check_open(self, peer: PeerId, session: str, frame: Frame) -> Sampling | None:
         header = frame.header
-        if header.keys() != {"op", "session", "stage", "last", "sampling"} or not frame.ids or frame.payload:
+        keys = {"op", "session", "stage", "last", "sampling"}
+        if header.keys() - {"voucher"} != keys or not frame.ids or frame.payload:
             raise Misbehaviour(
-                "open holds session, stage, last, sampling and the text", evidence=str(sorted(header))[:200]
+                "open holds session, stage, last, sampling, the text, and perhaps a voucher",
+                evidence=str(sorted(header))[:200],
             )
         parse_peer_id(header["last"])
         if header["stage"] != self._stage:
@@ -375,16 +387,18 @@ def serve_decode(
     *,
     gateways: frozenset[PeerId] | None = None,
     compute: Compute = in_thread,
+    gate: Gate | None = None,
 ) -> ShardServer:
     """Serves `stage` to the peers of `roster`.
 
     Args:
         gateways: who may open sessions at stage 0 and listen at the last stage; None = anybody.
         compute: where the decoder runs.
+        gate: lets sessions in that are paid for; None = all are.
 
     Returns: the server, whose counters tell how busy it is.
     """
-    server = ShardServer(transport, decoder, stage, roster, config, gateways, compute)
+    server = ShardServer(transport, decoder, stage, roster, config, gateways, compute, gate or OpenGate())
     transport.serve(PROTOCOL, server.handle, max_streams=3 * config.max_sessions + 2)
     return server
 

@@ -22,6 +22,7 @@ from tessera.core.errors import Misbehaviour, TesseraError, Unavailable
 from tessera.models.steps import Step
 from tessera.serving.batches import Batches
 from tessera.serving.frames import Frame
+from tessera.serving.gate import Budget
 from tessera.serving.links import Link
 
 __all__ = ["MAX_GUESSES", "MAX_MORE", "ShardConfig", "Sink", "StageSession", "TowardsNext"]
@@ -106,6 +107,7 @@ class StageSession:
     """Runs until the stage before says goodbye, or something fails.
 
     Args:
+        budget: how far it may go.
         hidden: hidden states are wanted instead of tokens.
         ring: at stage 0, where the last stage tells its tokens.
         loop: this stage is the first and the last: its own tokens are what it goes on with.
@@ -118,6 +120,7 @@ class StageSession:
         sink: Sink,
         batches: Batches,
         config: ShardConfig,
+        budget: Budget,
         *,
         stage: int,
         hidden: bool,
@@ -129,6 +132,7 @@ class StageSession:
         self._sink = sink
         self._batches = batches
         self._config = config
+        self._budget = budget
         self._stage = stage
         self._hidden = hidden
         self._ring = ring
@@ -184,6 +188,7 @@ class StageSession:
 
     def _own(self, token: int) -> Asked:
         start, self._next, self._more = self._next, self._next + 1, self._more - 1
+        self._budget.reach(start, start + 1, start + 1)
         return Asked(Step(self._name, [token], None, start), self._more)
 
     async def _work(self, steps: MemoryObjectReceiveStream[Asked]) -> None:
@@ -220,4 +225,6 @@ class StageSession:
         if start + count + more > self._config.context:
             raise Misbehaviour(f"{start} + {count} + {more} tokens do not fit {self._config.context}")
         payload = frame.payload if self._stage or frame.payload else None
-        return Asked(Step(self._name, frame.ids, payload, start, want, self._hidden), more)
+        step = Step(self._name, frame.ids, payload, start, want, self._hidden)
+        self._budget.reach(start, start + step.final, start + count + more)
+        return Asked(step, more)

@@ -28,6 +28,7 @@ from tessera.serving.keys import ApiKeys, KeyedWay, KeyRing, Kind
 from tessera.serving.owners import OwnersTokens, Tokens
 from tessera.serving.payments import PaymentConfig, Settlement, X402Payments
 from tessera.serving.sign_in import SignIn, SignInConfig
+from tessera.serving.vouchers import Purchase
 from tessera.storage.location import MEMORY
 
 __all__ = ["Tables", "Till", "TillChain", "TillConfig", "in_memory"]
@@ -69,6 +70,7 @@ class Till:
         clock: Clock,
         tables: Tables,
         balances: Balances,
+        on_bought: Callable[[Purchase], None] | None = None,
     ) -> None:
         tokens = config.payment.tokens
         if tokens is None:
@@ -77,7 +79,7 @@ class Till:
         where, schema = tables("keys")
         self.keys = KeyRing(clock, where=where, schema=schema)
         self.credit = Credit(balances, tokens, payments.offer.network, payments.offer.asset)
-        self.desk = CreditDesk(config.credit, payments, self.credit, balances, self.keys)
+        self.desk = CreditDesk(config.credit, payments, self.credit, balances, self.keys, on_bought)
         self.sign_in: SignIn | None = None
         self._owners: OwnersTokens | None = None
         if config.origin:
@@ -105,11 +107,13 @@ class Till:
         *,
         tables: Tables = in_memory,
         on_settled: Callable[[Settlement], None] | None = None,
+        on_bought: Callable[[Purchase], None] | None = None,
     ) -> Till:
         """Raises: Invalid when the asset is no contract; Unavailable when chain or database cannot be reached.
 
         Args:
             key: sends the settlements and pays their gas.
+            on_bought: see `CreditDesk`.
         """
         where, schema = tables("balances")
         balances = await anyio.to_thread.run_sync(lambda: Balances(clock, where=where, schema=schema))
@@ -118,7 +122,7 @@ class Till:
             config.payment, chain, key,
             balances=balances, database=at, schema=space, clock=clock, on_settled=on_settled,
         )  # fmt: skip
-        return await anyio.to_thread.run_sync(lambda: cls(config, payments, chain, clock, tables, balances))
+        return await anyio.to_thread.run_sync(lambda: cls(config, payments, chain, clock, tables, balances, on_bought))
 
     def mount(self, app: FastAPI) -> None:
         """Puts the routes about money on a gateway."""

@@ -205,7 +205,7 @@ class Manifest(_Strict):
     settlement: Settlement = Settlement()
     allocation: Allocation
     pay_to: str = "share"
-    price_units: Annotated[int, Field(ge=1, le=10**15)]
+    price_units: Annotated[int, Field(ge=0, le=10**15)]  # of an answer; 0: workers serve for nothing
     nonce: Annotated[str, Field(max_length=64)] = ""
 
     @field_validator("pay_to")
@@ -257,6 +257,10 @@ class Manifest(_Strict):
         if strangers := [account for account in paid if account not in self.data.accounts]:
             raise ValueError(f"allocation.data pays {strangers[0]}, who owns none of the data sets")
         return self
+
+    def payee(self, share: Account) -> Account:
+        """Who is paid by buyers: the share contract `share`, unless the manifest names another."""
+        return share if self.pay_to == "share" else Account(self.pay_to)
 
     @property
     def canonical(self) -> bytes:
