@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -67,3 +69,16 @@ async def test_a_slow_loris_is_answered_408_and_hung_up_on() -> None:
                 while b"\r\n\r\n" not in received:
                     received += await stream.receive()
             assert received.startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+async def test_curl_works_unchanged() -> None:
+    asked = json.dumps(
+        {"model": MODEL, "messages": [{"role": "user", "content": "ab"}], "max_tokens": 4, "stream": True}
+    )
+    async with serving(FakeEngine()) as url:
+        command = ["curl", "-sSN", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json",
+                   "-H", "Authorization: Bearer any", "-d", asked]  # fmt: skip
+        done = await anyio.run_process(command)
+    assert done.stdout.endswith(b"data: [DONE]\n\n")
+    assert done.stdout.count(b'"content":"') == 5

@@ -81,7 +81,7 @@ def create_app(
     )
     for method, path, route in routes:
         app.add_api_route(path, route, methods=[method], response_model=None)
-    describe(app)
+    describe(app, [model.id for model in models])
     return app
 
 

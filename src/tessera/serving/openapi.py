@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -32,8 +32,12 @@ ERRORS = {
 }
 
 
-def describe(app: FastAPI) -> None:
-    """Makes `/openapi.json` tell all of it; routes of other parts are told as FastAPI knows them."""
+def describe(app: FastAPI, models: Sequence[str]) -> None:
+    """Makes `/openapi.json` tell all of it; routes of other parts are told as FastAPI knows them.
+
+    Args:
+        models: the ids that requests may name.
+    """
 
     def openapi() -> Json:
         if app.openapi_schema is None:
@@ -43,7 +47,7 @@ def describe(app: FastAPI) -> None:
                     for method, operation in methods.items():
                         methods[method] = operation | ROUTES[path]
             parts = document.setdefault("components", {})
-            parts["schemas"] = parts.get("schemas", {}) | _requests() | ANSWERS
+            parts["schemas"] = parts.get("schemas", {}) | _requests(models) | ANSWERS
             parts["securitySchemes"] = parts.get("securitySchemes", {}) | SECURITY
             app.openapi_schema = document
         return app.openapi_schema
@@ -51,7 +55,7 @@ def describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _requests() -> Json:
+def _requests(models: Sequence[str]) -> Json:
     """The request bodies as a model of ours takes them, with what is read and ignored."""
     _, made = models_json_schema(
         [(kind, "validation") for kind in KINDS.values()], ref_template="#/components/schemas/{model}"
@@ -59,6 +63,7 @@ def _requests() -> Json:
     schemas: Json = made["$defs"]
     for kind in KINDS.values():
         properties = schemas[kind.__name__]["properties"]
+        properties["model"]["enum"] = list(models)
         for name in IGNORED:
             properties.setdefault(name, {"description": "Read and ignored."})
         for name, values in NEUTRAL.items():
@@ -111,7 +116,8 @@ def _get(schema: Json, *errors: int) -> Json:
 TEXT = {"type": "string"}
 WHOLE = {"type": "integer", "minimum": 0}
 USAGE = _object({"prompt_tokens": WHOLE, "total_tokens": WHOLE}, {"completion_tokens": WHOLE})
-CHOICE = {"index": WHOLE, "finish_reason": {"type": ["string", "null"]}, "logprobs": {"type": ["object", "null"]}}
+CHOICE = {"index": WHOLE, "finish_reason": {"type": ["string", "null"]}}
+TOLD = {"logprobs": {"type": ["object", "null"]}}
 NAMED = {"id": TEXT, "object": TEXT, "created": WHOLE, "model": TEXT}
 READY = _object({"ready": {"type": "boolean"}, "models": {"type": "object"}})
 ANSWERS: Json = {
@@ -121,9 +127,9 @@ ANSWERS: Json = {
     "Model": _object({"id": TEXT, "object": TEXT, "created": WHOLE, "owned_by": TEXT}, {"context_length": WHOLE}),
     "ModelList": _object({"object": TEXT, "data": _array(_ref("Model"))}),
     "ChatCompletion": _object(
-        NAMED | {"choices": _array(_object({"message": {"type": "object"}, **CHOICE})), "usage": USAGE}
+        NAMED | {"choices": _array(_object({"message": {"type": "object"}, **CHOICE}, TOLD)), "usage": USAGE}
     ),
-    "Completion": _object(NAMED | {"choices": _array(_object({"text": TEXT, **CHOICE})), "usage": USAGE}),
+    "Completion": _object(NAMED | {"choices": _array(_object({"text": TEXT, **CHOICE}, TOLD)), "usage": USAGE}),
     "Embeddings": _object({"object": TEXT, "data": _array(_object({
         "object": TEXT, "index": WHOLE, "embedding": {"type": ["array", "string"], "items": {"type": "number"}},
     })), "model": TEXT, "usage": USAGE}),

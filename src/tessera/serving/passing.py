@@ -14,7 +14,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from tessera.core.errors import Invalid
-from tessera.serving.schemas import IGNORED, MAX_CHOICES, MAX_INPUTS, MAX_MESSAGES, StreamOptions, validated
+from tessera.serving.schemas import (
+    IGNORED,
+    MAX_CHOICES,
+    MAX_INPUTS,
+    MAX_MESSAGES,
+    StreamOptions,
+    asks_for_nothing,
+    validated,
+)
 from tessera.serving.work import Kind
 
 __all__ = ["Passed", "check_passing"]
@@ -99,7 +107,7 @@ class Passed:
 def check_passing(kind: Kind, data: Mapping[str, Any], *, default_tokens: int, most_tokens: int) -> Passed:
     """`data` as it may pass. Raises: Invalid."""
     schema, name = KINDS[kind]
-    wanted = {field: value for field, value in data.items() if value is not None and field not in DROPPED}
+    wanted = {field: value for field, value in data.items() if not _dropped(field, value)}
     asked = validated(schema, wanted)
     for field in wanted:
         if field not in PASSED and field not in schema.model_fields:
@@ -125,6 +133,10 @@ def check_passing(kind: Kind, data: Mapping[str, Any], *, default_tokens: int, m
     return Passed(
         body, prompt, _bound(prompt, wanted), limit * choices, choices, bool(asked.stream and limit), include_usage
     )
+
+
+def _dropped(field: str, value: Any) -> bool:
+    return value is None or field in DROPPED or (field not in PASSED and asks_for_nothing(field, value))
 
 
 def _prompts(prompt: Any) -> int:

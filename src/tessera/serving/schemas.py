@@ -22,6 +22,7 @@ __all__ = [
     "CompletionRequest",
     "EmbeddingRequest",
     "StreamOptions",
+    "asks_for_nothing",
     "model_of",
     "parse",
     "read_json",
@@ -211,11 +212,16 @@ def _without_the_harmless(data: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {}
     for name, value in data.items():
         if name in NEUTRAL:
-            if value is not None and not any(_same(value, neutral) for neutral in NEUTRAL[name]):
+            if not asks_for_nothing(name, value):
                 raise Invalid(f"{name} is not supported by this model", param=name, reason="unsupported_parameter")
         elif name not in IGNORED:
             wanted[name] = value
     return wanted
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a known field that we do not have holds the value that it has anyway."""
+    return value is None or any(_same(value, neutral) for neutral in NEUTRAL.get(name, ()))
 
 
 def _same(value: Any, neutral: Any) -> bool:
