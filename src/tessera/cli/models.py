@@ -75,6 +75,25 @@ def models_export(
     typer.echo(f"{name} is in {folder}")
 
 
+@models_app.command("export-run")
+def models_export_run(
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    run: Annotated[str, typer.Option("--run", help="The first digits of a run's id. Default: the newest here.")] = "",
+    others: Annotated[
+        list[Path] | None, typer.Option("--from", help="Another worker's state directory. Repeat for more.")
+    ] = None,
+    state_dir: StateDir = default_state_dir("up"),
+) -> None:
+    """Write the model that a run trained as a checkpoint folder, from the checkpoints of its workers."""
+    from tessera.cli.runs import find_manifest
+    from tessera.devnet.trained import export_run
+    from tessera.training.home import Home
+
+    manifest = find_manifest(run, state_dir)
+    step = export_run(Home.existing(state_dir), manifest, others or [], folder)
+    typer.echo(f"{manifest.name} after step {step} is in {folder}")
+
+
 @models_app.command("remove")
 def models_remove(
     name: Annotated[str, typer.Argument(help="Its name, or the first digits of its digest.")],

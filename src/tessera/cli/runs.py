@@ -22,6 +22,7 @@ from tessera.training.wishes import Wish, make_wish, read_wish
 
 __all__ = [
     "draft_run",
+    "find_manifest",
     "invite_to_run",
     "list_invitations",
     "list_runs",
@@ -89,7 +90,7 @@ def list_runs(state_dir: Path, as_json: bool) -> None:
 
 def show_run(what: str, state_dir: Path, as_json: bool) -> None:
     """Print what a manifest says: a file, or a run of this directory by the first digits of its id."""
-    facts = _facts(_manifest(what, state_dir))
+    facts = _facts(find_manifest(what, state_dir))
     if as_json:
         print(json.dumps(facts))  # noqa: T201  the command's result
         return
@@ -174,7 +175,8 @@ def list_invitations(state_dir: Path, run: str, database: str, as_json: bool) ->
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _manifest(what: str, state_dir: Path) -> Manifest:
+def find_manifest(what: str, state_dir: Path) -> Manifest:
+    """A manifest's file, or the run of this directory that `what` names by its first digits; the newest for ""."""
     file = Path(what)
     if not what or not file.exists():
         home = Home.existing(state_dir)

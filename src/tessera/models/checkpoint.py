@@ -17,10 +17,11 @@ from torch import Tensor
 
 from tessera.core.errors import Invalid
 
-__all__ = ["read_checkpoint", "write_checkpoint"]
+__all__ = ["CHECKPOINT_HEAD", "checkpoint_facts", "read_checkpoint", "write_checkpoint"]
 
 _HEADER_LIMIT = 16 * 2**20  # bytes
 _FORMAT = "tessera/stage/1"
+CHECKPOINT_HEAD = 8 + _HEADER_LIMIT  # bytes in which what a checkpoint says of itself lies
 
 
 def write_checkpoint(tensors: dict[str, Tensor], facts: dict[str, str]) -> bytes:
@@ -57,16 +58,25 @@ def read_checkpoint(
     return tensors, note
 
 
-def _note(data: bytes) -> dict[str, str]:
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > min(_HEADER_LIMIT, len(data) - 8):
-        raise Invalid(f"the checkpoint is cut short: {len(data)} bytes")
+def checkpoint_facts(head: bytes) -> dict[str, str]:
+    """What a checkpoint says of itself, from its first `CHECKPOINT_HEAD` bytes; its numbers are not looked at.
+
+    Raises: Invalid: it is none.
+    """
+    size = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or size > min(_HEADER_LIMIT, len(head) - 8):
+        raise Invalid(f"the checkpoint is cut short: {len(head)} bytes")
     try:
-        note: Any = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["tessera"])
+        note: Any = json.loads(json.loads(head[8 : 8 + size])["__metadata__"]["tessera"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Invalid(f"not a stage's checkpoint: {error!r}") from error
     if not isinstance(note, dict) or not all(isinstance(v, str) for v in note.values()):
         raise Invalid("not a stage's checkpoint: its note is no map of texts")
+    return note
+
+
+def _note(data: bytes) -> dict[str, str]:
+    note, size = checkpoint_facts(data), int.from_bytes(data[:8], "little")
     if note.get("digest") != hashlib.sha256(memoryview(data)[8 + size :]).hexdigest():
         raise Invalid("the checkpoint is corrupt: its digest differs")
     return note

@@ -20,12 +20,18 @@ _DIGEST_BYTES = 32
 
 
 class Checkpoints:
-    """Files `step-<n>.ckpt` in `folder`: a digest, then what the trainer saved. Step 0 and the newest `keep` stay."""
+    """Files `step-<n>.ckpt` in `folder`: a digest, then what the trainer saved. Step 0 and the newest `keep` stay.
 
-    def __init__(self, folder: Path, keep: int = 3) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    Args:
+        reading: only, while another process may write here: nothing is made or cleared away.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3, *, reading: bool = False) -> None:
         self._folder, self._keep = folder, keep
         self._held: frozenset[int] = frozenset()
+        if reading:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
 
