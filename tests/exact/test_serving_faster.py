@@ -15,7 +15,7 @@ from tessera.serving.speculation import Drafter, NgramDraft, NgramTable
 pytestmark = pytest.mark.anyio
 GREEDY = Sampling(temperature=0, max_tokens=30)
 WARM = Sampling(temperature=0.8, top_p=0.9, seed=5, max_tokens=30)
-SLOW_CASES = [(GREEDY, 1), (WARM, 1), (WARM, 3), (GREEDY, 10**6)]
+SLOW_CASES = [(GREEDY, 1), (WARM, 1), (GREEDY, 3), (GREEDY, 10**6), (WARM, 10**6)]
 
 
 class Oracle:
@@ -35,7 +35,7 @@ class Oracle:
 
 @pytest.mark.parametrize(
     ("sampling", "wrong"),
-    [(GREEDY, 3), (WARM, 10**6), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+    [(WARM, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
 )
 async def test_guesses_change_no_token(sampling: Sampling, wrong: int) -> None:
     async with open_shards(3) as shards:
@@ -146,9 +146,10 @@ async def test_a_session_whose_memory_was_taken_goes_on() -> None:
         await shards.settled()
 
 
+@pytest.mark.slow
 async def test_one_stalled_stage_does_not_hold_up_the_sessions_of_another() -> None:
     """The first of two holders of stage 1 takes sessions and never answers again."""
-    async with open_shards(2, replicas=2, gateway_settings={"step_timeout_s": 0.3}) as shards:
+    async with open_shards(2, replicas=2, gateway_settings={"step_timeout_s": 2}) as shards:
         stuck = anyio.Event()
 
         async def never(work: object, steps: object) -> object:
@@ -157,8 +158,8 @@ async def test_one_stalled_stage_does_not_hold_up_the_sessions_of_another() -> N
 
         shards.servers[2]._batches._compute = never
         expected = shards.one_process([1, 2], 10)
-        with anyio.fail_after(5):
-            assert await tokens(shards.engine, [1, 2], Sampling(temperature=0, max_tokens=10)) == expected
+        assert await tokens(shards.engine, [1, 2], Sampling(temperature=0, max_tokens=10)) == expected
+        assert shards.decoders[3].tokens > 0, "the second one did it"
         stuck.set()
 
 

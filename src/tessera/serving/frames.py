@@ -96,7 +96,7 @@ def unpack_logprobs(ids: Sequence[int], data: bytes, count: int | None) -> list[
     for place, token in enumerate(ids):
         (own,) = _OWN.unpack_from(data, place * size)
         top = tuple(_LIKELY.iter_unpack(data[place * size + _OWN.size : (place + 1) * size]))
-        if not all(-math.inf <= value <= 0 for value in (own, *(value for _, value in top))):
+        if not all(-math.inf < value <= 0 for value in (own, *(value for _, value in top))):
             raise Misbehaviour("a log-probability is a number of at most 0")
         tokens.append(Token(token, own, top))
     return tokens
