@@ -28,9 +28,11 @@ from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 from tessera.core.typed_data import domain, typed_digest
 
-__all__ = ["Authorization", "Coin", "Intent", "authorize", "intent_id", "is_for", "payment_nonce", "resource_name"]
+__all__ = ["Authorization", "Coin", "Intent", "authorize", "intent_id", "is_for", "job_resource",
+           "payment_nonce", "resource_name"]  # fmt: skip
 
 RESOURCE_LIMIT = 4_096  # characters
+_JOB = re.compile(r"JOB [0-9a-f]{64}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _TYPE = (
     "TransferWithAuthorization(address from,address to,uint256 value,uint256 validAfter,uint256 validBefore,"
@@ -59,6 +61,11 @@ def intent_id(*parts: str | int) -> str:
 def resource_name(method: str, url: str, body: bytes = b"") -> str:
     """What is bought over HTTP, exactly: the method, the address, and the body's hash when there is a body."""
     return f"{method.upper()} {url}" + (f" sha256:{sha256(body).hex()}" if body else "")
+
+
+def job_resource(terms: str) -> str:
+    """What is bought when a job is funded: the terms, by their digest. The escrow is the payee."""
+    return f"JOB {terms}"
 
 
 def payment_nonce(intent: str, payer: Account, payee: Account, resource: str, units: int) -> bytes:
@@ -102,6 +109,11 @@ class Intent:
             raise Invalid("nothing to pay")
         if not 0 < len(self.resource) <= RESOURCE_LIMIT or len(self.purpose) > 64:
             raise Invalid(f"a resource has 1 to {RESOURCE_LIMIT} characters, a purpose at most 64")
+
+    @property
+    def is_job(self) -> bool:
+        """Paid by funding a job in escrow, whose own nonce binds it, and not by a transfer to the payee."""
+        return _JOB.fullmatch(self.resource) is not None
 
     def nonce(self, payer: Account) -> bytes:
         return payment_nonce(self.id, payer, self.payee, self.resource, self.amount.units)

@@ -344,7 +344,8 @@ class Payer:
 
     def _is_ours(self, entry: Entry) -> bool:
         mandate = self._ledger.mandate(entry.intent.mandate)
-        return mandate.agent == self._key.account and entry.intent.amount.asset == self._coin.asset
+        paid_here = entry.intent.amount.asset == self._coin.asset and not entry.intent.is_job
+        return mandate.agent == self._key.account and paid_here
 
 
 def _free(answer: Bought) -> Bought:
