@@ -15,6 +15,7 @@ import typer
 from tessera import __version__
 from tessera.cli import work
 from tessera.cli.backup import backup, restore
+from tessera.cli.cluster import cluster_app
 from tessera.cli.config import show_config
 from tessera.cli.data import data_app
 from tessera.cli.gateway_app import gateway_app
@@ -172,6 +173,7 @@ app.command()(relay)
 app.command()(serve)
 app.command()(hold)
 app.add_typer(run_app, name="run")
+app.add_typer(cluster_app, name="cluster")
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 app.add_typer(gateway_app, name="gateway")

@@ -21,7 +21,7 @@ from tessera.web.proofs import Kind, Lookup, bounded, checked_id, proof
 from tessera.web.render import STATIC, Renderer
 from tessera.web.stream import Readers, Updates
 
-__all__ = ["SECURITY_HEADERS", "mount"]
+__all__ = ["SECURITY_HEADERS", "OwnFiles", "html_answer", "mount"]
 
 log = structlog.get_logger()
 
@@ -65,7 +65,7 @@ def mount(app: FastAPI, feed: Feed, lookup: Lookup | None = None) -> None:
         detail = _with_name(partial(site.detail, kind))
         router.add_api_route(f"/{kind}/{{name}}", detail, methods=["GET", "HEAD"], response_model=None)
     app.include_router(router)
-    app.mount("/static", _Static(directory=STATIC), name="static")
+    app.mount("/static", OwnFiles(directory=STATIC), name="static")
 
 
 class _Site:
@@ -76,7 +76,7 @@ class _Site:
         self._readers = Readers()
 
     async def page(self) -> Response:
-        return _html(self._renderer.page(self._feed.snapshot()))
+        return html_answer(self._renderer.page(self._feed.snapshot()))
 
     async def state(self) -> Response:
         return JSONResponse(self._feed.snapshot().to_dict(), headers={**SECURITY_HEADERS, "cache-control": "no-store"})
@@ -96,11 +96,11 @@ class _Site:
             groups = await proof(self._feed.snapshot(), self._lookup, kind, name)
         except TesseraError as error:
             log.info("page_refused", kind=kind, code=error.code)
-            return _html(self._renderer.detail(title=title, lead=error.message, groups=()), error.status)
-        return _html(self._renderer.detail(title=title, lead=name, groups=groups))
+            return html_answer(self._renderer.detail(title=title, lead=error.message, groups=()), error.status)
+        return html_answer(self._renderer.detail(title=title, lead=name, groups=groups))
 
 
-class _Static(StaticFiles):
+class OwnFiles(StaticFiles):
     """Our files; their URL changes with their content, so browsers keep them."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
@@ -112,7 +112,7 @@ class _Static(StaticFiles):
         return response
 
 
-def _html(text: str, status: int = 200) -> Response:
+def html_answer(text: str, status: int = 200) -> Response:
     return HTMLResponse(text, status, headers={**SECURITY_HEADERS, "cache-control": "no-store"})
 
 

@@ -21,7 +21,7 @@ from tessera.devnet import figures
 from tessera.devnet.snapshot import Snapshot
 from tessera.web.mosaic import income_bar, ownership_bar, tiles
 
-__all__ = ["ACCOUNT", "PEER", "SECTIONS", "STATIC", "TRANSACTION", "Renderer"]
+__all__ = ["ACCOUNT", "PEER", "SECTIONS", "STATIC", "TRANSACTION", "Renderer", "make_environment"]
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
@@ -39,7 +39,7 @@ class Renderer:
     """Fragments of the page. Cheap to ask again for the same snapshot."""
 
     def __init__(self) -> None:
-        self._jinja = _environment()
+        self._jinja = make_environment()
         self._last: tuple[Snapshot, Mapping[str, str]] | None = None
 
     def fragments(self, snapshot: Snapshot) -> Mapping[str, str]:
@@ -59,7 +59,8 @@ class Renderer:
         return self._jinja.get_template("detail.html").render(**names)
 
 
-def _environment() -> Environment:
+def make_environment() -> Environment:
+    """Templates that escape, with the filters and functions that every page may use."""
     jinja = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         autoescape=True,

@@ -128,6 +128,11 @@ class Buyer:
         job = await self._jobs.find(self.account, order.intent)  # the first one, if another process made one too
         return Progress(Phase.NEGOTIATION) if job is None else await self._follow(order, deal, job.id, job.terms)
 
+    def asked(self, intent: str) -> Terms | None:
+        """The first terms that were asked for an intent: after a restart an order is made as it was."""
+        deal = self._desk.asked(intent)
+        return None if deal is None else deal.terms
+
     async def take_back(self, order: Order) -> Progress:
         """Give up what is not funded yet. What is funded goes its way."""
         job = await self._jobs.find(self.account, order.intent)

@@ -56,12 +56,14 @@ _DEALS = Table(
     _TABLES,
     Column("terms", String, primary_key=True),  # the digest
     Column("role", String, primary_key=True),
+    Column("intent", String, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("answer", String, nullable=False),
     Column("job", BigInteger, nullable=False),  # 0 until it is known
     Column("over", BigInteger, nullable=False),
     Column("at_ms", BigInteger, nullable=False),
 )
+Index("desk_deals_by_intent", _DEALS.c.intent)
 _LAYOUT = Layout("desk", _TABLES, remedy="restore it from your backup; the chain still knows every job")
 
 
@@ -173,6 +175,13 @@ class Desk:
             row = db.execute(select(_DEALS).where(_DEALS.c.terms == digest, _DEALS.c.role == role)).first()
         return None if row is None else _deal(row)
 
+    def asked(self, intent: str) -> Deal | None:
+        """The first terms that this agent asked for an intent."""
+        where = (_DEALS.c.intent == intent, _DEALS.c.role == "client")
+        with self._db.read() as db:
+            row = db.execute(select(_DEALS).where(*where).order_by(_DEALS.c.at_ms).limit(1)).first()
+        return None if row is None else _deal(row)
+
     def note(self, deal: Deal, *, answer: str = "", job: int = 0, over: bool = False) -> None:
         """Add what is new about a deal; what is known stays."""
         values: dict[str, Any] = {}
@@ -193,8 +202,8 @@ class Desk:
         db.add(_OUT, [{"id": one.id, "message": one.encode(), "due_at": now, "tries": 0} for one in messages])
         if deal is not None:
             body = encoding.encode({"terms": deal.terms.to_dict(), "brief": deal.brief.to_dict()})
-            row = {"terms": deal.terms.digest, "role": deal.role, "body": body, "answer": deal.answer, "job": deal.job,
-                   "over": int(deal.over), "at_ms": now * 1000}  # fmt: skip
+            row = {"terms": deal.terms.digest, "role": deal.role, "intent": deal.terms.intent, "body": body,
+                   "answer": deal.answer, "job": deal.job, "over": int(deal.over), "at_ms": now * 1000}  # fmt: skip
             db.add(_DEALS, [row])
 
     def _forget(self, id: str) -> None:

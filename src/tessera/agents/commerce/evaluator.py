@@ -57,6 +57,8 @@ class Evaluator:
         """Take on what came, judge what is submitted. To be called again and again."""
         for message in self._desk.waiting("appoint"):
             self._desk.handled(message, deal=self._appointed(message))
+        for message in self._desk.waiting("resign"):
+            await self._release(message)
         for deal in self._desk.deals("evaluator"):
             try:
                 await self._follow(deal)
@@ -73,6 +75,21 @@ class Evaluator:
             return None
         fits = terms.evaluator == self.account and message.sender == terms.client and brief.hash == terms.brief
         return Deal(terms, brief, "evaluator") if fits and brief.kind in self._judges else None
+
+    async def _release(self, message: Message) -> None:
+        """A provider gives up: the client has the money back now, and not at the deadline. Only the provider may."""
+        try:
+            number = message.value().get("job")
+            if type(number) is int and 0 < number < 2**63:
+                job = await self._jobs.job(number)
+                ours = job.evaluator == self.account and job.provider == message.sender
+                if ours and JobStatus(job.status) in (JobStatus.FUNDED, JobStatus.SUBMITTED):
+                    await self._jobs.escrow.reject(self._key, number, sha256(b"resigned"))
+        except (Unavailable, Late):
+            return  # the chain is away: the message waits
+        except TesseraError as error:
+            log.info("resignation_refused", sender=message.sender, reason=error.message)
+        self._desk.handled(message)
 
     async def _follow(self, deal: Deal) -> None:
         number, now = deal.job or await self._jobs.of(deal.terms), self._clock.time()

@@ -39,7 +39,7 @@ class Service:
 
     Args:
         units: the least price.
-        worker: does it; raises when the brief cannot be done, and then nothing is submitted and nothing is paid.
+        worker: does it; raises Invalid or Refused when it cannot be done, and then the client gets the money back.
         notice_s: the least time until the deadline.
         on_silence: the least part, in 1/10,000, that a silent evaluator must leave us.
     """
@@ -193,14 +193,22 @@ class Seller:
         if status in ENDED:
             self._desk.note(deal, over=True)
         elif status is JobStatus.FUNDED and now < deal.terms.deadline:
-            await self._work(number, deal.brief)
+            await self._work(number, deal)
         elif status in (JobStatus.FUNDED, JobStatus.SUBMITTED):
             await self._jobs.settle(self._key, number, now)
 
-    async def _work(self, number: int, brief: Brief) -> None:
+    async def _work(self, number: int, deal: Deal) -> None:
         work = self._shelf.get(number)
         if work is None:
-            work = await self._services[brief.kind].worker(brief)
+            try:
+                work = await self._services[deal.brief.kind].worker(deal.brief)
+            except (Invalid, Refused) as error:  # it cannot be done: let the client have the money back at once
+                letter = write_message(self._key, deal.terms.evaluator, "resign", {"job": number}, self._clock.time())
+                self._desk.send(letter)
+                self._desk.note(deal, over=True)
+                await self._desk.flush(self._post)
+                log.warning("job_resigned", job=number, reason=error.message)
+                return
         hash = self._shelf.put(number, work)
         try:
             await self._jobs.escrow.submit(self._key, number, hash)
