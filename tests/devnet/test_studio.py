@@ -1,4 +1,4 @@
-"""`tessera cluster studio` as a user runs it: a film that one can watch, and money that adds up, whatever a member does."""
+"""`tessera cluster studio` as a user runs it: a film to watch, and money that adds up whatever a member does."""
 
 from __future__ import annotations
 
