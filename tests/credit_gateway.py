@@ -16,11 +16,13 @@ import uvicorn
 from tessera.core.clock import SystemClock
 from tessera.core.ids import parse_account
 from tessera.serving.balances import Balances
+from tessera.serving.charging import PaidRequest
 from tessera.serving.credit import Credit
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.keys import ApiKeys, KeyRing
 from tessera.serving.local import LocalModel
+from tessera.serving.offers import Offer
 from tessera.serving.prices import TokenPrice
 from tessera.serving.text import CharTokenizer
 
@@ -29,10 +31,14 @@ NETWORK, ASSET = "eip155:1", parse_account("0x" + "11" * 20)
 PRICE = TokenPrice(prompt_units=0, completion_units=1_000)
 
 
+def offers(request: PaidRequest) -> list[Offer]:
+    return [Offer(NETWORK, ASSET, "Test USD", "2", 1_000, ASSET, 60)]
+
+
 async def main(database: str, lease_s: float) -> None:
     clock = SystemClock()
     balances = Balances(clock, where=database, lease_s=lease_s)
-    ways = ApiKeys(KeyRing(clock, where=database), {"credit": [Credit(balances, PRICE, NETWORK, ASSET)]})
+    ways = ApiKeys(KeyRing(clock, where=database), {"credit": [Credit(balances, PRICE, NETWORK, ASSET, offers)]})
     model = LocalModel(MODEL, FakeEngine(delay_s=0.002), CharTokenizer())
     app = create_app(GatewayConfig(max_concurrent=64), [model], [ways])
     with socket.socket() as listener:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving_stack import Stack, completion, open_stack
+from serving_stack import PRICE, Stack, completion, open_stack
 from tessera.core.errors import Invalid, Late, PaymentRequired
 from tessera.core.signing import AccountKey
 from tessera.serving.credit import refund
@@ -39,7 +39,9 @@ async def test_one_payment_buys_a_key_that_spends_what_the_tokens_cost(stack: St
     assert await stack.income() == UNITS
     refused = await stack.post(api_key=api_key)
     assert (refused.status_code, refused.json()["error"]["code"]) == (402, "insufficient_credit")
-    assert "payment-required" not in refused.headers
+    assert "payment-required" in refused.headers
+    alone = await stack.post(payment=stack.sign(key), api_key=api_key)
+    assert (alone.status_code, alone.headers["tessera-cost"]) == (200, str(PRICE))
     async with stack.client() as client:
         told = (await client.get("/v1/credit", headers={"Authorization": f"Bearer {api_key}"})).json()
         assert (await client.get("/v1/credit")).status_code == 401

@@ -14,12 +14,12 @@ import anyio
 import httpx
 import pytest
 
-from credit_gateway import ASSET, MODEL, NETWORK, PRICE
+from credit_gateway import ASSET, MODEL, NETWORK
 from tessera.core.clock import SystemClock
 from tessera.core.signing import AccountKey
 from tessera.serving.balances import Balances, Entry
-from tessera.serving.credit import Credit
 from tessera.serving.keys import KeyRing
+from tessera.serving.payments import credit_name
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(120)]
 SCRIPT = Path(__file__).resolve().parent.parent / "credit_gateway.py"
@@ -45,7 +45,7 @@ async def test_a_gateway_killed_under_load_loses_no_credit_and_spends_none_twice
     clock = SystemClock()
     balances, keys = Balances(clock, where=database_url, lease_s=LEASE_S), KeyRing(clock, where=database_url)
     payer = AccountKey.generate().account
-    name = Credit(balances, PRICE, NETWORK, ASSET).name(payer)
+    name = credit_name(NETWORK, ASSET, payer)
     await balances.add(name, "bought", BOUGHT, "a payment")
     headers = {"Authorization": f"Bearer {await keys.issue('credit', payer)}"}
     # Each request asks for another number of tokens, and so has its own cost, by which its entry is found again.

@@ -103,7 +103,7 @@ async def test_a_buyer_buys_and_keeps_its_budget(stack: Stack) -> None:
     assert await stack.income() == 2 * PRICE
 
 
-@pytest.mark.parametrize(("change", "rule"), [({"max_units_each": PRICE - 1}, "spend_controls"),
+@pytest.mark.parametrize(("change", "rule"), [({"max_units_each": PRICE - 1}, "price"),
                                               ({"asset": other_account()}, "spend_controls"),
                                               ({"pay_to": other_account()}, "pay_to")])  # fmt: skip
 async def test_a_buyer_refuses_what_its_limits_do_not_cover(stack: Stack, change: dict[str, Any], rule: str) -> None:

@@ -15,10 +15,10 @@ import structlog
 from tessera.core.clock import Clock
 from tessera.core.errors import TesseraError, Unavailable
 from tessera.serving.balances import Balances, Reserve
-from tessera.serving.charging import Free, Hold, PaidRequest, Usage
+from tessera.serving.charging import Free, Hold, PaidRequest, Usage, cost_headers
 from tessera.serving.keys import ApiKey
 
-__all__ = ["BalanceHold", "OperatorAllowance", "UsedUp", "all_tokens", "cost_headers", "most_tokens"]
+__all__ = ["BalanceHold", "OperatorAllowance", "UsedUp", "all_tokens", "most_tokens"]
 
 log = structlog.get_logger()
 
@@ -30,12 +30,6 @@ class UsedUp(Unavailable):
 
     code: ClassVar[str] = "insufficient_quota"
     status: ClassVar[int] = 429
-
-
-def cost_headers(used: int, unit: str, left: int | None = None) -> dict[str, str]:
-    """What tells a buyer the price of an answer, whichever way it is paid."""
-    headers = {"Tessera-Cost": str(used), "Tessera-Unit": unit}
-    return headers if left is None else headers | {"Tessera-Left": str(left)}
 
 
 def all_tokens(usage: Usage) -> int:

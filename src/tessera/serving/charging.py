@@ -30,6 +30,7 @@ __all__ = [
     "PaidRequest",
     "Payments",
     "Usage",
+    "cost_headers",
 ]
 
 PAYMENT_HEADER = "payment-signature"
@@ -61,6 +62,12 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+
+
+def cost_headers(units: int, unit: str, left: int | None = None) -> dict[str, str]:
+    """What tells a buyer the price of an answer, whichever way it is paid; `unit` is `tokens` or a coin."""
+    headers = {"Tessera-Cost": str(units), "Tessera-Unit": unit}
+    return headers if left is None else headers | {"Tessera-Left": str(left)}
 
 
 class Hold(Protocol):

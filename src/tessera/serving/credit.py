@@ -10,21 +10,22 @@ more than was set aside for it; the key's secret is told to who paid, and to nob
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import anyio
 from eth_abi.abi import encode as abi_encode
 
-from tessera.core.errors import Invalid, Late, PaymentRequired, TesseraError, Unavailable
+from tessera.core.errors import Invalid, Late, TesseraError, Unavailable
 from tessera.core.hashing import keccak, sha256
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 from tessera.serving.allowances import BalanceHold
 from tessera.serving.balances import Balances
-from tessera.serving.charging import Charge, PaidRequest
+from tessera.serving.charging import PAYMENT_HEADER, Charge, PaidRequest
 from tessera.serving.facilitator import PaymentChain
 from tessera.serving.keys import ApiKey, KeyRing, bearer
+from tessera.serving.offers import Offer, refuse
 from tessera.serving.payments import X402Payments, credit_name
 from tessera.serving.prices import TokenPrice
 from tessera.serving.vouchers import Purchase
@@ -50,35 +51,44 @@ class Bought:
 
 
 class Credit:
-    """Paying with prepaid credit, by a key that belongs to its payer."""
+    """Paying with prepaid credit, by a key that belongs to its payer.
 
-    def __init__(self, balances: Balances, price: TokenPrice, network: str, asset: Account) -> None:
+    Args:
+        offers: how else a request can be paid, for whom the credit is too small.
+    """
+
+    def __init__(
+        self,
+        balances: Balances,
+        price: TokenPrice,
+        network: str,
+        asset: Account,
+        offers: Callable[[PaidRequest], Sequence[Offer]],
+    ) -> None:
         self._balances, self._price = balances, price
-        self._network = network
-        self.asset = asset
+        self._network, self._asset = network, asset
+        self._offers = offers
 
     def name(self, account: str) -> str:
         """What the balance of an account is called."""
-        return credit_name(self._network, self.asset, parse_account(account))
+        return credit_name(self._network, self._asset, parse_account(account))
 
     @property
     def unit(self) -> str:
-        return f"{self._network}/{self.asset}"
+        return f"{self._network}/{self._asset}"
 
     async def hold(self, key: ApiKey, request: PaidRequest) -> BalanceHold | None:
-        """See `KeyedWay.hold`. Who has only signed in may pay otherwise; a bought key pays with credit alone."""
+        """See `KeyedWay.hold`. None when it is paid otherwise: by who has signed in, or beside its key.
+
+        Raises: PaymentRequired for a bought key whose credit is too small.
+        """
         most = self._price.most_up(request)
         reserve = await self._balances.hold(self.name(key.owner), most)
         if reserve is not None:
             return BalanceHold(self._balances, reserve, self._price.cost_down, unit=self.unit, caller=key.owner)
-        if key.kind == "session":
+        if key.kind == "session" or PAYMENT_HEADER in request.headers:
             return None
-        left = (await self._balances.read(self.name(key.owner))).units
-        raise PaymentRequired(
-            f"the credit is {left} units, the request can cost {most}: buy more at /v1/credit",
-            reason="insufficient_credit",
-            units_left=left,
-        )
+        raise refuse(self._offers(request), request.url, "insufficient_credit")
 
 
 class CreditDesk:

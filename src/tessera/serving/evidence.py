@@ -15,7 +15,7 @@ from tessera.core.ids import Account, parse_account
 from tessera.serving.facilitator import PaymentChain
 from tessera.serving.ledger import PaymentName
 
-__all__ = ["PERMIT2_PREFIX", "balance_of", "has_moved", "is_used"]
+__all__ = ["PERMIT2", "PERMIT2_PREFIX", "balance_of", "has_moved", "is_used"]
 
 PERMIT2 = parse_account("0x000000000022D473030F116dDEE9F6B43aC78BA3")
 PERMIT2_PREFIX = "permit2:"  # of the nonces that are Permit2's

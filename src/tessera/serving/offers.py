@@ -36,6 +36,7 @@ REASONS = {
     "permit2_invalid_nonce": "this authorization has been used",
     "permit2_deadline_expired": "the authorization has expired, or will within seconds",
     "permit2_insufficient_balance": "the payer's balance is too small",
+    "insufficient_credit": "the credit is too small for this request: buy more at /v1/credit, or pay for this one",
     "debt": "an earlier answer of this payer is not paid for yet",
     "settlement_pending": "the settlement is not confirmed yet; send the same payment again",
 }

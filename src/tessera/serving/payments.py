@@ -29,7 +29,7 @@ from tessera.core.hashing import sha256
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 from tessera.serving.balances import Balances
-from tessera.serving.charging import PAYMENT_HEADER, PaidRequest, Usage
+from tessera.serving.charging import PAYMENT_HEADER, PaidRequest, Usage, cost_headers
 from tessera.serving.evidence import balance_of, has_moved, is_used
 from tessera.serving.facilitator import Facilitator, PaymentChain, load_x402
 from tessera.serving.ledger import REMEMBER_S, Lease, PaymentLedger
@@ -317,7 +317,7 @@ class X402Hold:
             raise self._refuse(reason, header)
         self._state, self._outcome = "paid", "forget"
         self._announce(result.transaction, units)
-        return header
+        return header | cost_headers(units, f"{self._offer.network}/{self._offer.asset}")
 
     async def _owed(self) -> bool:
         """Whether this payment was settled for this very request, which got no answer."""

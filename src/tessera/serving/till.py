@@ -78,7 +78,7 @@ class Till:
         self.payments, self.balances = payments, balances
         where, schema = tables("keys")
         self.keys = KeyRing(clock, where=where, schema=schema)
-        self.credit = Credit(balances, tokens, payments.offer.network, payments.offer.asset)
+        self.credit = Credit(balances, tokens, payments.offer.network, payments.offer.asset, payments.offers)
         self.desk = CreditDesk(config.credit, payments, self.credit, balances, self.keys, on_bought)
         self.sign_in: SignIn | None = None
         self._owners: OwnersTokens | None = None
