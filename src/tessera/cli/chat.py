@@ -1,80 +1,94 @@
-"""`tessera chat`: a conversation with the model, each answer paid for through x402 like any other buyer's."""
+"""`tessera chat`: a conversation with a model of any OpenAI-compatible endpoint, in the terminal.
+
+Against the gateway of `tessera up` each answer is paid for like any other buyer's, with test money; elsewhere with an
+API key, or with nothing where nothing is asked.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-from anyio import to_thread
+from anyio.from_thread import start_blocking_portal
 from rich.console import Console
 
-from tessera.core.amount import Amount
-from tessera.core.errors import TesseraError, Unavailable
-from tessera.devnet.access import OpenRun, open_run, up_urls
-from tessera.serving.buyer import Buyer
-from tessera.training.home import Home
+from tessera.cli.conversation import Chatter, Conversation, answer_once, converse, terminal_line
+from tessera.core.errors import Missing, Unavailable
+from tessera.serving.asking import Asker, ServedName
 
-__all__ = ["run_chat"]
+__all__ = ["ChatOptions", "run_chat"]
 
-BUDGET_REQUESTS = 100  # what one conversation may spend, in requests
+TEMPERATURE = 0.5
+MOST_TOKENS = 512  # of an answer, unless more are asked for
 
 
-async def run_chat(state_dir: Path, url: str, prompt: str, max_tokens: int) -> None:
-    """Ask `prompt` once, or read lines until an empty one. Raises what the gateway answers when it cannot serve."""
-    gateway = (url or up_urls(state_dir)["page"]).rstrip("/").removesuffix("/v1")
-    model = await _model_name(gateway)
-    async with open_run(state_dir) as run:
-        buyer = await _buyer(run, gateway)
-    console = Console()
-    price = Amount(run.manifest.price_units, "tUSD").format(6)
+@dataclass(frozen=True)
+class ChatOptions:
+    """Whom to ask, and how."""
+
+    state_dir: Path
+    url: str = ""  # an OpenAI-compatible endpoint; empty = the gateway that `tessera up` runs
+    api_key: str = ""
+    model: str = ""
+    prompt: str = ""  # ask once
+    max_tokens: int = 0  # of an answer; 0 = a part of the model's context
+
+
+def run_chat(options: ChatOptions) -> bool:
+    """Ask once, or talk until the user ends it. Returns: whether there was an answer, when asked once.
+
+    Raises: Unavailable when nobody answers at the URL; Missing for a model that is not there.
+    """
+    console = Console(soft_wrap=True)
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(_opened(options)) as (chatter, price):
+        model = _pick(portal.call(chatter.models), options.model)
+        limit = options.max_tokens or min(MOST_TOKENS, model.context // 2 or MOST_TOKENS)
+        conversation = Conversation(chatter, model.id, {"max_tokens": limit, "temperature": TEMPERATURE})
+        if options.prompt:
+            return answer_once(portal, conversation, console, Console(stderr=True), options.prompt)
+        if sys.stdin.isatty():
+            console.print(f"{model.id} · {price} · /help", style="dim", highlight=False, markup=False)
+        converse(portal, conversation, console, terminal_line())
+        return True
+
+
+def _pick(models: list[ServedName], wanted: str) -> ServedName:
+    if not models:
+        raise Unavailable("the endpoint serves no model")
+    found = next((model for model in models if model.id == wanted), None) if wanted else models[0]
+    if found is None:
+        names = ", ".join(model.id for model in models[:5])
+        raise Missing(f"there is no model {wanted!r} there, but {names}")
+    return found
+
+
+@asynccontextmanager
+async def _opened(options: ChatOptions) -> AsyncIterator[tuple[Chatter, str]]:
+    """Somebody to ask, and what is known of the price."""
+    if options.api_key or (options.url and not _has_run(options.state_dir)):
+        asker = Asker.open(options.url or _own_gateway(options.state_dir), api_key=options.api_key or None)
+        try:
+            yield asker, "paid by API key, at a price that is not told" if options.api_key else "no payment is set up"
+        finally:
+            await asker.aclose()
+        return
+    from tessera.cli.chat_wallet import open_buyer  # it takes a second to import
+
+    buyer, price = await open_buyer(options.state_dir, options.url)
     async with buyer:
-        if prompt:
-            await _ask(buyer, console, model, prompt, max_tokens)
-            return
-        console.print(f"{model} · {price} for each answer · an empty line ends it", style="dim", highlight=False)
-        while question := await to_thread.run_sync(_read_line, abandon_on_cancel=True):
-            try:
-                await _ask(buyer, console, model, question, max_tokens)
-            except TesseraError as error:
-                console.print(f"tessera: {error.message}", style="red", highlight=False)
-    console.print(f"paid for {buyer.paid_requests} answers", style="dim", highlight=False)
+        yield buyer, price
 
 
-async def _ask(buyer: Buyer, console: Console, model: str, question: str, max_tokens: int) -> None:
-    message = {"role": "user", "content": question}
-    with console.status("thinking…"):
-        answer = await buyer.chat([message], model=model, max_tokens=max_tokens, temperature=0.5)
-    console.print(answer["choices"][0]["message"]["content"], highlight=False, markup=False)
+def _has_run(state_dir: Path) -> bool:
+    from tessera.training.home import Home
+
+    return (state_dir / "version").exists() and bool(Home.existing(state_dir).runs())
 
 
-async def _model_name(gateway: str) -> str:
-    try:
-        async with httpx.AsyncClient(timeout=10) as client:
-            reply = await client.get(f"{gateway}/v1/models")
-            reply.raise_for_status()
-            return str(reply.json()["data"][0]["id"])
-    except httpx.HTTPStatusError as error:
-        raise Unavailable(f"the gateway at {gateway} is not serving yet ({error.response.status_code})") from error
-    except (httpx.HTTPError, ValueError, LookupError) as error:
-        raise Unavailable(f"no gateway answers at {gateway}: is `tessera up` running?") from error
+def _own_gateway(state_dir: Path) -> str:
+    from tessera.devnet.access import up_urls
 
-
-async def _buyer(run: OpenRun, gateway: str) -> Buyer:
-    """The state directory's buyer, whom `tessera up` has given test money."""
-    price = run.manifest.price_units
-    return Buyer(
-        gateway,
-        Home.existing(run.home.path).account("buyer"),
-        chain_id=await run.chain.chain_id(),
-        asset=run.roster.coin,
-        max_units_each=price,
-        max_units=price * BUDGET_REQUESTS,
-        pay_to=run.roster.share if run.manifest.pay_to == "share" else None,
-    )
-
-
-def _read_line() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+    return up_urls(state_dir)["page"]

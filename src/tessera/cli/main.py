@@ -97,15 +97,18 @@ def up(
 @app.command()
 def chat(
     state_dir: StateDir = default_state_dir("up"),
-    url: Annotated[str, typer.Option(help="A gateway. Default: the one that `tessera up` runs.")] = "",
+    url: Annotated[str, typer.Option(help="Any OpenAI-compatible endpoint. Default: that of `tessera up`.")] = "",
+    api_key: Annotated[str, typer.Option(help="What pays there. Default: test money of the state directory.")] = "",
+    model: Annotated[str, typer.Option(help="Whom to talk to. Default: the first that is served.")] = "",
     prompt: Annotated[str, typer.Option(help="Ask once and end, instead of a conversation.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 96,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer. 0 = half a context, up to 512.")] = 0,
 ) -> None:
-    """Talk to the model, paying for each answer with test money."""
-    from tessera.cli.chat import run_chat
-    from tessera.cli.running import run_until_signal
+    """Talk to a model, paying for each answer by its tokens."""
+    from tessera.cli.chat import ChatOptions, run_chat
 
-    run_until_signal(lambda: run_chat(state_dir, url, prompt, max_tokens))
+    options = ChatOptions(state_dir, url, api_key, model, prompt, max_tokens)
+    if not run_chat(options):
+        raise typer.Exit(1)
 
 
 # --- a worker ---------------------------------------------------------------------------------------------------------
