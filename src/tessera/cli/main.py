@@ -75,6 +75,7 @@ def up(
     host: Annotated[str, typer.Option(help="Address that page, gateway and JSON-RPC listen on.")] = "127.0.0.1",
     seats: Annotated[int, typer.Option(help="Seats left open for others, who join with the invitation.")] = 0,
     chain: Annotated[str | None, typer.Option(help="JSON-RPC URL of an EVM network. Default: embedded.")] = None,
+    serving_bps: Annotated[int, typer.Option(help="Of income, in 10,000, to the workers who serve.")] = 0,
     once: Annotated[bool, typer.Option(help="End after one round of payments.")] = False,
     as_json: AsJson = False,
     state_dir: StateDir = default_state_dir("up"),
@@ -88,7 +89,7 @@ def up(
     kind = choice("--codec", codec, ("codec", "reparam", "dense"))
     config = UpConfig(
         state_dir=state_dir, data=data, steps=steps, stages=stages, replicas=replicas, codec=kind, host=host,
-        port=port, seats=seats, chain_url=chain, once=once,
+        port=port, seats=seats, chain_url=chain, serving_bps=serving_bps, once=once,
     )  # fmt: skip
     configure_logs("warning", state_dir / "logs" / "host.log")
     run_until_signal(lambda: run_up(config, as_json=as_json))

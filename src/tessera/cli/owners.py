@@ -17,6 +17,7 @@ from tessera.core.errors import Missing
 from tessera.core.ids import Account
 from tessera.core.merkle import share_leaf
 from tessera.devnet.access import OpenBond, OpenRun, open_bond, open_run
+from tessera.devnet.served import claim_served
 from tessera.training.bond import Status, bond_state
 from tessera.training.host import CANDIDATE_S
 from tessera.training.manifest import SHARE_WAD
@@ -81,7 +82,7 @@ async def run_claim(state_dir: Path, as_json: bool) -> None:
 
 
 async def _claim(run: OpenRun) -> tuple[int, int]:
-    """Shares redeemed, units claimed."""
+    """Shares redeemed, units claimed: income of shares, and of serving."""
     key, share = run.home.account_key, ModelShare(run.chain, run.roster.share)
     redeemed = await _redeem(run, share)
     income = await income_table(run.chain, run.roster.share)
@@ -90,7 +91,7 @@ async def _claim(run: OpenRun) -> tuple[int, int]:
     units = await share.claimable(key.account)
     if units > 0:
         await share.claim(key, key.account)
-    return redeemed, units
+    return redeemed, units + await claim_served(run)
 
 
 async def _withdraw(bond: OpenBond, now: float) -> dict[str, Any]:

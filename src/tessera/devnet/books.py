@@ -20,6 +20,8 @@ from tessera.p2p.transport import Transport
 from tessera.training.book import ReceiptBook
 from tessera.training.epochs import EpochLeaves
 from tessera.training.keeper import known_leaves
+from tessera.training.manifest import Manifest
+from tessera.training.payee import split_of
 from tessera.training.roster import Roster
 
 __all__ = ["Books", "Figures"]
@@ -43,6 +45,7 @@ class Figures:
     payments: list[Payment] = field(default_factory=list)  # the newest into the share contract, oldest first
     requests_paid: int = 0
     income: IncomeTable = EMPTY
+    at_split: int = 0  # units that wait to be divided between shares and workers
 
     def earned(self, account: Account) -> int:
         """Shares that the posted epochs give `account`, redeemed or not."""
@@ -57,8 +60,15 @@ class Books:
     """
 
     def __init__(
-        self, chain: RpcChain, roster: Roster, transport: Transport, book: ReceiptBook, accounts: Sequence[Account]
+        self,
+        chain: RpcChain,
+        manifest: Manifest,
+        roster: Roster,
+        transport: Transport,
+        book: ReceiptBook,
+        accounts: Sequence[Account],
     ) -> None:
+        self._manifest = manifest
         self._chain, self._roster, self._transport, self._book = chain, roster, transport, book
         self._share, self._run = ModelShare(chain, roster.share), Run(chain, roster.run)
         self._index = share_index(None, chain, roster.share, roster.coin)  # small enough to read again at each start
@@ -80,6 +90,8 @@ class Books:
             self.figures.claimable[account] = await self._share.claimable(account)
         self.figures.total_shares = await self._share.totalSupply()
         self.figures.income = await income_table(self._chain, self._roster.share)
+        split = await split_of(self._chain, self._manifest)
+        self.figures.at_split = 0 if split is None else await split.undistributed()
         self._seen = head.hash
 
     def follow(self, roster: Roster, accounts: Sequence[Account]) -> None:
@@ -91,7 +103,10 @@ class Books:
         self._index.close()
 
     async def distribute(self, sender: AccountKey) -> None:
-        """Spread what has arrived. Anyone may; it costs the sender gas."""
+        """Spread what has arrived, at the split first where there is one. Anyone may; it costs the sender gas."""
+        split = await split_of(self._chain, self._manifest)
+        if split is not None and await split.undistributed() > 0:
+            await split.distribute(sender)
         if self.figures.income.undistributed > 0:
             await self._share.distribute(sender)
 

@@ -126,7 +126,7 @@ class Economy:
         while True:
             fresh = await self._move_money(run)
             income = run.figures.income
-            if fresh and income.unclaimed == 0 and income.undistributed == 0:
+            if fresh and income.unclaimed == 0 and income.undistributed == run.figures.at_split == 0:
                 break
             if time.monotonic() > deadline:
                 log.warning("income_unclaimed", units=str(income.unclaimed), seconds=SETTLE_S)
@@ -140,7 +140,7 @@ class Economy:
         self._enter("serving", "open until Ctrl-C; starting again goes on from there")
         while True:
             await self._look(run)
-            if run.figures.income.undistributed or run.figures.income.unclaimed:
+            if run.figures.income.undistributed or run.figures.income.unclaimed or run.figures.at_split:
                 await self._move_money(run)
             await anyio.sleep(BOOKS_S)
 

@@ -9,53 +9,30 @@ import anyio
 import structlog
 
 from tessera.chain.client import RpcChain
-from tessera.chain.faces import Coin
+from tessera.chain.consent import TallyConsent
 from tessera.core.clock import Clock
 from tessera.core.ids import PeerId
 from tessera.core.signing import AccountKey, PeerKey
+from tessera.devnet.served import INCOME
 from tessera.p2p.transport import PeerRecord, Transport
 from tessera.serving.dues import SignedDues
 from tessera.serving.gate import Gate, OpenGate, PaidGate
 from tessera.serving.income_book import IncomeBook
-from tessera.serving.prices import LOT
 from tessera.serving.purchases import ChainPurchases
 from tessera.serving.purse import Purse
 from tessera.serving.receipt_post import ReceiptPost, serve_receipts
+from tessera.serving.tally import Server
+from tessera.serving.teller import Teller, TellerConfig
 from tessera.serving.vouchers import Terms
-from tessera.training.manifest import Manifest
-from tessera.training.roster import Roster
+from tessera.training.payee import split_of
 from tessera.training.seating import Seated
 
-__all__ = ["open_gate", "serving_dues", "serving_terms"]
+__all__ = ["open_gate", "serving_dues"]
 
 log = structlog.get_logger()
 
+TALLIES = TellerConfig(period_s=60, grace_s=10, poll_s=2.0)  # of play money; a real run saves the gas
 LOOK_S = 0.5  # how often a worker looks for sessions that have ended, and purchases that nobody settles
-
-
-async def serving_terms(chain: RpcChain, manifest: Manifest, roster: Roster) -> Terms | None:
-    """What this run's workers serve for: the manifest's price buys as many tokens as the model's context has.
-
-    As a price for `LOT` tokens, so that what is metered costs the same to the unit; but for prices so small that this
-    would be dearer.
-
-    None where the price is 0: serving is open, and the manifest says so.
-    """
-    if manifest.price_units == 0:
-        return None
-    coin, units, tokens = Coin(chain, roster.coin), manifest.price_units, manifest.model.model.context
-    if (metered := units * LOT // tokens) > 0:
-        units, tokens = metered, LOT
-    return Terms(
-        run_id=manifest.run_id,
-        chain_id=manifest.chain_id,
-        asset=roster.coin,
-        asset_name=await coin.name(),
-        asset_version=await coin.version(),
-        pay_to=manifest.payee(roster.share),
-        price_units=units,
-        price_tokens=tokens,
-    )
 
 
 @asynccontextmanager
@@ -68,21 +45,49 @@ async def open_gate(
         yield OpenGate()
         return
     peer_key, account_key = keys
-    book = IncomeBook(terms, seated.folder / "income.sqlite")
+    book = IncomeBook(terms, seated.folder / INCOME)
     purchases = ChainPurchases(seated.chain, terms, account_key)
     gate = PaidGate(terms, purchases, book, clock, first=seated.stage == 0, gateways=gateways)
     post = ReceiptPost(
         seated.transport, peer_key, terms.run_id, lambda: seated.roster.records, keep=book.add_receipts
     )  # fmt: skip
     serve_receipts(seated.transport, terms.run_id, gate.take)
+    split = await split_of(seated.chain, seated.manifest)
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(post.run)
             tasks.start_soon(_keep_up, gate, post)
+            if split is not None:
+                consent = TallyConsent(terms.chain_id, split.address, terms.run_id)
+                teller = Teller(
+                    split, consent, terms, Seats(seated), book, purchases, seated.transport, account_key, clock,
+                    TALLIES, gateways=gateways,
+                )  # fmt: skip
+                teller.serve()
+                tasks.start_soon(teller.run)
             yield gate
             tasks.cancel_scope.cancel()
     finally:
         book.close()
+
+
+class Seats:
+    """A run's seats as its teller sees them."""
+
+    def __init__(self, seated: Seated) -> None:
+        self._seated = seated
+
+    @property
+    def stages(self) -> int:
+        return self._seated.roster.stages
+
+    def servers(self) -> dict[PeerId, Server]:
+        """See `Staff.servers`."""
+        flops = self._seated.manifest.model.flops_per_token
+        return {seat.peer: Server(seat.account, seat.stage, flops(seat.stage)) for seat in self._seated.roster.everyone}
+
+    def present(self) -> list[PeerRecord]:
+        return self._seated.roster.records
 
 
 async def _keep_up(gate: PaidGate, post: ReceiptPost) -> None:

@@ -17,7 +17,7 @@ import httpx
 from anyio import to_thread
 
 from tessera.chain.client import RpcChain
-from tessera.chain.faces import Coin
+from tessera.chain.faces import Coin, IncomeSplit
 from tessera.chain.local import LocalChain
 from tessera.chain.rpc import HttpRpc
 from tessera.core.clock import Clock
@@ -105,6 +105,17 @@ async def ensure_coin(ledger: Ledger, operator: AccountKey, file: Path) -> Accou
     coin = await ledger.chain.deploy(operator, "coin")
     write_atomic(file, json.dumps({**known, str(ledger.chain_id): coin}).encode())
     return coin
+
+
+async def ensure_split(ledger: Ledger, operator: AccountKey, coin: Account, bps: int, run: str, file: Path) -> Account:
+    """The split of income of one run, by the name `run`: the one that `file` remembers, else a new one."""
+    known, name = _read_coins(file), f"{ledger.chain_id}/{coin}/{bps}/{run}"
+    address = known.get(name)
+    if address is not None and await ledger.chain.code(parse_account(address)):
+        return parse_account(address)
+    split = await IncomeSplit.deploy(ledger.chain, operator, coin, bps)
+    write_atomic(file, json.dumps({**known, name: split.address}).encode())
+    return split.address
 
 
 async def give_coins(ledger: Ledger, coin: Account, operator: AccountKey, account: Account, units: int) -> None:

@@ -9,10 +9,11 @@ from anyio import to_thread
 
 from tessera.core.clock import Clock
 from tessera.devnet.front import Front
-from tessera.devnet.income import serving_dues, serving_terms
+from tessera.devnet.income import serving_dues
 from tessera.devnet.ledger import give_coins
 from tessera.devnet.node import LiveRoster
 from tessera.devnet.run import Run
+from tessera.devnet.served import serving_terms
 from tessera.devnet.text import load_tokenizer, load_validation
 from tessera.models.tokenizer import END, Tokenizer
 from tessera.serving.buyer import Buyer

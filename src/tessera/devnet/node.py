@@ -12,9 +12,10 @@ from anyio import to_thread
 
 from tessera.core.clock import Clock, SystemClock
 from tessera.core.errors import Missing
-from tessera.devnet.income import open_gate, serving_terms
+from tessera.devnet.income import open_gate
 from tessera.devnet.invitations import keep_invitation, last_invitation
 from tessera.devnet.preview import Preview, make_preview, measure
+from tessera.devnet.served import serving_terms
 from tessera.models.decode import StageDecoder
 from tessera.models.device import keep_freed_memory, pick_device
 from tessera.models.parallel_link import RankLink

@@ -16,7 +16,7 @@ from tessera.devnet.board import Board
 from tessera.devnet.front import Asgi
 from tessera.devnet.http import listening
 from tessera.devnet.invitations import Door
-from tessera.devnet.ledger import Ledger, ensure_coin, ensure_funded, open_ledger
+from tessera.devnet.ledger import Ledger, ensure_coin, ensure_funded, ensure_split, open_ledger
 from tessera.devnet.people import People, load_people
 from tessera.devnet.plan import UpConfig, make_manifest
 from tessera.devnet.processes import WorkerProcesses
@@ -69,6 +69,11 @@ async def open_run_here(config: UpConfig, home: Home, ledger: Ledger, clock: Clo
         tell("reading and tokenising the text")
         blobs = open_blob_store(config.blobs, cache=home.blobs) if config.blobs else BlobStore(home.blobs)
         manifest, text = await to_thread.run_sync(_describe, config, home, ledger.chain_id, people, blobs)
+        if config.serving_bps:
+            tell("deploying the split of income")
+            bps, file = config.serving_bps, home.path / "splits.json"
+            split = await ensure_split(ledger, people.operator, coin, bps, manifest.run_id, file)
+            manifest = Manifest.model_validate(manifest.model_copy(update={"pay_to": split}).model_dump())
         tables = _open_folder(home, manifest, config.database)
         board, book, seat_book = _open_tables(manifest, tables, stack)
         relays = tuple(RelayUrl(url, token) for url, token in config.relays)

@@ -17,6 +17,7 @@ from tessera.p2p.engines import Engine
 from tessera.training.manifest import (
     MAX_WORKERS,
     MOST_REPLICAS,
+    WHOLE_BPS,
     Allocation,
     DataRecipe,
     DataSet,
@@ -59,11 +60,14 @@ class UpConfig:
     engine: Engine = "iroh"  # of the links; zmq inside a network of one's own
     blobs: str = field(default="", repr=False)  # fsspec URL where data and tokenizers lie; "" = the state directory
     settlement: Settlement = PLAY_SETTLEMENT  # what each worker bonds, and how long an epoch can be disputed
+    serving_bps: int = 0  # of income, to the workers who serve; 0 = all of it belongs to the shares
     own_workers: int | None = None  # worker processes started here; None = for every seat that is not left open
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MAX_WORKERS:
             raise Invalid(f"{self.replicas} replicas: 1 to {MAX_WORKERS} expected")
+        if not 0 <= self.serving_bps < WHOLE_BPS or (self.serving_bps and self.manifest is not None):
+            raise Invalid(f"serving_bps is 0 to {WHOLE_BPS - 1}, and 0 with a manifest, which names its own payee")
         if not 0 <= self.seats <= self.stages * self.replicas:
             raise Invalid(f"{self.seats} open seats of {self.stages * self.replicas}")
         if self.stages < 2:

@@ -51,7 +51,7 @@ class Run:
     def seat(self, roster: Roster) -> None:
         """All seats are taken and the share contract stands."""
         remember_run(self.folder, self.manifest, roster)
-        books = Books(self.ledger.chain, roster, self.transport, self.book, self._holders(roster))
+        books = Books(self.ledger.chain, self.manifest, roster, self.transport, self.book, self._holders(roster))
         self.seated = (roster, books)
         self.board.note(f"the share contract stands at {roster.share}")
 

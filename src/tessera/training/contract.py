@@ -10,6 +10,7 @@ from tessera.chain.faces import ModelShare, Run
 from tessera.core.errors import Misbehaviour, Missing, Refused
 from tessera.core.ids import Account
 from tessera.training.manifest import Manifest
+from tessera.training.payee import check_payee
 from tessera.training.roster import Roster
 from tessera.training.terms import terms_of
 
@@ -31,7 +32,7 @@ async def check_run(chain: RpcChain, manifest: Manifest, run: Account, asset: Ac
 
 
 async def check_contracts(chain: RpcChain, manifest: Manifest, roster: Roster) -> None:
-    """Raises `Misbehaviour` naming the first thing that is wrong. Cost: a request for each worker and change, and 12.
+    """Raises `Misbehaviour` naming the first thing that is wrong. Cost: a request for each worker and change, and 15.
 
     The contract may be ahead of the roster: the host may be a moment behind.
     """
@@ -43,6 +44,7 @@ async def check_contracts(chain: RpcChain, manifest: Manifest, roster: Roster) -
     if issuer != run.address or issued != share.address:
         raise Misbehaviour(f"the share contract is issued by {issuer}, and the run contract issues {issued}")
     await _check_members(run, roster)
+    await check_payee(chain, manifest, roster.run, roster.coin)
 
 
 async def _check_code(chain: RpcChain, face: Contract) -> None:

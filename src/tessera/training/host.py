@@ -41,6 +41,7 @@ from tessera.training.bond import Status, peer_bytes
 from tessera.training.book import SavedSeat, SeatBook
 from tessera.training.joining import Member, Pace, parse_pace
 from tessera.training.manifest import MAX_WORKERS, Manifest
+from tessera.training.payee import begin_split
 from tessera.training.protocols import JOIN, RUN, SMALL
 from tessera.training.roster import Roster, Seat
 from tessera.training.terms import terms_of
@@ -143,6 +144,7 @@ class RunHost:
         await self._full.wait()
         if self._share is None:
             share = await self._begin()
+            await begin_split(self._chain, self.manifest, self._contract.address, self._operator)
             self._book.save_seats((), {"share": share})
             self._share = share
         await self._follow_chain()
