@@ -34,6 +34,7 @@ async def test_a_receipt_that_comes_late_opens_the_gate_again() -> None:
     await serve(world, 3, 100)
 
 
+@pytest.mark.slow
 async def test_who_signs_for_less_than_it_got_gains_a_sixteenth_at_most_and_the_limit() -> None:
     world = GateWorld()
     served = await until_refused(world, 90)

@@ -130,6 +130,7 @@ async def test_for_the_operators_own_key_the_house_pays_the_run() -> None:
         assert await stack.income() == paid.terms.cost_up(most)
 
 
+@pytest.mark.slow
 async def test_credit_is_drawn_until_it_is_used_up_and_then_the_house_pays() -> None:
     stack = await open_stack()
     buyer = await stack.buyer()
@@ -151,6 +152,7 @@ async def test_credit_is_drawn_until_it_is_used_up_and_then_the_house_pays() -> 
         assert paid.purse.take(Payer(buyer.account), "c", 240).payer == buyer.account
 
 
+@pytest.mark.slow
 async def test_an_answer_that_its_buyer_cancels_is_signed_for_as_far_as_it_came() -> None:
     stack = await open_stack()
     payment = parse_payment(stack.sign(await stack.buyer()))
@@ -170,6 +172,7 @@ async def test_an_answer_that_its_buyer_cancels_is_signed_for_as_far_as_it_came(
         assert signed[peer_key(0).id] == 7  # the prompt, and four tokens
 
 
+@pytest.mark.slow
 async def test_no_worker_computes_beyond_what_was_bought() -> None:
     """A gateway that asks for a short answer and goes on."""
     stack = await open_stack()

@@ -210,7 +210,7 @@ def _signed(digest: bytes, count: int) -> list[bytes]:
 
 
 def test_the_contract_agrees_with_its_twin() -> None:
-    explore(Splits, examples=5, steps=25)
+    explore(Splits, examples=3, steps=20)
 
 
 @pytest.mark.slow

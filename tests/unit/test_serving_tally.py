@@ -50,6 +50,7 @@ async def test_workers_are_paid_by_tokens_and_operations(world: TellerWorld) -> 
     assert await world.s.split.unassigned() == 0
 
 
+@pytest.mark.slow
 async def test_a_session_is_paid_for_once(world: TellerWorld) -> None:
     world.serve(1)
     for _ in range(2):
@@ -64,6 +65,7 @@ async def test_a_session_is_paid_for_once(world: TellerWorld) -> None:
     assert await world.s.split.unassigned() == 3_000
 
 
+@pytest.mark.slow
 async def test_what_nobody_paid_for_earns_nothing(world: TellerWorld) -> None:
     world.serve(1, paid=False)
     await world.everybodys_turn()
