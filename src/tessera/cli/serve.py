@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from tessera.devnet.model_till import Access, Price
     from tessera.devnet.stage_holding import Holding
     from tessera.models.card import ModelCard
+    from tessera.serving.upstream import Target
     from tessera.training.home import Home
 
 __all__ = ["hold", "serve"]
@@ -27,8 +29,32 @@ Relay = Annotated[
 ]
 
 
+UPSTREAM_CONTEXT = 32_768  # of an upstream's model, when nobody says
+
+
+class Front(NamedTuple):
+    """Where the gateway listens, to whom, and to how many at once."""
+
+    host: str
+    port: int
+    access: Access
+    concurrent: int
+
+
 def serve(
-    model: Annotated[str, typer.Argument(help="A model of `tessera models list`, or a checkpoint folder to import.")],
+    model: Annotated[
+        str, typer.Argument(help="A model of `tessera models list`, a checkpoint folder, or a name for --upstream.")
+    ],
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="URL up to /v1 of vLLM, SGLang, Ollama or a hosted API that has the model. Repeat for spares."
+        ),
+    ] = None,
+    upstream_model: Annotated[str, typer.Option(help="What the upstream calls it. Default: the same.")] = "",
+    upstream_key: Annotated[
+        str, typer.Option(envvar="TESSERA_UPSTREAM_KEY", help="The upstream's API key; better in the variable.")
+    ] = "",
     stages: Stages = 4,
     boundary: Boundary = "dense",
     context: Context = 0,
@@ -53,24 +79,34 @@ def serve(
     state_dir: StateDir = default_state_dir("serve"),
     as_json: AsJson = False,
 ) -> None:
-    """Serve a model behind an OpenAI endpoint, until Ctrl-C: all of it here, or stages of it on other machines."""
+    """Serve a model behind an OpenAI endpoint, until Ctrl-C: here, with stages on other machines, or an upstream's."""
     from tessera.cli.join import parse_relay
     from tessera.cli.logs import configure_logs
     from tessera.cli.running import run_until_signal
-    from tessera.devnet.library import Import
-    from tessera.devnet.model_server import Peers, ServeConfig
     from tessera.devnet.model_till import Access
     from tessera.training.home import Home
 
     configure_logs("warning", state_dir / "logs" / "serve.log")
     home = Home(state_dir)
-    how = Import(stages=stages, boundary=choice("--boundary", boundary, ("dense", "int8")), context=context)
-    card = _model(home, model, how)
-    relays = tuple(parse_relay(text) for text in relay or ())
     access = Access(
         api_keys=tuple(api_key or ()), free=free, price=_price(home, price, coin, pay_to, chain), database=database,
         public_url=public_url,
     )  # fmt: skip
+    if upstream:
+        from tessera.serving.upstream import Target
+
+        if invite:
+            raise Invalid("an upstream has no stages that other machines could hold")
+        targets = [Target(url, model=upstream_model, api_key=upstream_key) for url in upstream]
+        front = Front(host, port, access, concurrent)
+        run_until_signal(lambda: _serve_upstream(home, model, targets, context, front, as_json=as_json))
+        return
+    from tessera.devnet.library import Import
+    from tessera.devnet.model_server import Peers, ServeConfig
+
+    how = Import(stages=stages, boundary=choice("--boundary", boundary, ("dense", "int8")), context=context)
+    card = _model(home, model, how)
+    relays = tuple(parse_relay(text) for text in relay or ())
     peers = Peers(invite, bind=bind, relays=relays) if invite else None
     config = ServeConfig(host=host, port=port, access=access, concurrent=concurrent, threads=threads, peers=peers)
     run_until_signal(lambda: _serve(home, card, config, as_json=as_json))
@@ -137,10 +173,30 @@ async def _serve(home: Home, card: ModelCard, config: ServeConfig, *, as_json: b
             await anyio.sleep_forever()
 
 
-def _say_serving(served: Served, access: Access, *, as_json: bool) -> None:
-    from rich.console import Console
-    from rich.text import Text
+async def _serve_upstream(
+    home: Home, name: str, targets: Sequence[Target], context: int, front: Front, *, as_json: bool
+) -> None:
+    import anyio
 
+    from tessera.core.clock import SystemClock
+    from tessera.devnet.upstream_server import serve_upstream
+
+    with home.locked():
+        serving = serve_upstream(
+            home, name, targets, context or UPSTREAM_CONTEXT, SystemClock(), host=front.host, port=front.port,
+            access=front.access, concurrent=front.concurrent,
+        )  # fmt: skip
+        async with serving as served:
+            if as_json:
+                key = {"api_key": served.first_key} if served.first_key else {}
+                typer.echo(json.dumps({"url": f"{served.url}/v1", "model": name, **key}))
+            else:
+                where = " or ".join(target.url for target in targets)
+                _say_rows(name, served.url, served.first_key, front.access, [("upstream", where)], [])
+            await anyio.sleep_forever()
+
+
+def _say_serving(served: Served, access: Access, *, as_json: bool) -> None:
     card = served.card
     invitation = served.invitation.to_text() if served.invitation else ""
     if as_json:
@@ -148,29 +204,34 @@ def _say_serving(served: Served, access: Access, *, as_json: bool) -> None:
         facts = {"url": f"{served.url}/v1", "model": card.name, "digest": card.digest, "invitation": invitation, **key}
         typer.echo(json.dumps(facts))
         return
+    about = [("model", f"{card.name}, {card.params:,} params in {card.spec.stages} stages")]
+    invite = [("invite", f"tessera hold {invitation}")] if invitation else []
+    _say_rows(card.name, served.url, served.first_key, access, about, invite)
+
+
+def _say_rows(
+    model: str, url: str, first_key: str, access: Access, about: list[tuple[str, str]], more: list[tuple[str, str]]
+) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console()
     price = f"{access.price.units} units a request, or by the token" if access.price else "for an API key"
-    rows = [
-        ("model", f"{card.name}, {card.params:,} params in {card.spec.stages} stages"),
-        ("url", f"{served.url}/v1, {'for anybody' if access.free else price}"),
-    ]
-    if served.first_key:
-        rows.append(("key", f"{served.first_key}  (shown only now; `tessera gateway keys new` makes others)"))
-    rows.append(("try", _curl(served, access)))
-    if invitation:
-        rows.append(("invite", f"tessera hold {invitation}"))
+    rows = [*about, ("url", f"{url}/v1, {'for anybody' if access.free else price}")]
+    if first_key:
+        rows.append(("key", f"{first_key}  (shown only now; `tessera gateway keys new` makes others)"))
+    rows += [("try", _curl(model, url, first_key, access)), *more]
     for name, value in rows:
         console.print(Text(f"{name:>8}  {value}"), soft_wrap=True, highlight=False)
     console.print("It stays up until Ctrl-C.", style="dim")
 
 
-def _curl(served: Served, access: Access) -> str:
+def _curl(model: str, url: str, first_key: str, access: Access) -> str:
     """A request that works as it stands, but for a key that only its owner knows, or a payment."""
     said = [{"role": "user", "content": "Hello!"}]
-    body = json.dumps({"model": served.card.name, "messages": said, "max_tokens": 64})
-    key = served.first_key or "$KEY"
-    header = "" if access.free or access.price else f' -H "authorization: Bearer {key}"'
-    return f"curl {served.url}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'"
+    body = json.dumps({"model": model, "messages": said, "max_tokens": 64})
+    header = "" if access.free or access.price else f' -H "authorization: Bearer {first_key or "$KEY"}"'
+    return f"curl {url}/v1/chat/completions -H 'content-type: application/json'{header} -d '{body}'"
 
 
 def _say_holding(holding: Holding) -> None:

@@ -98,7 +98,7 @@ def _responses(*good: tuple[int, Json], errors: tuple[int, ...]) -> Json:
 def _post(path: str, answer: str, stream: bool) -> Json:
     good = _json(_ref(answer), "The answer.")
     if stream:
-        good["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        good["content"]["text/event-stream"] = {"schema": {"description": "Chunks, each the data of one event."}}
     return {
         "requestBody": {
             "required": True,
