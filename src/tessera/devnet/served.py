@@ -8,7 +8,6 @@ from tessera.chain.client import RpcChain
 from tessera.chain.faces import Coin
 from tessera.devnet.access import OpenRun
 from tessera.serving.income_book import IncomeBook
-from tessera.serving.prices import LOT
 from tessera.serving.tally import Tally
 from tessera.serving.vouchers import Terms
 from tessera.training.manifest import Manifest
@@ -23,16 +22,11 @@ INCOME = "income.sqlite"
 async def serving_terms(chain: RpcChain, manifest: Manifest, roster: Roster) -> Terms | None:
     """What this run's workers serve for: the manifest's price buys as many tokens as the model's context has.
 
-    As a price for `LOT` tokens, so that what is metered costs the same to the unit; but for prices so small that this
-    would be dearer.
-
     None where the price is 0: serving is open, and the manifest says so.
     """
     if manifest.price_units == 0:
         return None
-    coin, units, tokens = Coin(chain, roster.coin), manifest.price_units, manifest.model.model.context
-    if (metered := units * LOT // tokens) > 0:
-        units, tokens = metered, LOT
+    coin = Coin(chain, roster.coin)
     return Terms(
         run_id=manifest.run_id,
         chain_id=manifest.chain_id,
@@ -40,8 +34,8 @@ async def serving_terms(chain: RpcChain, manifest: Manifest, roster: Roster) -> 
         asset_name=await coin.name(),
         asset_version=await coin.version(),
         pay_to=manifest.payee(roster.share),
-        price_units=units,
-        price_tokens=tokens,
+        price_units=manifest.price_units,
+        price_tokens=manifest.model.model.context,
     )
 
 

@@ -11,13 +11,13 @@ from eth_abi.abi import decode as abi_decode
 from eth_abi.abi import encode as abi_encode
 
 from tessera.core.hashing import keccak
-from tessera.core.ids import Account, parse_account
+from tessera.core.ids import Account
 from tessera.serving.facilitator import PaymentChain
 from tessera.serving.ledger import PaymentName
+from tessera.serving.vouchers import PERMIT2
 
-__all__ = ["PERMIT2", "PERMIT2_PREFIX", "balance_of", "has_moved", "is_used"]
+__all__ = ["PERMIT2_PREFIX", "balance_of", "has_moved", "is_used"]
 
-PERMIT2 = parse_account("0x000000000022D473030F116dDEE9F6B43aC78BA3")
 PERMIT2_PREFIX = "permit2:"  # of the nonces that are Permit2's
 AUTHORIZATION_USED = keccak(b"AuthorizationUsed(address,bytes32)")
 CROSSED_OUT = keccak(b"UnorderedNonceInvalidation(address,uint256,uint256)")

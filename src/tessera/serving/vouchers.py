@@ -23,7 +23,7 @@ from tessera.core.ids import Account, PeerId, RunId, parse_account, parse_peer_i
 from tessera.core.signing import AccountKey, PeerKey, recover_account, verify_peer
 from tessera.core.typed_data import domain, struct_hash, typed_digest
 
-__all__ = ["MAX_VALID_S", "PAYER", "Payer", "Purchase", "Terms", "Voucher", "purchase_of"]
+__all__ = ["MAX_VALID_S", "PAYER", "PERMIT2", "Payer", "Purchase", "Terms", "Voucher", "purchase_of"]
 
 DOMAIN = "voucher"
 TRANSFER = (
