@@ -51,6 +51,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "rope_type 'yarn'"),
         ("rope_parameters", {"rope_type": "llama3", "factor": 4.0}, "low_freq_factor"),
         ("rope_parameters", {"rope_type": "llama3", "mscale": 1.0}, "mscale"),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}, "full_attention"),
         ("rope_parameters", [1], "is an object"),
         ("hidden_size", 2**40, "hidden_size"),
         ("hidden_size", 30_000, "width"),

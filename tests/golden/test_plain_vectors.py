@@ -7,6 +7,7 @@ with it directly.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ import pytest
 import torch
 
 from plain_world import FAMILIES, NEW, PROMPT, Staged, write_folder
+from tessera.core.signing import PeerKey
+from tessera.devnet.stage_invitation import StageInvitation
+from tessera.models.card import ModelCard, StageFile
+from tessera.models.config import CodecConfig
 from tessera.models.plain_folder import PlainFolder
+from tessera.p2p.relay.url import RelayUrl
+from tessera.p2p.transport import PeerRecord
 
 VECTORS = Path(__file__).resolve().parents[2] / "specs" / "vectors" / "plain_models.json"
 
@@ -53,3 +60,21 @@ def test_an_imported_model_says_what_transformers_says(
     for which, row in zip(("first", "last"), logits, strict=True):
         for token, value in known[family][which].items():
             assert float(row[int(token)]) == pytest.approx(value, abs=1e-3)
+
+
+def test_a_card_and_an_invitation_are_as_recorded(golden: Callable[[str, Any], None], tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "qwen3", "qwen3")
+    spec = PlainFolder(folder).spec(2, CodecConfig(kind="dense", wire="int8", conv=False))
+    stages = tuple(StageFile(blob=f"{number:064x}", size_bytes=10 + number, params=number + 1) for number in range(2))
+    card = ModelCard(
+        name="tiny", family="qwen3", spec=spec, stages=stages, tokenizer="ab" * 32, ends=(2, 7),
+        named={"eos_token": "</s>"}, begins=None, template="{{ messages }}",
+    )  # fmt: skip
+    key = PeerKey(b"\x07" * 32)
+    host = PeerRecord.sign(key, ("iroh:192.0.2.7:4433",), 1_800_000_000)
+    relays = (RelayUrl("https://relay.example", "a-token-of-it"),)
+    made = StageInvitation.make(key, card.digest, host=host, expires=1_800_000_000, relays=relays, secret="cd" * 16)
+    golden(
+        "specs/vectors/models.json",
+        {"card": card.canonical.decode(), "digest": card.digest, "invitation": made.to_text()},
+    )

@@ -21,6 +21,7 @@ from tessera.models.decode import StageDecoder
 from tessera.models.plain_folder import PlainFolder
 from tessera.models.stage_file import load_stage
 from tessera.p2p.blobs import BlobStore
+from tessera.training.files import one_at_a_time
 from tessera.training.home import Home
 
 
@@ -102,6 +103,18 @@ def test_a_name_is_given_once_and_a_damaged_card_is_passed_over(tmp_path: Path) 
         import_model(home, folder, "tiny", Import())
     (home.path / "models" / "bad.json").write_text("{}")
     assert known_models(home) == [card]
+
+
+def test_imports_take_turns_and_clear_away_what_a_killed_one_left(tmp_path: Path) -> None:
+    folder, home = checkpoint(tmp_path / "tiny"), Home(tmp_path / "state")
+    (home.path / ".import-killed").mkdir()
+    (home.path / ".import-killed" / "stage").write_bytes(b"half")
+    assert known_models(home) == []
+    held = one_at_a_time(home.path / "models" / "lock", "tests this")
+    with held, pytest.raises(Conflict, match="another process imports"):
+        import_model(home, folder, "tiny", Import())
+    import_model(home, folder, "tiny", Import())
+    assert list(home.path.glob(".import-*")) == []
 
 
 @pytest.mark.parametrize(

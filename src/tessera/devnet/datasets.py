@@ -5,16 +5,13 @@ All sets of a run are cut by one tokenizer, so sets that are added here share th
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import structlog
 
-from tessera.core.errors import Conflict, Invalid, Missing
+from tessera.core.errors import Invalid, Missing
 from tessera.core.hashing import sha256
 from tessera.core.ids import Account, BlobId, parse_account, parse_blob_id
 from tessera.devnet.text import VOCABULARY, load_tokenizer, load_validation
@@ -23,6 +20,7 @@ from tessera.models.dataset import SHARD_TOKENS
 from tessera.models.dataset_prepare import Progress, prepare_dataset, train_on
 from tessera.models.tokenizer import Tokenizer
 from tessera.p2p.blobs import BlobStore
+from tessera.training.files import one_at_a_time
 from tessera.training.home import Home, write_atomic
 from tessera.training.manifest import DataSet, Manifest
 
@@ -83,7 +81,7 @@ def add_set(
     if not name.strip() or len(name) > NAME_LIMIT:
         raise Invalid(f"a data set's name has 1 to {NAME_LIMIT} characters, not {len(name)}")
     blobs, source = BlobStore(home.blobs), open_source(path, field=field)
-    with _alone(home):
+    with one_at_a_time(_folder(home) / "lock", f"prepares a data set in {home.path}"):  # a run may go on meanwhile
         chosen, blob = _tokenizer(home, blobs, source, tokenizer, vocabulary)
         work = _folder(home) / ("part-" + sha256(f"{path.absolute()}\0{field}".encode()).hex()[:16])
         prepared = prepare_dataset(
@@ -177,14 +175,3 @@ def _folder(home: Home) -> Path:
     folder = home.path / "datasets"
     folder.mkdir(exist_ok=True)
     return folder
-
-
-@contextmanager
-def _alone(home: Home) -> Iterator[None]:
-    """One preparation at a time; a run may go on meanwhile."""
-    with (_folder(home) / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Conflict(f"another process prepares a data set in {home.path}: wait for it") from error
-        yield

@@ -33,6 +33,7 @@ from tessera.models.plain_tokenizer import (
 )
 from tessera.models.stage_file import load_stage, write_stage
 from tessera.p2p.blobs import BlobStore
+from tessera.training.files import one_at_a_time
 from tessera.training.home import Home, write_atomic
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
 log = structlog.get_logger()
 
 Boundary = Literal["dense", "int8"]
+_WORK = ".import-"  # what folders of an import under way begin with
 _WIRES: dict[Boundary, Literal["bfloat16", "int8"]] = {"dense": "bfloat16", "int8": "int8"}
 
 
@@ -70,8 +72,8 @@ def import_model(
     Args:
         progress: told how many stages of how many are done.
 
-    Raises: Invalid: what `PlainFolder` refuses, a tokenizer that does not fit, a bad name; Conflict: the name is taken;
-    Unavailable: no room.
+    Raises: Invalid: what `PlainFolder` refuses, a tokenizer that does not fit, a bad name; Conflict: the name is taken,
+    or another import goes on; Unavailable: no room.
     """
     if re.match(NAME, name) is None:
         raise Invalid(f"a model cannot be called {name[:80]!r}: up to 100 letters, digits, '.', '_', '-'")
@@ -87,15 +89,18 @@ def import_model(
         raise Invalid(f"the tokenizer has {tokenizer.vocab_size} tokens, the model knows {spec.model.vocab_size}")
     ends = _ends(folder, tokenizer)
     blobs, files = BlobStore(home.blobs), []
-    for stage in range(spec.stages):
-        files.append(_keep_stage(blobs, folder, spec, stage, home.path))
-        if progress is not None:
-            progress(stage + 1, spec.stages)
-    card = ModelCard(
-        name=name, family=folder.config.family, spec=spec, stages=tuple(files), tokenizer=blobs.put(data), ends=ends,
-        named=dict(facts.named), begins=facts.begins, template=facts.template,
-    )  # fmt: skip
-    write_atomic(_file(home, name), card.canonical)
+    with one_at_a_time(_folder(home) / "lock", f"imports a model in {home.path}"):
+        for leftover in home.path.glob(f"{_WORK}*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        for stage in range(spec.stages):
+            files.append(_keep_stage(blobs, folder, spec, stage, home.path))
+            if progress is not None:
+                progress(stage + 1, spec.stages)
+        card = ModelCard(
+            name=name, family=folder.config.family, spec=spec, stages=tuple(files), tokenizer=blobs.put(data),
+            ends=ends, named=dict(facts.named), begins=facts.begins, template=facts.template,
+        )  # fmt: skip
+        write_atomic(_file(home, name), card.canonical)
     log.info("model_imported", model=name, stages=spec.stages, params=card.params)
     return card
 
@@ -165,7 +170,7 @@ def _keep_stage(blobs: BlobStore, folder: PlainFolder, spec: ModelSpec, stage: i
     if free < 2 * size:
         need = f"{2 * size / 1e9:.1f} GB of disk while it is written"
         raise Unavailable(f"stage {stage} needs {need}, {free / 1e9:.1f} GB are free in {work}")
-    with tempfile.TemporaryDirectory(dir=work, prefix=".import-") as temporary:
+    with tempfile.TemporaryDirectory(dir=work, prefix=_WORK) as temporary:
         file = Path(temporary) / "stage"
         try:
             write_stage(params, file)

@@ -34,7 +34,8 @@ _CLASSES: dict[str, Family] = {
 # in the tensors themselves.
 _PASSED_OVER = frozenset({
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
-    "hidden_dropout", "initializer_range", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
+    "hidden_dropout", "initializer_range", "is_llama_config", "pad_token_id", "torch_dtype",
+    "transformers.js_config", "transformers_version", "use_cache",
 })  # fmt: skip
 _FIXED: dict[str, object] = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0}
 _USED = frozenset({
@@ -212,13 +213,14 @@ def _rope(found: Mapping[str, Any]) -> tuple[float, RopeStretch | None]:
     rope = new or old
     base = _number(rope if "rope_theta" in rope else found, "rope_theta", 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return base, None
-    if kind != "llama3":
+    if kind not in ("default", "llama3"):
         raise Invalid(f"config.json asks for rope_type {str(kind)[:40]!r}; known are 'default' and 'llama3'")
-    others = sorted(rope.keys() - _STRETCH.keys() - {"rope_type", "type", "rope_theta"})
+    known = {"rope_type", "type", "rope_theta", *(_STRETCH if kind == "llama3" else ())}
+    others = sorted(key for key in rope.keys() - known if rope[key] != _FIXED.get(key))
     if others:
         raise Invalid(f"config.json's rope asks for {others[0][:60]}, which is not known here")
+    if kind == "default":
+        return base, None
     facts = {ours: _number(rope, theirs) for theirs, ours in _STRETCH.items()}
     try:
         return base, RopeStretch.model_validate({**facts, "trained": int(facts["trained"])})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["drop_leftovers", "keep_short", "write_atomic"]
+from tessera.core.errors import Conflict
+
+__all__ = ["drop_leftovers", "keep_short", "one_at_a_time", "write_atomic"]
 
 LEFTOVER_S = 60.0  # a file being written is renamed within milliseconds; older ones belong to a process that is gone
 _TEMPORARY = re.compile(r"\.[\w.-]+\.[a-z0-9_]{8}")  # what `write_atomic` names them
@@ -49,6 +53,17 @@ def drop_leftovers(folder: Path, now: float | None = None) -> list[Path]:
                 file.unlink()
                 gone.append(file)
     return gone
+
+
+@contextmanager
+def one_at_a_time(file: Path, what: str) -> Iterator[None]:
+    """Hold `file`, which is made when it is missing, for this process. Raises `Conflict` when another one holds it."""
+    with file.open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Conflict(f"another process {what}: wait for it") from error
+        yield
 
 
 def keep_short(file: Path, limit_bytes: int) -> bool:
