@@ -14,6 +14,7 @@ import typer
 
 from tessera import __version__
 from tessera.cli import work
+from tessera.cli.agent import agent_app
 from tessera.cli.backup import backup, restore
 from tessera.cli.cluster import cluster_app
 from tessera.cli.config import show_config
@@ -178,6 +179,7 @@ app.command()(serve)
 app.command()(hold)
 app.add_typer(run_app, name="run")
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(agent_app, name="agent")
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 app.add_typer(gateway_app, name="gateway")

@@ -58,6 +58,10 @@ class Renderer:
         """A small page: `title`, `lead`, and `groups` of facts."""
         return self._jinja.get_template("detail.html").render(**names)
 
+    def questions(self, **names: Any) -> str:
+        """What agents ask: `waiting`."""
+        return self._jinja.get_template("questions.html").render(**names)
+
 
 def make_environment() -> Environment:
     """Templates that escape, with the filters and functions that every page may use."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -15,9 +16,7 @@ from pydantic_ai.exceptions import ModelAPIError
 from pydantic_ai.messages import ModelMessage, ModelMessagesTypeAdapter, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models import Model, ModelRequestParameters
 from pydantic_ai.models.function import AgentInfo, FunctionModel
-from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.models.wrapper import WrapperModel
-from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
 
 from tessera.agents.intents import intent_id
@@ -30,6 +29,7 @@ from tessera.core.hashing import sha256
 __all__ = ["PayingTransport", "RecordedModel", "compatible", "nobody", "read_script", "scripted"]
 
 SCRIPT_LIMIT = 1 << 20  # bytes
+_QUESTION: ContextVar[str] = ContextVar("question")  # of which run, and its how-manieth
 Line = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
@@ -42,7 +42,9 @@ def compatible(
     Args:
         transport: how to reach it, such as a `PayingTransport`; None = plainly.
     """
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI  # takes half a second to import
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
 
     http = httpx.AsyncClient(transport=transport, timeout=timeout_s, follow_redirects=False)
     client = AsyncOpenAI(base_url=url, api_key=api_key, http_client=http, max_retries=0 if transport else 2)
@@ -50,20 +52,19 @@ def compatible(
 
 
 class PayingTransport(httpx.AsyncBaseTransport):
-    """HTTP that pays for what is asked, once for each request of its run.
+    """HTTP that pays for what a `RecordedModel` asks: each question of a run is one intent, however often it is sent.
 
     Args:
-        name: of the run; the same run asks the same again under the same intents.
         most: the highest price of one request.
     """
 
-    def __init__(self, payer: Payer, mandate: str, most: Amount, name: str, purpose: str = "model") -> None:
-        self._payer, self._mandate, self._most, self._name, self._purpose = payer, mandate, most, name, purpose
+    def __init__(self, payer: Payer, mandate: str, most: Amount, purpose: str = "model") -> None:
+        self._payer, self._mandate, self._most, self._purpose = payer, mandate, most, purpose
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         body = await request.aread()
         headers = {name: value for name, value in request.headers.items() if name not in ("host", "content-length")}
-        intent = intent_id(self._name, request.method, str(request.url), sha256(body).hex())
+        intent = intent_id(_QUESTION.get(), request.method, str(request.url), sha256(body).hex())
         purchase = Purchase(
             intent, self._mandate, str(request.url), self._most, request.method, body, headers, self._purpose
         )
@@ -108,12 +109,14 @@ class RecordedModel(WrapperModel):  # type: ignore[misc]  # the library is not f
     """Says again what was recorded, then asks the model behind it and writes down what it says.
 
     Args:
+        run: its id.
         check: raises when the run must not go on.
     """
 
-    def __init__(self, wrapped: Model, journal: Journal, check: Callable[[], None], timeout_s: float) -> None:
+    def __init__(self, wrapped: Model, run: str, journal: Journal, check: Callable[[], None], timeout_s: float) -> None:
         super().__init__(wrapped)
-        self._journal, self._check, self._timeout_s = journal, check, timeout_s
+        self._run, self._journal, self._check, self._timeout_s = run, journal, check, timeout_s
+        self._asked = 0
 
     async def request(
         self,
@@ -121,9 +124,11 @@ class RecordedModel(WrapperModel):  # type: ignore[misc]  # the library is not f
         model_settings: ModelSettings | None,
         model_request_parameters: ModelRequestParameters,
     ) -> ModelResponse:
+        self._asked += 1
         if self._journal.peek() is not None:
             return _read(self._journal.take("model").body)
         self._check()
+        _QUESTION.set(f"{self._run}/{self._asked}")
         try:
             with anyio.fail_after(self._timeout_s):
                 response = await self.wrapped.request(messages, model_settings, model_request_parameters)

@@ -144,7 +144,9 @@ class _Session:
     async def go(self) -> Outcome:
         agent, limits = self._agent, self._agent.limits
         model = nobody() if self._replayed is not None else agent.model
-        recorded = RecordedModel(model, self._journal, self._runtime.check_running, limits.model_timeout_s)
+        recorded = RecordedModel(
+            model, self._run.id, self._journal, self._runtime.check_running, limits.model_timeout_s
+        )
         runner: ModelAgent[None, str] = ModelAgent(
             recorded, instructions=agent.instructions or None, toolsets=[self._toolset()], name=agent.name
         )

@@ -7,16 +7,16 @@ what it was when it was first seen, or the run is refused; one that is new since
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic_ai import FunctionToolset, RunContext
-from pydantic_ai.mcp import MCPToolset
 from pydantic_ai.tools import Tool as ModelTool
 from pydantic_ai.tools import ToolDefinition
 from pydantic_ai.toolsets import AbstractToolset, PrefixedToolset, WrapperToolset
 from pydantic_ai.toolsets.abstract import ToolsetTool
+from pydantic_ai.usage import RunUsage
 from pydantic_core import SchemaValidator, core_schema
 
 from tessera.agents.runtime.agent import Agent, Server, Tool
@@ -26,7 +26,18 @@ from tessera.core import encoding
 from tessera.core.errors import Invalid, Refused
 from tessera.core.hashing import sha256
 
-__all__ = ["Begin", "Guarded", "Recorded", "Seen", "function_toolset", "server_toolset", "tool_digest"]
+__all__ = [
+    "Begin",
+    "Guarded",
+    "Look",
+    "Recorded",
+    "Seen",
+    "function_toolset",
+    "look_at_tools",
+    "server_toolset",
+    "spec_of",
+    "tool_digest",
+]
 
 SERVER_TIMEOUT_S = 30.0
 Seen = dict[str, dict[str, Any]]  # tool -> what the model is told of it
@@ -40,7 +51,8 @@ def function_toolset(tools: list[Tool]) -> AbstractToolset[Any]:
 
 def server_toolset(server: Server) -> AbstractToolset[Any]:
     """A connection to an MCP server, which is opened when the run begins."""
-    from fastmcp.client.transports import StdioTransport
+    from fastmcp.client.transports import StdioTransport  # these two take two seconds to import
+    from pydantic_ai.mcp import MCPToolset
 
     at: Any = server.at
     if isinstance(at, (list, tuple)):
@@ -132,13 +144,47 @@ class Guarded(WrapperToolset[Any]):  # type: ignore[misc]  # the library is not 
         return True
 
     def _spec(self, tool: ToolsetTool[Any]) -> ToolSpec:
-        name, parameters = tool.tool_def.name, tool.tool_def.parameters_json_schema.get("properties", {})
-        if name in self._specs:
-            return self._specs[name]
-        server = next((server for server in self._agent.servers if _of(server, name)), None)
-        own = name if server is None else name.removeprefix(f"{server.name}_")
-        known = None if server is None else server.tools.get(own)
-        return replace(known or infer(own, parameters), name=name)
+        return spec_of(self._agent, self._specs, tool.tool_def)
+
+
+def spec_of(agent: Agent, specs: Mapping[str, ToolSpec], tool: ToolDefinition) -> ToolSpec:
+    """What the guard takes a tool for: as it was described, else as its own name says."""
+    name, parameters = tool.name, tool.parameters_json_schema.get("properties", {})
+    if name in specs:
+        return specs[name]
+    server = next((server for server in agent.servers if _of(server, name)), None)
+    own = name if server is None else name.removeprefix(f"{server.name}_")
+    known = None if server is None else server.tools.get(own)
+    inferred = infer(own, parameters)
+    roles = {**inferred.roles, **known.roles} if known is not None else inferred.roles
+    return replace(known or inferred, name=name, roles=roles)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A tool as it is now. `server` is "" for a function."""
+
+    spec: ToolSpec
+    server: str
+    digest: str
+    description: str
+
+
+async def look_at_tools(agent: Agent) -> list[Look]:
+    """Every tool of an agent, whether it was accepted or not. Connects to its servers."""
+    looks = []
+    functions = agent.functions()
+    specs = {tool.name: tool.known() for tool in functions}
+    sets: list[tuple[str, AbstractToolset[Any]]] = [("", function_toolset(functions))]
+    sets += [(server.name, server_toolset(server)) for server in agent.servers]
+    context: RunContext[Any] = RunContext(deps=None, model=agent.model, usage=RunUsage())
+    for server, toolset in sets:
+        async with toolset:
+            tools = await toolset.get_tools(context)
+        for _, tool in sorted(tools.items()):
+            spec = spec_of(agent, specs, tool.tool_def)
+            looks.append(Look(spec, server, tool_digest(tool.tool_def), tool.tool_def.description or ""))
+    return looks
 
 
 class Recorded(AbstractToolset[Any]):  # type: ignore[misc]
