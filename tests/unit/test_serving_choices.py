@@ -152,6 +152,20 @@ async def test_completions_tell_log_probabilities_of_what_is_shown() -> None:
     assert body["usage"]["completion_tokens"] == len("one STOP")
 
 
+async def test_a_likely_token_that_the_tokenizer_does_not_know_is_told_without_text() -> None:
+    async with make_client(Knowing(lambda prompt, sampling: [255 - 8, 300])) as client:
+        for path, asked in (
+            ("/v1/completions", {"prompt": "x", "logprobs": 2}),
+            (
+                "/v1/chat/completions",
+                {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2},
+            ),
+        ):
+            response = await client.post(path, json={"model": MODEL} | asked)
+            assert response.status_code == 200
+            assert response.json()["usage"]["completion_tokens"] == 2
+
+
 async def test_top_logprobs_without_logprobs_is_refused() -> None:
     async with make_client(FakeEngine()) as client:
         asked = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}

@@ -33,6 +33,9 @@ REPLACEMENT = "\ufffd"
 class Teller(Protocol):
     """How a token reads: its text, for log-probabilities."""
 
+    @property
+    def vocab_size(self) -> int: ...
+
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
@@ -104,7 +107,7 @@ class Answer:
             return None
         if self.chat:
             return {"content": [self._told(token) for token in tokens], "refusal": None}
-        texts = [self.teller.decode([token.id]) for token in tokens]
+        texts = [self._text(token.id) for token in tokens]
         offsets = []
         for text in texts:
             offsets.append(self._offsets.get(index, 0))
@@ -112,16 +115,20 @@ class Answer:
         return {
             "tokens": texts,
             "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": [{self.teller.decode([other]): _finite(value) for other, value in t.top} for t in tokens],
+            "top_logprobs": [{self._text(other): _finite(value) for other, value in t.top} for t in tokens],
             "text_offset": offsets,
         }
+
+    def _text(self, token: int) -> str:
+        """A token that the tokenizer does not know has no text: a model may have more ids than its tokenizer learnt."""
+        return self.teller.decode([token]) if 0 <= token < self.teller.vocab_size else ""
 
     def _told(self, token: Token) -> dict[str, Any]:
         top = [self._entry(other, value) for other, value in token.top]
         return self._entry(token.id, token.logprob) | {"top_logprobs": top}
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.teller.decode([token])
+        text = self._text(token)
         whole = REPLACEMENT not in text  # a part of a character is no text, and only the tokenizer knows its bytes
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
 

@@ -22,7 +22,7 @@ from tessera.serving.schemas import MAX_CHOICES, ChatRequest, CompletionRequest,
 from tessera.serving.text import Chat, Generation, TextTokenizer, flatten_chat
 from tessera.serving.work import Kind, Work
 
-__all__ = ["LocalModel"]
+__all__ = ["LocalModel", "seed_of"]
 
 
 class LocalModel:
@@ -103,7 +103,7 @@ class LocalModel:
                 Sampling(
                     temperature=temperature,
                     top_p=1.0 if asked.top_p is None else asked.top_p,
-                    seed=_seed_of(seed, index),
+                    seed=seed_of(seed, index),
                     max_tokens=self._token_limit(len(prompt), asked.token_limit),
                     stop=self._stop_tokens,
                     logprobs=asked.told,
@@ -286,7 +286,7 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
-def _seed_of(seed: int, index: int) -> int:
+def seed_of(seed: int, index: int) -> int:
     """The seed of one choice. The first has the request's own; neighbours of a seed share no other choice."""
     if index == 0:
         return seed
