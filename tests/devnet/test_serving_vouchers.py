@@ -2,97 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
-import httpx
 import pytest
 
-from chain_support import RUN_ID
-from serving_peers import Shards, open_shards, peer_key
-from serving_stack import MODEL, PRICE, Stack, completion, open_stack
-from tessera.core.clock import SystemClock
-from tessera.core.errors import Unavailable
-from tessera.core.ids import PeerId
-from tessera.core.signing import AccountKey
-from tessera.serving.dues import SignedDues
+from paid_world import HOUSE, OPERATOR, STAGES, TOKENS, Paid, open_paid
+from serving_peers import peer_key
+from serving_stack import PRICE, open_stack
 from tessera.serving.engine import Sampling
 from tessera.serving.gate import PaidGate
-from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.income_book import IncomeBook
-from tessera.serving.keys import OperatorKeys
-from tessera.serving.local import LocalModel
 from tessera.serving.offers import parse_payment
 from tessera.serving.purchases import ChainPurchases
-from tessera.serving.purse import Purse
-from tessera.serving.receipt_post import ReceiptPost, serve_receipts
 from tessera.serving.receipts import Receipt, credited
-from tessera.serving.text import CharTokenizer
-from tessera.serving.vouchers import PAYER, Payer, Purchase, Terms
-from tessera.storage.location import MEMORY
+from tessera.serving.vouchers import PAYER, Payer, Purchase
 
 pytestmark = pytest.mark.anyio
-STAGES, TOKENS = 3, 12
-OPERATOR, HOUSE = "tsk-operator", AccountKey(b"\x51" * 32)
-
-
-@dataclass
-class Paid:
-    """A closed run of three workers behind a gateway."""
-
-    stack: Stack
-    terms: Terms
-    shards: Shards
-    gates: list[PaidGate]
-    posts: list[ReceiptPost]  # the gateway's first
-    app: Any
-    purse: Purse
-
-    async def ask(self, headers: dict[str, str], **changes: Any) -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://g") as client:
-            body = completion(max_tokens=TOKENS, temperature=0) | changes
-            return await client.post("/v1/completions", json=body, headers=headers)
-
-    async def sign_everything(self) -> None:
-        """What the loops of a node do now and then."""
-        await self.shards.settled()
-        for gate, post in zip(self.gates, self.posts[1:], strict=True):
-            for peer, session, tokens in gate.ended:
-                post.sign(session, peer, tokens)
-            gate.ended = []
-        for post in self.posts:
-            await post.flush()
-            assert post.waiting == 0
-
-
-@asynccontextmanager
-async def open_paid(stack: Stack) -> AsyncIterator[Paid]:
-    coin, clock = stack.coin, SystemClock()
-    offer = stack.payments.offer
-    terms = Terms(
-        RUN_ID, stack.chain_id, coin.address, await coin.name(), await coin.version(), offer.pay_to, PRICE, 256
-    )
-    gates, posts = [], []
-    purse = Purse(terms, HOUSE, clock)
-    for number in range(STAGES):
-        purchases = ChainPurchases(stack.chain, terms, AccountKey(bytes([number + 40]) * 32))
-        book = IncomeBook(terms, MEMORY)
-        gates.append(PaidGate(terms, purchases, book, clock, first=number == 0, gateways=frozenset({peer_key(0).id})))
-
-    def dues(transport: Any, records: list[Any]) -> SignedDues:
-        posts.append(ReceiptPost(transport, peer_key(0), RUN_ID, lambda: records, everybody=True))
-        return SignedDues(peer_key(0), terms, purse, posts[0], clock)
-
-    async with open_shards(STAGES, gate=gates.__getitem__, dues=dues) as shards:
-        for number, transport in enumerate(shards.transports):
-            keep, records = gates[number].book.add_receipts, [t.record() for t in shards.transports]
-            posts.append(ReceiptPost(transport, peer_key(number + 1), RUN_ID, lambda r=records: r, keep=keep))
-            serve_receipts(transport, RUN_ID, gates[number].take)
-        model = LocalModel(MODEL, shards.engine, CharTokenizer())
-        app = create_app(GatewayConfig(), [model], [OperatorKeys([OPERATOR]), stack.payments])
-        yield Paid(stack, terms, shards, gates, posts, app, purse)
 
 
 async def test_a_paid_answer_earns_every_stage_what_arrived() -> None:
@@ -170,35 +94,6 @@ async def test_an_answer_that_its_buyer_cancels_is_signed_for_as_far_as_it_came(
         signed = {r.signer: r.tokens for r in paid.gates[2].book.receipts(_sessions(paid.gates[2]))}
         assert signed.keys() == {peer_key(0).id, peer_key(3).id}  # the gateway, and he himself for the stage before
         assert signed[peer_key(0).id] == 7  # the prompt, and four tokens
-
-
-@pytest.mark.slow
-async def test_no_worker_computes_beyond_what_was_bought() -> None:
-    """A gateway that asks for a short answer and goes on."""
-    stack = await open_stack()
-    payment = parse_payment(stack.sign(await stack.buyer()))
-    async with open_paid(stack) as paid:
-        PAYER.set(Payer(purchase=Purchase.from_x402(payment.payload)))
-        paid.shards.engine._dues = Short(paid.shards.engine._dues, 5)
-        tokens = paid.shards.engine.generate([1, 2, 3], Sampling(temperature=0, max_tokens=50))
-        with pytest.raises(Unavailable, match="of 5 that were bought"):
-            [await anext(tokens) for _ in range(9)]
-        await paid.shards.settled()
-        assert all(gate.book.sums(peer_key(0).id)[0] <= 5 for gate in paid.gates)
-
-
-@dataclass
-class Short:
-    """The dues of a gateway that vouches for `tokens` and asks for more."""
-
-    dues: SignedDues
-    tokens: int
-
-    def voucher(self, session: str, tokens: int) -> list[Any] | None:
-        return self.dues.voucher(session, self.tokens)
-
-    def delivered(self, session: str, tokens: Mapping[PeerId, int]) -> None:
-        self.dues.delivered(session, tokens)
 
 
 def _sessions(gate: PaidGate) -> list[str]:

@@ -36,6 +36,7 @@ log = structlog.get_logger()
 
 MAX_OPENS = 64
 REPLAYS = 2
+REMEMBERED = 10_000  # purchases that have arrived
 GRACE_PART = (
     16  # of what a gateway signed for, one part may stay unsigned: answers that were cancelled, stages that fell
 )
@@ -116,6 +117,7 @@ class PaidGate:
         self._first, self._gateways = first, gateways
         self._limits = limits or GateLimits()
         self._running: dict[str, PaidBudget] = {}
+        self._arrived: set[str] = set()  # purchases that are on the chain
         self._open: dict[str, _Open] = {}  # purchases that are not on the chain
         self._lost: dict[PeerId, int] = {}  # tokens that will never be paid
         self._sums: dict[PeerId, tuple[int, int]] = {}  # by gateway: tokens computed, and those it signed for
@@ -134,7 +136,7 @@ class PaidGate:
         budget = PaidBudget(self, peer, paper, before.fed if before is not None else 0)
         self._running[paper.session] = budget
         try:
-            paid = await self._purchases.paid(paper.purchase, self._clock.time())
+            paid = await self._has_paid(paper.purchase)
         except BaseException:
             if self._running.get(paper.session) is budget:
                 self._running.pop(paper.session)
@@ -187,6 +189,17 @@ class PaidGate:
         return False
 
     # --- admission --------------------------------------------------------------------------------------------------
+
+    async def _has_paid(self, purchase: Purchase) -> bool:
+        """What has arrived stays: credit is drawn on often, and looked up once."""
+        if purchase.name in self._arrived:
+            return True
+        paid = await self._purchases.paid(purchase, self._clock.time())
+        if paid:
+            if len(self._arrived) >= REMEMBERED:
+                self._arrived.clear()
+            self._arrived.add(purchase.name)
+        return paid
 
     def _read(self, peer: PeerId, value: object) -> Voucher:
         if value is None:
