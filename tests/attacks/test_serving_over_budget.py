@@ -1,4 +1,4 @@
-"""A gateway that has little vouched for and takes more: longer answers, longer prompts, a second prompt in one session."""
+"""A gateway that has little vouched for and takes more: longer answers, longer prompts, another prompt beside it."""
 
 from __future__ import annotations
 
