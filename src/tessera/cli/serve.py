@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tessera.devnet.model_till import Access, Price
     from tessera.devnet.stage_holding import Holding
     from tessera.models.card import ModelCard
+    from tessera.serving.callers import CallerLimits
     from tessera.serving.upstream import Target
     from tessera.training.home import Home
 
@@ -39,6 +40,7 @@ class Front(NamedTuple):
     port: int
     access: Access
     concurrent: int
+    callers: CallerLimits
 
 
 def serve(
@@ -75,6 +77,13 @@ def serve(
     bind: Annotated[str, typer.Option(help="Address and UDP port for those machines.")] = "0.0.0.0:0",
     relay: Relay = None,
     concurrent: Annotated[int, typer.Option(help="Answers at once; more are told to come back.")] = 16,
+    caller_requests: Annotated[
+        int, typer.Option(min=0, help="Requests a minute of each caller: a key, an account, else an address; 0 = any.")
+    ] = 6_000,
+    caller_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens a minute of each caller, prompt and completion; 0 = any.")
+    ] = 6_000_000,
+    caller_concurrent: Annotated[int, typer.Option(min=0, help="Answers at once for each caller; 0 = any.")] = 64,
     threads: Annotated[int, typer.Option(help="Of each stage here. Default: they share the cores.")] = 0,
     state_dir: StateDir = default_state_dir("serve"),
     as_json: AsJson = False,
@@ -84,6 +93,7 @@ def serve(
     from tessera.cli.logs import configure_logs
     from tessera.cli.running import run_until_signal
     from tessera.devnet.model_till import Access
+    from tessera.serving.callers import CallerLimits
     from tessera.training.home import Home
 
     configure_logs("warning", state_dir / "logs" / "serve.log")
@@ -92,13 +102,14 @@ def serve(
         api_keys=tuple(api_key or ()), free=free, price=_price(home, price, coin, pay_to, chain), database=database,
         public_url=public_url,
     )  # fmt: skip
+    callers = CallerLimits(caller_requests, caller_tokens, caller_concurrent)
     if upstream:
         from tessera.serving.upstream import Target
 
         if invite:
             raise Invalid("an upstream has no stages that other machines could hold")
         targets = [Target(url, model=upstream_model, api_key=upstream_key) for url in upstream]
-        front = Front(host, port, access, concurrent)
+        front = Front(host, port, access, concurrent, callers)
         run_until_signal(lambda: _serve_upstream(home, model, targets, context, front, as_json=as_json))
         return
     from tessera.devnet.library import Import
@@ -108,7 +119,9 @@ def serve(
     card = _model(home, model, how)
     relays = tuple(parse_relay(text) for text in relay or ())
     peers = Peers(invite, bind=bind, relays=relays) if invite else None
-    config = ServeConfig(host=host, port=port, access=access, concurrent=concurrent, threads=threads, peers=peers)
+    config = ServeConfig(
+        host=host, port=port, access=access, concurrent=concurrent, callers=callers, threads=threads, peers=peers
+    )
     run_until_signal(lambda: _serve(home, card, config, as_json=as_json))
 
 
@@ -184,7 +197,7 @@ async def _serve_upstream(
     with home.locked():
         serving = serve_upstream(
             home, name, targets, context or UPSTREAM_CONTEXT, SystemClock(), host=front.host, port=front.port,
-            access=front.access, concurrent=front.concurrent,
+            access=front.access, concurrent=front.concurrent, callers=front.callers,
         )  # fmt: skip
         async with serving as served:
             if as_json:

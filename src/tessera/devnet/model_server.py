@@ -37,6 +37,7 @@ from tessera.p2p.engines import start_transport
 from tessera.p2p.memory import MemoryNetwork
 from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import Transport
+from tessera.serving.callers import CallerLimits
 from tessera.serving.chat_template import TemplateChat
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel
@@ -70,6 +71,7 @@ class ServeConfig:
     port: int = 8410  # 0 = any free one
     access: Access = field(default_factory=Access)
     concurrent: int = 16  # answers at once
+    callers: CallerLimits = field(default_factory=CallerLimits)
     threads: int = 0  # of each stage; 0 = the stages here share the cores
     peers: Peers | None = None
 
@@ -114,7 +116,9 @@ async def serve_model(home: Home, card: ModelCard, config: ServeConfig, clock: C
             is_ready=lambda: table.complete,
             clock=clock,
         )
-        limit = GatewayConfig(max_concurrent=config.concurrent, public_url=config.access.public_url)
+        limit = GatewayConfig(
+            max_concurrent=config.concurrent, callers=config.callers, public_url=config.access.public_url
+        )
         app = create_app(limit, [model], till.ways, clock=clock)
         till.mount(app)
         server_socket = bind_port(config.host, config.port)

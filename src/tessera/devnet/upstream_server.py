@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tessera.core.clock import Clock
 from tessera.devnet.http import bind_port, listening
 from tessera.devnet.model_till import Access, open_model_till
+from tessera.serving.callers import CallerLimits
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.upstream import Target, Upstream, UpstreamConfig
 from tessera.training.home import Home
@@ -37,6 +38,7 @@ async def serve_upstream(
     port: int = 0,
     access: Access | None = None,
     concurrent: int = 100,
+    callers: CallerLimits | None = None,
 ) -> AsyncIterator[UpstreamServed]:
     """Serve the upstream's model as `name` inside the block.
 
@@ -52,7 +54,9 @@ async def serve_upstream(
         upstream = Upstream(name, targets, config, clock=clock)
         stack.push_async_callback(upstream.aclose)
         till = await stack.enter_async_context(open_model_till(home, access, context, clock))
-        limit = GatewayConfig(max_concurrent=concurrent, public_url=access.public_url)
+        limit = GatewayConfig(
+            max_concurrent=concurrent, callers=callers or CallerLimits(), public_url=access.public_url
+        )
         app = create_app(limit, [upstream], till.ways, clock=clock)
         till.mount(app)
         server_socket = bind_port(host, port)
