@@ -13,6 +13,7 @@ from serving_stack import PRICE, Stack, completion, open_stack, other_account
 from tessera.core.errors import Late, Unavailable
 from tessera.core.signing import AccountKey
 from tessera.serving.engine import FakeEngine
+from tessera.serving.prices import TokenPrice
 
 pytestmark = pytest.mark.anyio
 USED = "invalid_exact_evm_nonce_already_used"
@@ -255,3 +256,20 @@ async def test_one_payer_cannot_fill_every_place() -> None:
         group.cancel_scope.cancel()
     assert statuses == [503]
     assert (await stack.income(), stack.engine.open, stack.payments.held) == (0, 0, 0)
+
+
+async def test_the_price_of_one_request_does_not_buy_many_contexts_of_choices() -> None:
+    engine = FakeEngine(context=512)
+    stack = await open_stack(engine, tokens=TokenPrice.of_context(PRICE, 512), max_concurrent=16)
+    buyer = await stack.buyer()
+    whole = {"prompt": "x" * 12, "max_tokens": 500}
+    flat = await stack.post(completion(**whole, n=4), stack.sign(buyer))
+    assert (flat.status_code, engine.started) == (402, 0)
+    most = str(-(-(12 + 4 * 500) * PRICE // 512))
+    asked = [offer["amount"] for offer in flat.json()["accepts"]]
+    assert asked == [most, most]
+    paid = stack.sign(buyer, accepted={"amount": most}, authorization={"value": most})
+    assert (await stack.post(completion(**whole, n=4), paid)).status_code == 200
+    assert await stack.income() == int(most)
+    assert (await stack.post(completion(**whole), stack.sign(buyer))).status_code == 200
+    assert await stack.income() == int(most) + PRICE

@@ -156,10 +156,12 @@ class X402Payments:
         return self._ledger.held
 
     def offers(self, request: PaidRequest) -> tuple[Offer, ...]:
-        """What `request` costs, by each scheme."""
+        """What `request` costs, by each scheme. By `exact`, never less than its tokens can cost: it may ask for many
+        choices, which together are more than one context."""
         if self._config.tokens is None:
             return (self.offer,)
-        return (self.offer, self._metered(self._config.tokens.most_up(request)))
+        most = self._config.tokens.most_up(request)
+        return (replace(self.offer, units=max(self.offer.units, most)), self._metered(most))
 
     async def hold(self, request: PaidRequest) -> X402Hold:
         """See `Payments.hold`; it refuses what does not pay. Cost: two or three reads of the chain."""
