@@ -19,7 +19,7 @@ from tessera.core.typed_data import domain, typed_digest
 
 __all__ = ["LIFE_S", "MESSAGE_LIMIT", "SKEW_S", "Kind", "Message", "Post", "write_message"]
 
-Kind = Literal["request", "accept", "decline", "counter", "appoint", "resign", "fetch"]
+Kind = Literal["request", "accept", "decline", "counter", "appoint", "resign", "commit", "reveal", "fetch"]
 MESSAGE_LIMIT = 524_288  # bytes of a whole message
 LIFE_S = 7 * 86_400  # the longest
 SKEW_S = 60  # how far a sender's clock may be ahead

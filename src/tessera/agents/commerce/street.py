@@ -9,10 +9,12 @@ from tessera.agents.commerce.messages import Message
 from tessera.core.errors import Missing, Unavailable
 from tessera.core.ids import Account
 
-__all__ = ["Street"]
+__all__ = ["Sells", "Street"]
 
 
 class Sells(Protocol):
+    """Whoever hands over work; `seller.Seller` does."""
+
     async def hand_over(self, message: Message) -> bytes: ...
 
 
