@@ -36,6 +36,7 @@ STOP = {"index": 0, "delta": {}, "finish_reason": "stop"}
      b"data: x\n" * 3_000, b"data: " + b"[" * 900 + b"\n\n", b'{"choices":[]}', b"data: 1\n\n",
      chunk({"index": 0, "delta": {"content": "never closed"}}), chunk(error={"message": "sorry"}), chunk(STOP, STOP),
      chunk(STOP | {"index": 1}), chunk(STOP | {"index": "0"}), chunk(STOP | {"index": -1}),
+     chunk({"index": 0, "delta": {"content": "x"}, "logprobs": {"content": float("-inf")}}) + chunk(STOP),
      b'data: {"choices":{"a":1}}\n\n', chunk({"index": 0, "delta": {"content": "x" * 2_000}}) * 20],
 )  # fmt: skip
 async def test_a_stream_that_is_none_is_an_error_and_not_paid_for(body: bytes) -> None:
@@ -54,13 +55,41 @@ async def test_a_stream_that_is_none_is_an_error_and_not_paid_for(body: bytes) -
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"null", b"{}", b'{"choices":3}', b"x" * 30_000, b"[" * 5_000, b'{"choices":[' + b"[" * 10_000],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"choices":3}',
+        b"x" * 30_000,
+        b"[" * 5_000,
+        b'{"choices":[' + b"[" * 10_000,
+        b'{"choices":[{"message":{"content":"x"},"logprobs":-1e999}]}',
+    ],
 )
 async def test_a_whole_answer_that_is_none_is_a_503_and_not_paid_for(body: bytes) -> None:
     payments = FakePayments({"c1"})
     async with open_gateway(FakeUpstream(body=body), payments, max_answer_bytes=20_000) as client:
         response = await client.post(CHAT, json=asked(), headers=PAID)
     assert (response.status_code, payments.settled) == (503, [])
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+async def test_a_number_that_is_none_does_not_reach_the_upstream(number: str) -> None:
+    payments, fake = FakePayments({"c1"}), FakeUpstream()
+    async with open_gateway(fake, payments) as client:
+        body = json.dumps(asked())[:-1] + f', "min_p": {number}}}'
+        response = await client.post(CHAT, content=body, headers=PAID)
+    assert (response.status_code, payments.settled, fake.asked) == (400, [], [])
+
+
+async def test_an_upstream_that_knows_no_n_is_whole_with_one_choice() -> None:
+    one = chunk({"index": 0, "delta": {"content": "x"}}) + chunk(STOP)
+    for body, whole in ((one + b"data: [DONE]\n\n", True), (one, False)):
+        async with open_gateway(FakeUpstream(body=body)) as client:
+            response = await client.post(CHAT, json=asked(stream=True, n=2))
+        assert response.text.endswith("data: [DONE]\n\n") == whole
 
 
 async def test_a_compressed_bomb_is_not_opened() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tessera.core.errors import Unavailable
 from tessera.serving.charging import Usage
 from tessera.serving.engine import Token
 
@@ -161,8 +162,14 @@ def closed(closings: Sequence[dict[str, Any]], paid: Mapping[str, str]) -> bytes
 
 
 def json_bytes(data: object) -> bytes:
-    """In ASCII: half of a surrogate pair, which an upstream may send in a piece of its own, has no other form."""
-    return json.dumps(data, separators=(",", ":")).encode()
+    """In ASCII: half of a surrogate pair, which an upstream may send in a piece of its own, has no other form.
+
+    Raises: Unavailable for infinity and what is no number, which JSON cannot carry.
+    """
+    try:
+        return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:
+        raise Unavailable("the model answered with a number that is none") from None
 
 
 def event(data: dict[str, Any]) -> bytes:

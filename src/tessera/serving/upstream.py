@@ -143,7 +143,10 @@ class Upstream:
         if target.api_key:
             headers["authorization"] = f"Bearer {target.api_key}"
         PROPAGATOR.inject(headers)
-        content = json.dumps(dict(body, model=target.model or self.id)).encode()
+        try:
+            content = json.dumps(dict(body, model=target.model or self.id), allow_nan=False).encode()
+        except ValueError:
+            raise Invalid("the body holds a number that JSON cannot carry", reason="invalid_value") from None
         url = target.url.rstrip("/") + route
         try:
             reply = await self._poster.post(url, headers, content)
@@ -222,7 +225,7 @@ class _Passing:
         config = self._upstream.config
         reply = await self._upstream.call(self._route, self._asked.body, self._held)
         parser = Events(config.max_event_bytes)
-        size = 0
+        size, done = 0, False
         async with aclosing(reply.chunks()) as chunks:
             async for chunk in chunks:
                 size += len(chunk)
@@ -230,11 +233,13 @@ class _Passing:
                     raise Unavailable(f"the upstream sent more than {config.max_answer_bytes} bytes")
                 passed = []
                 for data in parser.feed(chunk):
-                    if data == b"[DONE]":
+                    done = data == b"[DONE]"
+                    if done:
                         break
                     passed.append(self._pass(_object(data)))
                 yield b"".join(passed)
-        if len(self._closings) < self._asked.choices:
+        # An upstream that knows no `n` makes one choice, and is whole with it.
+        if not self._closings or (len(self._closings) < self._asked.choices and not done):
             raise Unavailable("the upstream's stream ended before its answer")
 
     def ending(self, paid: Mapping[str, str]) -> bytes:
