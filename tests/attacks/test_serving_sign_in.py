@@ -134,10 +134,10 @@ CHANGES: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-async def test_a_text_that_differs_from_ours_in_anything_opens_nothing(world: Owned, change: str) -> None:
-    text = CHANGES[change](await own_text(world))
-    assert (await sign_in(world, text, sign_text(OWNER, text)))[0] == 403
+async def test_a_text_that_differs_from_ours_in_anything_opens_nothing(world: Owned) -> None:
+    for name, change in CHANGES.items():
+        text = change(await own_text(world))
+        assert (await sign_in(world, text, sign_text(OWNER, text)))[0] == 403, name
 
 
 async def test_a_text_of_another_gateway_opens_nothing(world: Owned) -> None:
@@ -155,20 +155,16 @@ async def test_an_expired_text_opens_nothing(world: Owned) -> None:
     assert (await sign_in(world, text, sign_text(OWNER, text)))[0] == 403
 
 
-@pytest.mark.parametrize("signature", ["0x", "0x00", "0x" + "11" * 65, "0x" + "11" * 2_048])
-async def test_a_signature_that_is_none_opens_nothing(world: Owned, signature: str) -> None:
-    assert (await sign_in(world, await own_text(world), signature))[0] == 403
-
-
-async def test_somebody_elses_signature_opens_nothing(world: Owned) -> None:
+async def test_a_signature_that_is_none_or_somebody_elses_opens_nothing(world: Owned) -> None:
     text = await own_text(world)
-    assert (await sign_in(world, text, sign_text(OTHER, text)))[0] == 403
+    for signature in ("0x", "0x00", "0x" + "11" * 65, "0x" + "11" * 2_048, sign_text(OTHER, text)):
+        assert (await sign_in(world, text, signature))[0] == 403, signature
 
 
-@pytest.mark.parametrize("account", ["", "0x12", "0x" + "zz" * 20, "a" * 5_000])
-async def test_a_text_for_no_account_is_not_made(world: Owned, account: str) -> None:
+async def test_a_text_for_no_account_is_not_made(world: Owned) -> None:
     async with world.stack.client() as client:
-        assert (await client.get("/v1/sign-in", params={"account": account})).status_code == 400
+        for account in ("", "0x12", "0x" + "zz" * 20, "a" * 5_000):
+            assert (await client.get("/v1/sign-in", params={"account": account})).status_code == 400, account
 
 
 async def test_a_lent_session_spends_its_owners_tokens_and_ends_with_them(world: Owned) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.core.errors import Invalid
@@ -17,6 +17,7 @@ TOKENS = st.integers(0, 2**31)
 PRICES = st.builds(TokenPrice, UNITS, UNITS, st.integers(1, 2**31))
 
 
+@settings(max_examples=40)
 @given(PRICES, TOKENS, TOKENS, st.data())
 def test_a_charge_is_at_most_what_was_authorised_and_within_one_unit(
     price: TokenPrice, prompt: int, most: int, data: st.DataObject
@@ -28,6 +29,7 @@ def test_a_charge_is_at_most_what_was_authorised_and_within_one_unit(
     assert cost == 1 or exact - 1 < cost <= exact
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 10**12), st.integers(1, 2**20), st.data())
 def test_by_the_context_a_part_is_never_dearer_than_the_whole(units: int, context: int, data: st.DataObject) -> None:
     price = TokenPrice.of_context(units, context)
