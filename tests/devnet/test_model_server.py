@@ -147,10 +147,13 @@ async def test_other_machines_hold_stages_leave_and_come_back(home: Home, tmp_pa
         invitation = StageInvitation.parse(served.invitation.to_text(), CLOCK)
         seen: dict[str, list[Holding]] = {"a": [], "b": [], "c": []}
 
+        left: list[str] = []
+
         async def holds(name: str, *, task_status: Any) -> None:
             with anyio.CancelScope() as scope:
                 task_status.started(scope)
                 await hold_stage(Home(tmp_path / name), invitation, CLOCK, tell=seen[name].append)
+            left.append(name)
 
         assert not await ready(served)
         assert (await ask(served)).status_code == 503
@@ -162,7 +165,7 @@ async def test_other_machines_hold_stages_leave_and_come_back(home: Home, tmp_pa
         for _ in range(2):
             assert (await ask(served)).json()["choices"][0]["text"] == expected(home)
         first.cancel()
-        await until(lambda: not served.table.complete)
+        await until(lambda: left == ["a"] and not served.table.complete)  # its state directory is free again
         assert not await ready(served)
         again = await group.start(holds, "a")  # its file is there still
         await until(lambda: served.table.complete)
