@@ -36,7 +36,7 @@ help:
 	@echo "make up         set up and run the whole economy on this machine   (ARGS=\"--once --json\")"
 	@echo "make test       set up and run the tests, under four minutes       (ARGS=\"-k merkle\")"
 	@echo "make test-slow  the slow tests alone; make test-all runs both"
-	@echo "make fuzz       long random walks beside the contracts' twins       (FUZZ=10: times 10,000 steps each)"
+	@echo "make fuzz       long random walks beside the contracts' twins, any request to the gateway    (FUZZ=10)"
 	@echo "make check      format, lint, types, import rules, dependencies"
 	@echo "make format     let ruff format and fix what it can"
 	@echo "make golden     rewrite the recorded bytes, gas and schemas"
@@ -54,7 +54,7 @@ test-slow: install-test install-eels
 	@$(PYTEST) -m slow $(ARGS)
 
 fuzz: install-test
-	@TESSERA_FUZZ=$(FUZZ) $(PYTEST) tests/stateful -m slow $(ARGS)
+	@TESSERA_FUZZ=$(FUZZ) $(PYTEST) tests/stateful tests/attacks/test_serving_any_request.py -m slow $(ARGS)
 
 test-all: install-test install-eels
 	@$(PYTEST) $(ARGS)

@@ -111,6 +111,7 @@ async def test_an_address_that_asks_too_often_gets_429_and_when_to_come_back() -
         statuses = [(await client.post("/v1/completions", json=ASKED)).status_code for _ in range(2)]
         refused = await client.post("/v1/completions", json=ASKED)
         assert (await client.get("/healthz")).status_code == 200
+        assert (await client.post("/v1/anything")).status_code == 429  # other parts' routes too
     assert statuses == [200, 200]
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "30")
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from tessera.core.clock import Clock
 from tessera.core.errors import Unavailable
+from tessera.serving.envelope import error_response
 
-__all__ = ["CallerLimits", "Callers", "TooMany", "Visit"]
+__all__ = ["CallerLimits", "Callers", "TooMany", "Visit", "address_of"]
 
 MINUTE_S = 60.0
 
@@ -37,6 +40,12 @@ class CallerLimits:
     tokens_per_minute: int = 6_000_000  # of prompt and completion; what was reserved and not used comes back
     concurrent: int = 64  # answers at once
     max_callers: int = 20_000  # remembered at once
+
+
+def address_of(scope: Scope) -> str:
+    """The name of a caller of whom nothing else is known."""
+    client = scope.get("client")
+    return f"address {client[0] if client else ''}"
 
 
 class _Bucket:
@@ -112,6 +121,20 @@ class Callers:
             yield Visit(caller, tokens)
         finally:
             caller.active -= 1
+
+    def door(self, app: ASGIApp) -> ASGIApp:
+        """`app`, whose routes under `/v1` count each request of an address, whoever pays for it in the end."""
+
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and scope["path"].startswith("/v1"):
+                try:
+                    self.knock(address_of(scope))
+                except TooMany as error:
+                    await error_response(error)(scope, receive, send)
+                    return
+            await app(scope, receive, send)
+
+        return guarded
 
     def _take(self, bucket: _Bucket, count: int, now: float, limit: str) -> None:
         if wait_s := bucket.wait_s(count, now):

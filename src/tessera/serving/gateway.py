@@ -24,7 +24,7 @@ from tessera.core.errors import Invalid, Late, Missing, TesseraError, Unavailabl
 from tessera.core.hashing import sha256
 from tessera.serving import envelope, streams
 from tessera.serving.answers import DONE, event, model_card
-from tessera.serving.callers import CallerLimits, Callers, Visit
+from tessera.serving.callers import CallerLimits, Callers, Visit, address_of
 from tessera.serving.charging import API_KEY_HEADER, PAYMENT_HEADER, Charge, PaidRequest, Payments
 from tessera.serving.observing import METRICS_TYPE, Metrics, Note, Observed, note_of
 from tessera.serving.openapi import describe
@@ -68,6 +68,7 @@ def create_app(
     gateway = _Gateway(config, models, ways, clock or SystemClock())
     app = FastAPI(title="Tessera gateway", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     envelope.install(app)
+    app.add_middleware(gateway.door)
     app.add_middleware(Observed, metrics=gateway.metrics)
     routes: tuple[tuple[str, str, Callable[..., Any]], ...] = (
         ("GET", "/healthz", gateway.alive),
@@ -98,6 +99,7 @@ class _Gateway:
         self._ways = tuple(ways)
         self._created = int(clock.time())
         self._callers = Callers(config.callers, clock)
+        self.door = self._callers.door
         self._active = 0
         self.metrics = Metrics(lambda: self._active)
 
@@ -131,9 +133,7 @@ class _Gateway:
 
     async def _answer(self, request: Request, kind: Kind) -> Response:
         note = note_of(request.scope)
-        address = "address " + (request.client.host if request.client else "")
         try:
-            self._callers.knock(address)
             body = await streams.read_body(
                 request, limit=self._config.max_body_bytes, timeout_s=self._config.body_timeout_s
             )
@@ -144,7 +144,9 @@ class _Gateway:
             async with AsyncExitStack() as held:
                 charge = await self._admit(model, work, request, body, held)
                 visit = held.enter_context(
-                    self._callers.visit(charge.caller or address, work.prompt_tokens + work.max_tokens)
+                    self._callers.visit(
+                        charge.caller or address_of(request.scope), work.prompt_tokens + work.max_tokens
+                    )
                 )
                 held.push_async_callback(_end, charge, work, visit, note)
                 held.push_async_callback(_free, work)

@@ -28,7 +28,10 @@ OPERATIONS = {
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
 }
-ROUTES = frozenset((*OPERATIONS, "/v1/models", "/healthz", "/healthz/ready", "/metrics", "/openapi.json"))
+ROUTES = frozenset(
+    (*OPERATIONS, "/v1/models", "/v1/credit", "/v1/sign-in", "/v1/rights", "/healthz", "/healthz/ready", "/metrics",
+     "/openapi.json")
+)  # fmt: skip
 DURATIONS_S = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 PROPAGATOR = TraceContextTextMapPropagator()
 
