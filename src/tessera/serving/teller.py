@@ -99,6 +99,7 @@ class Teller:
         self._split, self._consent, self._terms, self._staff = split, consent, terms, staff
         self._book, self._purchases, self._transport = book, purchases, transport
         self._key, self._clock, self._config, self._gateways = key, clock, config, gateways
+        self._claimed = 0  # tallies whose leaf for us is claimed, since this process began
         self._known_paid: set[str] = set()  # purchases of the present tally: what has paid stays paid
 
     def serve(self) -> None:
@@ -221,13 +222,14 @@ class Teller:
 
     async def _claim(self) -> None:
         """Our leaf of each posted tally that we have not claimed."""
-        for number in range(await self._split.tally_count()):
-            tally = await self._posted(number)
-            units = tally.units_of(self._key.account)
-            if units and not await self._split.counted(tally.leaf(self._key.account)):
-                account = self._key.account
-                await self._split.claim(self._key, number, account, units, tally.proof(account))
-                log.info("serving_income_claimed", tally=number, units=str(units))
+        account = self._key.account
+        while self._claimed < await self._split.tally_count():
+            tally = await self._posted(self._claimed)
+            units = tally.units_of(account)
+            if units and not await self._split.counted(tally.leaf(account)):
+                await self._split.claim(self._key, tally.number, account, units, tally.proof(account))
+                log.info("serving_income_claimed", tally=tally.number, units=str(units))
+            self._claimed += 1
 
     async def _posted(self, number: int) -> Tally:
         """A posted tally: ours, or another worker's whose root is the one on the chain."""
