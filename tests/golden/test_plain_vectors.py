@@ -1,6 +1,6 @@
 """Imported models give what transformers gives for them, as recorded from transformers itself.
 
-The recording is made anew with `--update-golden`, which needs transformers; tests/exact/test_models_plain.py compares
+The recording is made anew with `--update-golden`, which needs transformers; tests/exact/test_models_parity.py compares
 with it directly.
 """
 

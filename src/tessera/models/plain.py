@@ -3,7 +3,7 @@
 A model that other programs can hold is in *plain form*. Reading is by a closed list: a key is used, or is passed over
 because it concerns training or another program, or asks for nothing (null, false); whatever else it asks for is refused
 by name, because a model that is computed a little differently is wrong without telling. Both spellings of a key are
-read, those before transformers 5 and those since. tests/exact/test_models_plain.py compares with transformers.
+read, those before transformers 5 and those since. tests/exact/test_models_parity.py compares with transformers.
 """
 
 from __future__ import annotations
