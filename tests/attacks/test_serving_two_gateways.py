@@ -11,29 +11,37 @@ import anyio
 import pytest
 
 from serving_stack import MODEL, PAYEE, PRICE, Stack, completion, open_stack
-from tessera.core.clock import FakeClock
+from tessera.chain.genesis import PERMIT2
+from tessera.core.clock import FakeClock, SystemClock
 from tessera.core.errors import PaymentRequired, Unavailable
 from tessera.core.signing import AccountKey
-from tessera.serving.charging import PAYMENT_HEADER, PaidRequest
+from tessera.serving.balances import Balances
+from tessera.serving.charging import PAYMENT_HEADER, PaidRequest, Usage
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.ledger import LEASE_S
 from tessera.serving.local import LocalModel
 from tessera.serving.payments import PaymentConfig, X402Payments
+from tessera.serving.prices import TokenPrice
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio
 OPERATOR = AccountKey(b"\x07" * 32)
+TOKENS = TokenPrice(prompt_units=100_000, completion_units=300_000)
 
 
 def paying(payment: str, digest: bytes = bytes(32)) -> PaidRequest:
     return PaidRequest("http://gateway/v1/completions", digest, {PAYMENT_HEADER: payment})
 
 
-async def another(stack: Stack, url: str, *, price: int = PRICE, clock: FakeClock | None = None) -> Stack:
-    """A gateway on `stack`'s chain, with its ledger at `url`."""
-    config = PaymentConfig(stack.coin.address, await stack.coin.name(), await stack.coin.version(), price, PAYEE)
-    payments = await X402Payments.open(config, stack.chain, OPERATOR, database=url, clock=clock)
+async def another(
+    stack: Stack, url: str, *, price: int = PRICE, tokens: TokenPrice | None = None, clock: FakeClock | None = None
+) -> Stack:
+    """A gateway on `stack`'s chain, with its ledger and its balances at `url`."""
+    names = await stack.coin.name(), await stack.coin.version()
+    config = PaymentConfig(stack.coin.address, *names, price, PAYEE, tokens=tokens)
+    balances = Balances(clock or SystemClock(), where=url)
+    payments = await X402Payments.open(config, stack.chain, OPERATOR, balances=balances, database=url, clock=clock)
     engine = FakeEngine(lambda prompt, sampling: list(b"hello world"), delay_s=0.002)
     app = create_app(GatewayConfig(max_concurrent=64), [LocalModel(MODEL, engine, CharTokenizer())], [payments])
     return replace(stack, payments=payments, app=app, engine=engine)
@@ -55,6 +63,45 @@ async def test_replays_at_two_gateways_at_once_pay_once_and_are_served_once(data
     assert (await stack.income(), sum(gateway.engine.started for gateway in gateways)) == (PRICE, 1)
     assert [gateway.payments.held for gateway in gateways] == [0, 0]
     for gateway in gateways:
+        gateway.payments.close()
+
+
+async def test_one_metered_payment_at_two_gateways_at_once_is_served_and_charged_once(database_url: str) -> None:
+    stack = await open_stack()
+    gateways = [await another(stack, database_url, tokens=TOKENS) for _ in range(2)]
+    body = completion(stream=True)
+    payment = gateways[0].sign_metered(await stack.buyer(metered=True), body)
+    statuses: list[int] = []
+
+    async def replay(gateway: Stack) -> None:
+        statuses.append((await gateway.post(body, payment)).status_code)
+
+    async with anyio.create_task_group() as group:
+        for turn in range(8):
+            group.start_soon(replay, gateways[turn % 2])
+    assert sorted(statuses) == [200] + [402] * 7
+    assert await stack.income() == TOKENS.cost_down(Usage(3, 11))
+    for gateway in gateways:
+        gateway.payments.close()
+
+
+async def test_a_debt_at_one_gateway_closes_the_other_one_too(database_url: str) -> None:
+    stack = await open_stack()
+    here, there = [await another(stack, database_url, tokens=TOKENS) for _ in range(2)]
+    key = await stack.buyer(metered=True)
+    body = completion(stream=True)
+    hold = await here.payments.hold(
+        replace(paying(here.sign_metered(key, body)), prompt_tokens=3, max_tokens=body["max_tokens"])
+    )
+    await hold.start()
+    await stack.coin.approve(key, PERMIT2, 0)
+    with pytest.raises(PaymentRequired):
+        await hold.finish(Usage(3, 11))
+    await hold.release()
+    await stack.coin.approve(key, PERMIT2, 2**256 - 1)
+    refused = await there.post(body, there.sign_metered(key, body))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (402, "debt")
+    for gateway in (here, there):
         gateway.payments.close()
 
 

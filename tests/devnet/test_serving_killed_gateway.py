@@ -76,12 +76,11 @@ async def test_a_gateway_killed_under_load_loses_no_credit_and_spends_none_twice
             await until(answered, len(answered) + ANSWERS_AFTER)
             over.set()
     assert broken, "the kill hit no request: it tested nothing"
-    entries = await balances.last(name, 10_000)
-    assert (await balances.read(name)).held > 0, "the victim held nothing: it tested nothing"
     await anyio.sleep(LEASE_S)
     left = await balances.read(name)
     assert left.held == 0
     entries = await balances.last(name, 10_000)
+    assert any(entry.kind == "ran_out" for entry in entries), "the victim held nothing: it tested nothing"
     spent = costs(entries)
     assert left.units == BOUGHT - sum(spent)
     times = Counter(spent)
@@ -95,13 +94,14 @@ async def test_a_gateway_killed_under_load_loses_no_credit_and_spends_none_twice
 def costs(entries: list[Entry]) -> list[int]:
     """What each hold has used. Checks that each ended once, and that the balances add up."""
     held = {entry.reference: -entry.units for entry in entries if entry.kind == "held"}
+    late = {entry.reference: -entry.units for entry in entries if entry.kind == "used_late"}  # on a slow machine
     ended = [(entry.reference, entry.units) for entry in entries if entry.kind in ("returned", "ran_out")]
     assert sorted(reference for reference, _ in ended) == sorted(held)
     total = 0
     for entry in reversed(entries):
         total += entry.units
         assert entry.balance == total
-    return [held[reference] - units for reference, units in ended]
+    return [held[reference] - units + late.get(reference, 0) for reference, units in ended]
 
 
 async def until(answers: list[int], count: int) -> None:

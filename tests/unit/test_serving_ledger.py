@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +36,35 @@ def make_ledger(database_url: str, clock: FakeClock) -> Iterator[MakeLedger]:
     yield make
     for ledger in opened:
         ledger.close()
+
+
+async def test_the_tables_of_an_earlier_version_are_brought_forward(tmp_path: Path, clock: FakeClock) -> None:
+    file = tmp_path / "payments.sqlite"
+    with closing(sqlite3.connect(file)) as old, old:
+        old.executescript("""
+            create table layouts (name varchar primary key, version integer not null);
+            insert into layouts values ('payments', 1);
+            create table payment_leases (asset varchar, payer varchar, nonce varchar, token varchar not null,
+                                         until float not null, primary key (asset, payer, nonce));
+            insert into payment_leases values ('coin', '0xa', '0x9', 'a gateway', 9e18);
+            create table payment_memories (asset varchar, payer varchar, nonce varchar, state varchar not null,
+                                           request blob not null, since float not null,
+                                           primary key (asset, payer, nonce));
+        """)
+    ledger = PaymentLedger(clock, max_held_per_payer=2, asset="coin", where=file)
+    lease = await ledger.hold(NAME, 70)
+    assert lease.payers_units == 70  # the old lease counts for nothing, and holds its payment
+    with pytest.raises(Conflict):
+        await ledger.hold(PaymentName("0xa", "0x9"))
+    ledger.close()
+
+
+async def test_a_payer_s_holds_add_up_until_they_end(make_ledger: MakeLedger) -> None:
+    first, second = make_ledger(), make_ledger()
+    lease = await first.hold(NAME, 70)
+    assert (await second.hold(PaymentName("0xa", "0x2"), 30)).payers_units == 100
+    await first.release(lease, "forget")
+    assert (await first.hold(PaymentName("0xa", "0x3"), 1)).payers_units == 31
 
 
 async def settle(ledger: PaymentLedger, name: PaymentName, request: bytes, outcome: str = "owed") -> None:
