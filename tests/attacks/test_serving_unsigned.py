@@ -42,6 +42,7 @@ async def test_who_signs_for_less_than_it_got_gains_a_sixteenth_at_most_and_the_
     assert served - signed <= 250 + signed // 16 + 100
 
 
+@pytest.mark.slow
 async def test_an_honest_gateway_whose_buyers_cancel_is_served_for_long() -> None:
     world = GateWorld()
     for number in range(40):

@@ -38,6 +38,7 @@ async def test_a_paid_answer_earns_every_stage_what_arrived() -> None:
     assert await stack.income() == PRICE
 
 
+@pytest.mark.slow
 async def test_for_the_operators_own_key_the_house_pays_the_run() -> None:
     stack = await open_stack()
     async with open_paid(stack) as paid:
