@@ -33,11 +33,12 @@ CLOCK = SystemClock()
 HOST = PeerKey(b"\x07" * 32)
 
 
-@pytest.fixture
-def card(tmp_path: Path) -> ModelCard:
-    folder = write_folder(tmp_path / "qwen3", "qwen3")
+@pytest.fixture(scope="module")
+def card(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
+    path = tmp_path_factory.mktemp("model")
+    folder = write_folder(path / "qwen3", "qwen3")
     write_tokenizer(folder)
-    return import_model(Home(tmp_path / "state"), folder, "qwen3", Import(stages=2))
+    return import_model(Home(path / "state"), folder, "qwen3", Import(stages=2))
 
 
 @dataclass

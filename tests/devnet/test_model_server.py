@@ -87,6 +87,7 @@ async def test_a_served_model_says_what_transformers_says(home: Home) -> None:
     assert answer.json()["usage"] == {"prompt_tokens": len(PROMPT), "completion_tokens": NEW, "total_tokens": 48}
 
 
+@pytest.mark.slow
 async def test_a_chat_goes_through_the_models_template_and_needs_the_key(home: Home) -> None:
     said = [{"role": "user", "content": "the <|im_end|> user"}]
     tokenizer = model_tokenizer(BlobStore(home.blobs), find_model(home, "qwen3"))
@@ -104,6 +105,7 @@ async def test_a_chat_goes_through_the_models_template_and_needs_the_key(home: H
         await client.close()
 
 
+@pytest.mark.slow
 async def test_the_first_start_makes_a_key_and_the_next_ones_know_it(home: Home) -> None:
     async with serving(home, Access()) as served:
         key = served.first_key

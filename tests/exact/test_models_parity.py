@@ -25,6 +25,7 @@ from tessera.models.pipeline import Pipeline
 from tessera.models.plain_export import export_plain
 from tessera.models.plain_folder import PlainFolder
 from tessera.models.presets import Kind, preset_codec, tiny_spec
+from tessera.models.stage import Stage
 from tessera.models.tokenizer import train_tokenizer
 
 
@@ -94,9 +95,8 @@ def parameters(pipeline: Pipeline, stage: int) -> Mapping[str, Tensor]:
     return dict(pipeline.trainers[stage].stage.named_parameters())
 
 
-@pytest.mark.parametrize(
-    "kind", ["dense", pytest.param("ssn", marks=pytest.mark.slow), pytest.param("reparam", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "ssn", "reparam"])
 def test_a_model_of_ours_comes_back_from_plain_form_as_it_was(kind: Kind, tmp_path: Path) -> None:
     spec, pipeline = trained(kind, 2, conv=False)
     export_plain(spec, lambda stage: parameters(pipeline, stage), tmp_path / "out")
@@ -142,9 +142,11 @@ def test_what_has_no_counterpart_elsewhere_is_refused_before_a_file_is_written(
 
 
 def test_a_trained_convolution_at_the_entry_is_refused(tmp_path: Path) -> None:
-    spec, pipeline = trained("dense", 2, conv=True)
+    spec = tiny_spec(2, codec="dense")
+    params = {name: parameter.detach().clone() for name, parameter in Stage(spec, 0).named_parameters()}
+    params["codecs.0.table.taps"][1, 3] = 0.5
     with pytest.raises(Invalid, match="several tokens"):
-        export_plain(spec, lambda stage: parameters(pipeline, stage), tmp_path / "out")
+        export_plain(spec, lambda stage: params, tmp_path / "out")
 
 
 def test_an_export_never_writes_over_anything(tmp_path: Path) -> None:

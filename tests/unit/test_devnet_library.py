@@ -32,13 +32,19 @@ def checkpoint(path: Path, family: str = "qwen2", **changes: Any) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def card(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
+    path = tmp_path_factory.mktemp("model")
+    return import_model(Home(path / "state"), checkpoint(path / "tiny"), "tiny", Import(stages=1))
+
+
 def tessera(*args: str) -> Any:
     result = CliRunner().invoke(app, ["models", *args])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout.splitlines()[-1]) if "--json" in args else result.stdout
 
 
-@pytest.mark.parametrize("boundary", ["dense", "int8"])
+@pytest.mark.parametrize("boundary", ["int8", pytest.param("dense", marks=pytest.mark.slow)])
 def test_an_imported_model_computes_what_its_folder_does(boundary: Any, tmp_path: Path) -> None:
     folder, home = checkpoint(tmp_path / "Qwen2-Tiny"), Home(tmp_path / "state")
     seen: list[tuple[int, int]] = []
@@ -130,9 +136,7 @@ def test_imports_take_turns_and_clear_away_what_a_killed_one_left(tmp_path: Path
         ({"template": "x" * (256 * 1024 + 1)}, "template"),
     ],
 )
-def test_a_card_from_elsewhere_is_checked(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    home = Home(tmp_path / "state")
-    card = import_model(home, checkpoint(tmp_path / "tiny"), "tiny", Import(stages=1))
+def test_a_card_from_elsewhere_is_checked(change: dict[str, Any], reason: str, card: ModelCard) -> None:
     value = decode(card.canonical, 1 << 20)
     with pytest.raises(Invalid, match=reason):
         ModelCard.parse(encode(value | change))
