@@ -122,7 +122,7 @@ def test_no_bid_without_a_bond_or_for_another_call() -> None:
     assert Bounty.from_dict(BOUNTY.to_dict()) == BOUNTY
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(1, 120), st.booleans(), st.booleans()), max_size=4))
 def test_poster_and_referee_come_to_one_award(drawn: list[tuple[int, bool, bool]]) -> None:
     """Whatever order the reveals come in; who reveals rightly loses nothing, all others forfeit."""
@@ -182,6 +182,7 @@ async def bonded(folder: Path) -> Bonded:
     return Bonded(market, bounty, {who: Auction(bounty, who) for who in (PROVIDER.account, EVALUATOR.account)})
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 @pytest.mark.parametrize(("reveals", "end"), [(True, Phase.REJECTED), (False, Phase.COMPLETED)])
 async def test_the_bond_comes_back_to_who_reveals_and_pays_for_silence(
@@ -206,6 +207,7 @@ async def test_the_bond_comes_back_to_who_reveals_and_pays_for_silence(
     assert await market.wallets() == ((0, 0, 0, 0) if reveals else (-10, 10, 0, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_poster_who_claims_the_bond_of_who_revealed_gets_nothing(tmp_path: Path) -> None:
     """The poster's book leaves the reveal out; the referee has his own."""

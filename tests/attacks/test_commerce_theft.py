@@ -47,6 +47,7 @@ async def test_work_is_handed_over_to_nobody_who_has_not_paid(market: Market) ->
         assert refusal.value.rule == rule
 
 
+@pytest.mark.slow
 async def test_a_client_cannot_judge_his_own_job_to_get_work_for_nothing(market: Market) -> None:
     buyer, seller = await market.buyer(), await market.seller()
     order = market.order(evaluator=CLIENT.account)
@@ -56,6 +57,7 @@ async def test_a_client_cannot_judge_his_own_job_to_get_work_for_nothing(market:
     assert await (await market.jobs()).listed() == []
 
 
+@pytest.mark.slow
 async def test_an_evaluator_who_sides_with_the_client_costs_one_job_and_the_work_stays(market: Market) -> None:
     async def deny(brief: Brief, work: bytes) -> str:
         return "no reason"
@@ -77,6 +79,7 @@ async def test_an_evaluator_who_sides_with_the_client_costs_one_job_and_the_work
     assert seller.account == PROVIDER.account
 
 
+@pytest.mark.slow
 async def test_an_evaluator_who_sides_with_the_provider_takes_no_more_than_the_job(market: Market) -> None:
     async def wave_through(brief: Brief, work: bytes) -> str:
         return ""
@@ -91,6 +94,7 @@ async def test_an_evaluator_who_sides_with_the_provider_takes_no_more_than_the_j
     assert market.ledger.spent(market.mandate.id).units == PRICE  # it counts against the mandate, whose caps stand
 
 
+@pytest.mark.slow
 async def test_a_silent_evaluator_is_worth_nothing_to_the_client(market: Market) -> None:
     order, buyer, _ = await _submitted(market)
     market.clock.advance(LIFE_S + GRACE)
@@ -99,6 +103,7 @@ async def test_a_silent_evaluator_is_worth_nothing_to_the_client(market: Market)
     assert (done.outcome.paid, done.outcome.refunded) == (PRICE, 0)
 
 
+@pytest.mark.slow
 async def test_other_work_than_was_submitted_is_not_accepted(market: Market) -> None:
     order, buyer, seller = await _submitted(market)
 
@@ -135,11 +140,13 @@ async def test_an_answer_counts_only_from_the_provider_and_only_once(market: Mar
     desk.receive(write_message(STRANGER, CLIENT.account, "counter", {"terms": terms.digest, "units": 100}, now))
     assert (await buyer.advance(order)).phase is Phase.REQUEST
     await (await market.seller()).step()
+    assert (await buyer.advance(order)).phase is Phase.TRANSACTION
     desk.receive(write_message(PROVIDER, CLIENT.account, "counter", {"terms": terms.digest, "units": 100}, now))
     assert (await buyer.advance(order)).phase is Phase.TRANSACTION
     assert (await (await market.jobs()).job(1)).budget == PRICE
 
 
+@pytest.mark.slow
 async def test_only_the_provider_resigns(market: Market) -> None:
     order, _, _ = await _submitted(market)
     desk, evaluator = market.desks[EVALUATOR.account], await market.evaluator()
@@ -157,6 +164,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", COMMANDS)
 async def test_a_text_in_a_job_grants_nothing(market: Market, text: str) -> None:
     """Title and brief say what they like: price, parties, judge and other jobs stay as they are."""
@@ -169,6 +177,7 @@ async def test_a_text_in_a_job_grants_nothing(market: Market, text: str) -> None
     assert (job.intent, job.terms) == (order.intent, order.terms(CLIENT.account).digest)
 
 
+@pytest.mark.slow
 async def test_a_title_cannot_name_another_intent(market: Market) -> None:
     """A stranger's job that names our intent is not ours, and ours is not found in its place."""
     order, buyer = market.order(), await market.buyer()

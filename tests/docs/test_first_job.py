@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_first_job_runs_and_is_short(root: Path) -> None:
     file = root / "examples/first_job.py"
     code = [line for line in file.read_text(encoding="utf-8").splitlines()[5:] if line.strip()]

@@ -131,7 +131,7 @@ async def _live(plan: Plan, hires: TwinHires) -> ClusterReport:
     raise AssertionError(f"it does not end: {cluster.report.states}")
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(clusters())
 def test_money_is_conserved_the_budget_holds_and_it_ends(drawn: tuple[Plan, dict[str, str]]) -> None:
     plan, habits = drawn

@@ -44,6 +44,7 @@ async def test_a_job_goes_from_request_to_payment(market: Market) -> None:
     assert entry.state == "consumed"
 
 
+@pytest.mark.slow
 async def test_looking_again_changes_nothing(market: Market) -> None:
     order = market.order()
     await market.finish(order)
@@ -53,6 +54,7 @@ async def test_looking_again_changes_nothing(market: Market) -> None:
     assert await market.wallets() == (-PRICE, PRICE, 0, 0)
 
 
+@pytest.mark.slow
 async def test_a_seller_names_another_price_and_the_buyer_takes_what_he_may(market: Market) -> None:
     order = market.order(price=market.units(25), most=market.units(PRICE))
     done = await market.finish(order)
@@ -60,6 +62,7 @@ async def test_a_seller_names_another_price_and_the_buyer_takes_what_he_may(mark
     assert await market.wallets() == (-PRICE, PRICE, 0, 0)
 
 
+@pytest.mark.slow
 async def test_a_price_above_the_most_is_not_paid(market: Market) -> None:
     done = await market.finish(market.order(price=market.units(25), most=market.units(PRICE - 1)))
     assert (done.phase, done.job) == (Phase.REJECTED, 0)
@@ -76,6 +79,7 @@ async def test_what_the_mandate_does_not_allow_is_not_even_created(market: Marke
     assert await (await market.jobs()).listed() == []
 
 
+@pytest.mark.slow
 async def test_work_that_is_not_good_is_refunded(market: Market) -> None:
     async def scribble(brief: Brief) -> bytes:
         return b"scribble"
@@ -92,6 +96,7 @@ async def test_work_that_is_not_good_is_refunded(market: Market) -> None:
     assert refusal.value.rule == "unpaid"
 
 
+@pytest.mark.slow
 async def test_work_that_never_comes_is_refunded_at_the_deadline(market: Market) -> None:
     order, buyer = market.order(), await market.buyer()
     await buyer.advance(order)
@@ -103,6 +108,7 @@ async def test_work_that_never_comes_is_refunded_at_the_deadline(market: Market)
     assert await market.wallets() == (0, 0, 0, 0)
 
 
+@pytest.mark.slow
 async def test_a_silent_evaluator_leaves_the_seller_paid(market: Market) -> None:
     order, buyer, seller = market.order(), await market.buyer(), await market.seller()
     await buyer.advance(order)
@@ -118,6 +124,7 @@ async def test_a_silent_evaluator_leaves_the_seller_paid(market: Market) -> None
     assert await buyer.collect(order) == b"Ten words about tiles: done"
 
 
+@pytest.mark.slow
 async def test_a_bond_is_locked_and_comes_back(market: Market) -> None:
     order, buyer = market.order(bond=30), await market.buyer()
     seller, evaluator = await market.seller(), await market.evaluator(most_bond=30)
@@ -129,6 +136,7 @@ async def test_a_bond_is_locked_and_comes_back(market: Market) -> None:
     assert await market.wallets() == (-PRICE, PRICE, 0, 0)
 
 
+@pytest.mark.slow
 async def test_an_order_can_be_taken_back_until_it_is_funded(market: Market) -> None:
     order, buyer = market.order(bond=30), await market.buyer()
     await buyer.advance(order)
@@ -142,6 +150,7 @@ async def test_an_order_can_be_taken_back_until_it_is_funded(market: Market) -> 
     assert market.ledger.spent(market.mandate.id).units == 0
 
 
+@pytest.mark.slow
 async def test_an_intent_is_one_order_for_ever(market: Market) -> None:
     await market.finish(market.order("one"))
     other = market.order("one", title="Something else")
@@ -170,6 +179,7 @@ async def test_two_processes_with_one_order_make_one_payment(market: Market) -> 
     assert await market.wallets() == (-PRICE, PRICE, 0, 0)
 
 
+@pytest.mark.slow
 async def test_reconcile_needs_no_order(market: Market) -> None:
     order, buyer = market.order(), await market.buyer()
     await buyer.advance(order)
@@ -181,6 +191,7 @@ async def test_reconcile_needs_no_order(market: Market) -> None:
     assert await buyer.reconcile() == []
 
 
+@pytest.mark.slow
 async def test_a_seller_refuses_terms_that_could_leave_him_unpaid(market: Market) -> None:
     seller, buyer = await market.seller(evaluators=frozenset({EVALUATOR.account})), await market.buyer()
     bad = [

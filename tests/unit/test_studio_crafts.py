@@ -104,6 +104,7 @@ def test_a_program_that_fails_says_why() -> None:
         run_program(["ffprobe", "-v", "error", "/nowhere/film.mp4"])
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_the_referee_looks_at_charts() -> None:
     work = make("charts", encoding.encode({"series": SERIES}))

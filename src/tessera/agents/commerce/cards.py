@@ -27,7 +27,7 @@ from tessera.core.hashing import sha256
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 
-__all__ = ["Card", "Found", "Registry"]
+__all__ = ["STARS", "Card", "Found", "Registry"]
 
 URI_LIMIT = 2_048  # characters: the registry's own
 SERVICES, NAME_LIMIT, TEXT_LIMIT, URL_LIMIT = 16, 60, 300, 300
@@ -154,18 +154,21 @@ class Registry:
     async def refresh(self) -> None:
         await self._index.update()
 
+    def found(self, number: int) -> Found | None:
+        """One agent with what its paid jobs say; None without a card that counts."""
+        agents = {agent.id: agent for agent in AgentView(self._index.queries).agents(limit=MOST_AGENTS)}
+        card = _card_of(agents[number]) if number in agents else None
+        return None if card is None else self._rated(number, card, agents)
+
     def search(self, kind: str, *, most: int | None = None) -> list[Found]:
         """Agents who offer a kind of work for at most `most` units, the best first."""
         queries = self._index.queries
         agents = {agent.id: agent for agent in AgentView(queries).agents(limit=MOST_AGENTS)}
         found = []
         for agent in agents.values():
-            try:
-                card = Card.from_uri(agent.uri)
-            except Invalid:
-                continue  # somebody else's form, or nonsense
-            price = card.services.get(kind)
-            if price is not None and card.account == agent.wallet and (most is None or price <= most):
+            card = _card_of(agent)
+            price = None if card is None else card.services.get(kind)
+            if card is not None and price is not None and (most is None or price <= most):
                 found.append(self._rated(agent.id, card, agents))
         return sorted(found, key=lambda one: (one.rank, -one.number), reverse=True)
 
@@ -184,3 +187,12 @@ class Registry:
         paid = sum(weight for _, weight in stars)
         mean = sum(star * weight for star, weight in stars) / paid if paid else 0.0
         return Found(number, card, len(counted), len({one.client for one in counted}), paid, mean)
+
+
+def _card_of(agent: Agent) -> Card | None:
+    """The card, if it can be read and is about the account that the registry knows."""
+    try:
+        card = Card.from_uri(agent.uri)
+    except Invalid:
+        return None  # somebody else's form, or nonsense
+    return card if card.account == agent.wallet else None

@@ -24,7 +24,7 @@ from tessera.core.clock import Clock, SystemClock
 from tessera.core.errors import Invalid, Late, Refused, TesseraError, Unavailable
 from tessera.core.ids import Account
 
-__all__ = ["Attempt", "Cluster", "ClusterReport", "Hires", "Part", "Plan", "Value"]
+__all__ = ["MOST_CANDIDATES", "Attempt", "Cluster", "ClusterReport", "Hires", "Part", "Plan", "Value"]
 
 log = structlog.get_logger()
 MOST_PARTS, MOST_CANDIDATES = 64, 8
@@ -302,7 +302,8 @@ class Cluster:
                 raise Refused(f"{part.name}: {bound} units are bound, {waiting} are for what waits", rule="budget")
             if deadline <= now:
                 raise Refused(f"{part.name}: the cluster's deadline is over", rule="deadline")
-        provider, price = part.candidates[number], Amount(part.price, self.plan.budget.asset)
+        provider = part.candidates[number] if asked is None else asked.provider
+        price = Amount(part.price, self.plan.budget.asset)
         order = Order(
             intent, self.plan.mandate, provider, part.evaluator, price, deadline, part.title, self._brief(part),
             purpose=self.plan.purpose,

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from anyio import to_thread
 
 from tessera.agents.commerce.buyer import Buyer
+from tessera.agents.commerce.cards import Card, Registry
 from tessera.agents.commerce.desk import Desk
 from tessera.agents.commerce.jobs import Jobs
 from tessera.agents.commerce.street import Street
 from tessera.agents.ledger import IntentLedger
 from tessera.agents.mandates import Mandate, sign_mandate
-from tessera.chain.faces import JobEscrow
+from tessera.chain.faces import IdentityRegistry, JobEscrow, ReputationRegistry
 from tessera.chain.indexer.engine import Indexer
 from tessera.chain.indexer.job_escrow import JOB_ESCROW, JobView
 from tessera.core.amount import Amount
@@ -28,12 +29,14 @@ from tessera.core.errors import Invalid
 from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 from tessera.devnet.ledger import Ledger, ensure_coin, give_coins, open_ledger
-from tessera.devnet.studio.cast import PRICES, ROLES, StudioConfig
+from tessera.devnet.studio.cast import MAKERS, PRICES, ROLES, StudioConfig
 from tessera.training.home import Home, write_atomic
 
 __all__ = ["Company", "open_company"]
 
 GRACE_S = 60
+CONTRACTS = ("escrow", "identity", "reputation")
+SELLERS = tuple(dict.fromkeys(role for roles in MAKERS.values() for role in roles))
 MANDATE_S = 30 * 86_400
 PURSES = {"buyer": 3 * PRICES["recap"], "editor": PRICES["recap"], "narrator": 10**6, "second narrator": 10**6}
 
@@ -52,6 +55,8 @@ class Company:
     mandates: dict[str, Mandate]  # of those who pay
     index: Indexer
     view: JobView
+    registry: Registry
+    numbers: dict[str, int]  # of those who sell, in the registry
     clock: Clock
     opening: dict[str, int]  # what each purse held at the beginning
     held_before: int  # what lay in escrow then
@@ -79,7 +84,7 @@ async def open_company(config: StudioConfig, clock: Clock) -> AsyncIterator[Comp
         operator = home.account_key
         ledger = await stack.enter_async_context(open_ledger(home.path / "chain.journal", None, clock, operator))
         coin = await ensure_coin(ledger, operator, home.path / "coins.json")
-        escrow = await _ensure_escrow(ledger, operator, coin, home)
+        escrow, identity, reputation = await _ensure_contracts(ledger, operator, coin, home)
         jobs = await Jobs.open(ledger.chain, escrow)
         keys = {role: home.account(f"studio-{role.replace(' ', '-')}") for role in ROLES}
         for role, units in PURSES.items():
@@ -95,34 +100,40 @@ async def open_company(config: StudioConfig, clock: Clock) -> AsyncIterator[Comp
         stack.callback(index.close)
         opening = {role: (await jobs.balance(key.account)).units for role, key in keys.items()}
         mandates = _mandates(home, books, keys, jobs, clock)
+        registry = Registry(
+            jobs, IdentityRegistry(ledger.chain, identity), ReputationRegistry(ledger.chain, reputation)
+        )
+        stack.callback(registry.close)
+        numbers = {role: await registry.register(keys[role], _card(role, keys[role])) for role in SELLERS}
         held = (await jobs.balance(escrow)).units
         yield Company(
-            home,
-            ledger,
-            jobs,
-            books,
-            keys,
-            desks,
-            street,
-            mandates,
-            index,
-            JobView(index.queries),
-            clock,
-            opening,
-            held,
-        )
+            home, ledger, jobs, books, keys, desks, street, mandates, index, JobView(index.queries), registry, numbers,
+            clock, opening, held,
+        )  # fmt: skip
 
 
-async def _ensure_escrow(ledger: Ledger, operator: AccountKey, coin: Account, home: Home) -> Account:
+async def _ensure_contracts(
+    ledger: Ledger, operator: AccountKey, coin: Account, home: Home
+) -> tuple[Account, Account, Account]:
+    """Escrow, identities, reputation: those that are there, or new ones."""
     file = home.path / "studio.json"
     if file.exists():
         try:
-            return parse_account(json.loads(file.read_bytes())["escrow"])
+            known = json.loads(file.read_bytes())
+            return tuple(parse_account(known[name]) for name in CONTRACTS)  # type: ignore[return-value]
         except (ValueError, KeyError, TypeError) as error:
             raise Invalid(f"{file} is damaged: restore it, or remove the directory to begin anew") from error
     escrow = (await JobEscrow.deploy(ledger.chain, operator, coin, GRACE_S)).address
-    write_atomic(file, json.dumps({"escrow": escrow}).encode())
-    return escrow
+    identity = (await IdentityRegistry.deploy(ledger.chain, operator)).address
+    reputation = (await ReputationRegistry.deploy(ledger.chain, operator, identity, escrow)).address
+    made = (escrow, identity, reputation)
+    write_atomic(file, json.dumps(dict(zip(CONTRACTS, made, strict=True))).encode())
+    return made
+
+
+def _card(role: str, key: AccountKey) -> Card:
+    services = {kind: PRICES[kind] for kind, roles in MAKERS.items() if role in roles}
+    return Card(role.capitalize(), key.account, services, "of the studio")
 
 
 def _mandates(

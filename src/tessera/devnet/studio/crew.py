@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
+import structlog
 
 from tessera.agents.commerce.buyer import Order
-from tessera.agents.commerce.cluster import Cluster, ClusterReport, Part, Plan
+from tessera.agents.commerce.cards import STARS
+from tessera.agents.commerce.cluster import MOST_CANDIDATES, Cluster, ClusterReport, Part, Plan
 from tessera.agents.commerce.evaluator import Evaluator
 from tessera.agents.commerce.seller import Seller, Service, Shelf, Worker
 from tessera.agents.commerce.terms import Brief
 from tessera.agents.intents import intent_id
 from tessera.core import encoding
-from tessera.core.errors import Invalid, Refused
+from tessera.core.errors import Conflict, Invalid, Refused
 from tessera.core.hashing import sha256
 from tessera.devnet.studio.analysis import SCENES, read_analysis
 from tessera.devnet.studio.archives import write_archive
@@ -26,6 +28,8 @@ from tessera.devnet.studio.judges import JUDGES
 from tessera.devnet.studio.voice import read_voice
 
 __all__ = ["Crew", "Meter"]
+
+log = structlog.get_logger()
 
 STEP_S = 0.15
 PART_S = 300  # for one part, on a busy machine
@@ -137,8 +141,10 @@ class Crew:
     async def _recap(self, brief: Brief) -> bytes:
         """The editor: hire the others, then cut."""
         company = self._company
+        await company.registry.refresh()
         cluster = Cluster(self.plan(brief), company.buyer("editor"), clock=company.clock, changed=self._changed)
         report = await cluster.run()
+        await self._rate(report)
         if not report.done:
             raise Refused("the cluster came to no film: every job that was not done is refunded", rule="cluster")
         folder = company.home.path / "works" / "cutting-room"
@@ -153,14 +159,26 @@ class Crew:
         self.meter.record("cut", cpu_ms)
         return film
 
+    async def _rate(self, report: ClusterReport) -> None:
+        """The editor says of each paid job that it was done: what the next production's search goes by."""
+        company = self._company
+        for attempt in report.attempts:
+            number = company.numbers.get(company.role_of(attempt.provider))
+            if attempt.paid and number is not None:
+                try:
+                    await company.registry.rate(company.keys["editor"], number, attempt.progress.job, STARS)
+                except Conflict:  # it has voted, before a crash
+                    log.info("job_has_voted", job=attempt.progress.job)
+
     def plan(self, brief: Brief) -> Plan:
-        """Analysis first; charts and narration from it, at the same time."""
+        """Analysis first; charts and narration from it, at the same time. The registry says by whom."""
         company = self._company
         made = {"evaluator": company.account("referee"), "within_s": PART_S}
         faulty = self._config.fault != "none"
 
         def part(name: str, title: str, text: str, **more: Any) -> Part:
-            candidates = tuple(company.account(role) for role in MAKERS[name])
+            found = company.registry.search(name, most=PRICES[name])[:MOST_CANDIDATES]
+            candidates = tuple(one.card.account for one in found)
             return Part(name=name, kind=name, title=title, text=text, candidates=candidates, price=PRICES[name],
                         **{**made, **more})  # fmt: skip
 

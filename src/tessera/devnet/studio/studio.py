@@ -189,6 +189,7 @@ class Studio:
 
     async def _look(self, company: Company) -> None:
         await company.index.update()
+        await company.registry.refresh()
         agents = [await _agent(company, role) for role in ROLES]
         jobs = [_job(company, job) for job in company.view.jobs(limit=JOBS_SHOWN)]
         held = (await company.jobs.balance(company.jobs.address)).units
@@ -223,10 +224,12 @@ async def _agent(company: Company, role: str) -> dict[str, Any]:
     account, mandate = company.account(role), company.mandates.get(role)
     balance = (await company.jobs.balance(account)).units
     earned = company.view.earned(account)
+    found = company.registry.found(company.numbers[role]) if role in company.numbers else None
     funded, refunded = company.view.spent(account)
     return {
         "role": role, "account": account, "balance": balance, "change": balance - company.opening[role],
         "earned": earned.amount, "funded": funded.amount, "refunded": refunded.amount,
+        "votes": found.votes if found else 0, "stars": round(found.mean, 1) if found else 0.0,
         "mandate": "" if mandate is None else mandate.id,
         "cap": 0 if mandate is None else mandate.per_period.units,
         "counted": 0 if mandate is None else company.books.spent(mandate.id).units,
