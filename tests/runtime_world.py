@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +33,22 @@ def close_desks() -> Iterator[None]:
     yield
     while OPENED:
         OPENED.pop().close()
+
+
+FOLDER = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+NUMBERS = itertools.count()
+
+
+@cache
+def empty_tables() -> Path:
+    """A file with the tables: to make them anew takes longer than most of what is tested."""
+    file = Path(FOLDER.name, "empty.sqlite")
+    StepLedger(file).close()
+    return file
+
+
+def fresh_tables() -> Path:
+    return Path(shutil.copy(empty_tables(), Path(FOLDER.name, f"{next(NUMBERS)}.sqlite")))
 
 
 class Killed(BaseException):
@@ -69,6 +90,8 @@ class Desk:
     repeatable: bool = False
 
     def __post_init__(self) -> None:
+        if self.where == ":memory:":
+            self.where = fresh_tables()
         self.ledger: StepLedger = StepLedger(self.where, clock=self.clock)
         self.approvals = Approvals(APPROVER.account, self.where, clock=self.clock)
         self.memory = Memory("clerk", self.where, clock=self.clock)

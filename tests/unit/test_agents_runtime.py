@@ -109,7 +109,7 @@ async def test_an_expired_question_is_asked_anew() -> None:
 
 @pytest.mark.parametrize(
     ("steps", "after"),
-    [((6,), False), ((9,), True), *(pytest.param(range(13), after, marks=pytest.mark.slow) for after in (False, True))],
+    [((6,), False), *(pytest.param(range(13), after, marks=pytest.mark.slow) for after in (False, True))],
 )
 async def test_a_run_killed_at_any_step_goes_on_and_repeats_no_effect(
     tmp_path: Path, steps: Sequence[int], after: bool
@@ -138,7 +138,10 @@ def _looks_first(desk: Desk) -> Callable[[Request], Any]:
     return answer
 
 
-@pytest.mark.parametrize(("answer", "mails"), [(says_yes, 2), (says_no, 1), (None, 1)])
+@pytest.mark.parametrize(
+    ("answer", "mails"),
+    [pytest.param(says_yes, 2, marks=pytest.mark.slow), (says_no, 1), pytest.param(None, 1, marks=pytest.mark.slow)],
+)
 async def test_a_call_that_may_have_been_made_is_made_again_only_on_a_person_s_word(answer: Any, mails: int) -> None:
     desk = Desk(":memory:", [mail(ANN), "done"], dies_in_tool=True)
     with pytest.raises(Killed):
@@ -155,6 +158,7 @@ async def test_a_call_that_may_have_been_made_is_made_again_only_on_a_person_s_w
         assert "may have been made" in outcome.question.evidence["in_doubt"]
 
 
+@pytest.mark.slow
 async def test_a_repeatable_call_is_made_again_without_a_question() -> None:
     desk = Desk(":memory:", [mail(ANN), "done"], dies_in_tool=True, repeatable=True)
     with pytest.raises(Killed):
@@ -202,6 +206,7 @@ async def test_a_replay_of_a_run_that_is_not_over_goes_as_far_as_its_record() ->
     assert [made.decision.arguments["recipients"] for made in replayed.calls] == [[ANN]]
 
 
+@pytest.mark.slow
 async def test_a_replay_shows_where_the_guard_would_now_say_something_else() -> None:
     desk = Desk(":memory:", [mail(ANN), "done"])
     done = await desk.runtime().start(LATE)
@@ -237,6 +242,7 @@ async def test_a_stopped_agent_calls_nothing_more() -> None:
     assert desk.sent == [ANN]
 
 
+@pytest.mark.slow
 async def test_a_stop_while_the_model_thinks_holds() -> None:
     desk = Desk(":memory:", [mail(ANN), mail(ANN), "done"])
 
@@ -396,6 +402,7 @@ async def test_a_redefined_tool_is_refused_until_it_is_accepted() -> None:
     assert (await _with_server(desk, _server()).start("Hello")).state == "done"
 
 
+@pytest.mark.slow
 async def test_a_tool_that_a_server_adds_later_is_not_offered() -> None:
     desk = Desk(":memory:", ["hello"])
     await _with_server(desk, _server()).start("Hello")

@@ -23,7 +23,7 @@ from agents_world import (  # noqa: F401
     open_ledger,
 )
 from contract_sources import SHOP, bytecode
-from runtime_world import OPENED, Killed, close_desks, says_no, says_yes  # noqa: F401
+from runtime_world import OPENED, Killed, close_desks, fresh_tables, says_no, says_yes  # noqa: F401
 from tessera.agents.approvals import Approvals, approve
 from tessera.agents.intents import Coin as CoinTerms
 from tessera.agents.mandates import asset_id
@@ -64,14 +64,15 @@ class Purse:
         asset = asset_id(31_337, self.coin.address)
         terms = {"approve_above": 50, "asset": asset, "payees": (SELLER, self.shop)}
         self.mandate = make_mandate(**(terms | changes))
-        self.ledger = open_ledger(self.mandate, clock=self.clock)
+        where = fresh_tables()
+        self.ledger = open_ledger(self.mandate, where=where, clock=self.clock)
         settlements, terms_of_coin = ChainSettlements(self.chain), CoinTerms(asset, "Test USD", "2")
         payer = Payer(self.ledger, AGENT, terms_of_coin, settlements, config=QUICK, clock=self.clock)
         self.wallet = Wallet(
             self.ledger, payer, settlements, self.mandate.id, terms_of_coin, AGENT, self.chain
         )  # fmt: skip
-        self.steps = StepLedger(clock=self.clock)
-        self.approvals = Approvals(APPROVER.account, clock=self.clock)
+        self.steps = StepLedger(where, clock=self.clock)
+        self.approvals = Approvals(APPROVER.account, where, clock=self.clock)
         OPENED.extend([self.steps, self.approvals])
         return self
 
@@ -105,6 +106,7 @@ async def test_a_payment_that_the_user_asks_for_is_made_once(purse: Purse) -> No
     assert (await purse.runtime([]).replay(outcome.run)).calls[2].holds
 
 
+@pytest.mark.slow
 async def test_a_model_that_pays_twice_pays_once(purse: Purse) -> None:
     outcome = await purse.runtime([pay(40), pay(40), "paid"], says_yes).start(f"Pay 40 to {SELLER}")
     assert [made.answer["state"] for made in outcome.calls] == ["consumed", "consumed"]
@@ -186,6 +188,7 @@ async def test_a_transaction_that_does_more_is_not_signed_even_with_a_yes(purse:
     assert await purse.held(AGENT.account) == 1_000
 
 
+@pytest.mark.slow
 async def test_a_stopped_mandate_stops_its_agent(purse: Purse) -> None:
     waiting = await purse.runtime([pay(40, ATTACKER.account), pay(40), "ok"], says_no).start("Look at my budget")
     purse.ledger.stop(purse.mandate.id, "enough")
@@ -241,6 +244,7 @@ async def test_a_stranger_s_agent_pays_only_what_the_operator_asked_for(purse: P
     assert {run.state for run in purse.steps.runs()} == {"done"}
 
 
+@pytest.mark.slow
 async def test_without_a_request_a_call_waits_and_is_made_once_after_a_yes(purse: Purse) -> None:
     async with Client(make_server(purse.runtime([]))) as client:
         call = ("pay", {"payee": SELLER, "units": 40})

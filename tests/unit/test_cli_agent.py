@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ from tessera.core.errors import Invalid, Missing
 LATE = "Write to ann@example.com that I am late"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("agents")
+    assert typed(folder, "new", "clerk", "--demo").exit_code == 0
+    return folder
+
+
 @pytest.fixture
-def agents(tmp_path: Path) -> Path:
-    assert typed(tmp_path, "new", "clerk", "--demo").exit_code == 0
-    return tmp_path
+def agents(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "agents"))
 
 
 def typed(agents: Path, *words: str) -> Result:
@@ -62,6 +69,7 @@ def test_a_new_agent_runs_offline_and_its_question_is_answered_once(agents: Path
     assert typed(agents, "approve", "clerk", question["call"][:8], "--yes").exit_code == 1
 
 
+@pytest.mark.slow
 def test_what_is_denied_is_not_sent(agents: Path) -> None:
     run = facts(agents, "run", "clerk", LATE)["run"]
     (question,) = facts(agents, "approve", "clerk")
@@ -70,6 +78,7 @@ def test_what_is_denied_is_not_sent(agents: Path) -> None:
     assert outbox(agents) == ["ann@example.com"]
 
 
+@pytest.mark.slow
 def test_a_stopped_agent_does_nothing_more(agents: Path) -> None:
     run = facts(agents, "run", "clerk", LATE)["run"]
     assert typed(agents, "stop", "clerk", "--reason", "enough").exit_code == 0
@@ -80,6 +89,7 @@ def test_a_stopped_agent_does_nothing_more(agents: Path) -> None:
     assert facts(agents, "list")[0]["stopped"] is True
 
 
+@pytest.mark.slow
 def test_an_approver_elsewhere_is_the_only_one_who_can_allow(tmp_path: Path) -> None:
     assert typed(tmp_path, "new", "clerk", "--demo", "--approver", APPROVER.account).exit_code == 0
     run = facts(tmp_path, "run", "clerk", LATE)["run"]
@@ -103,18 +113,20 @@ def test_tools_are_shown_with_what_the_guard_takes_them_for(agents: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "told", "status"),
     [
-        (("new", "clerk", "--demo"), "nothing was changed", 1),
-        (("new", "other"), "--model NAME", 2),
-        (("new", "No Name", "--demo"), "an agent is called", 2),
+        pytest.param(("new", "clerk", "--demo"), "nothing was changed", 1, marks=pytest.mark.slow),
+        pytest.param(("new", "other"), "--model NAME", 2, marks=pytest.mark.slow),
+        pytest.param(("new", "No Name", "--demo"), "an agent is called", 2, marks=pytest.mark.slow),
         (("new", "../x", "--demo"), "an agent is called", 2),
-        (("new", "rich", "--demo", "--chain", "http://127.0.0.1:1"), "a mandate needs", 2),
-        (("run", "clerk"), "say what the agent shall do", 2),
+        pytest.param(
+            ("new", "rich", "--demo", "--chain", "http://127.0.0.1:1"), "a mandate needs", 2, marks=pytest.mark.slow
+        ),
+        pytest.param(("run", "clerk"), "say what the agent shall do", 2, marks=pytest.mark.slow),
         (("run", "clerk", "a", "--resume", "b"), "say what the agent shall do", 2),
-        (("run", "clerk", "--resume", "abc"), "there is no run", 1),
-        (("run", "nobody", "x"), "`tessera agent new` makes one", 1),
-        (("approve", "clerk", "zz"), "hex digits", 2),
-        (("approve", "clerk", "abcd"), "no question that waits", 1),
-        (("tools", "clerk", "--accept", "x"), "no server of clerk", 1),
+        pytest.param(("run", "clerk", "--resume", "abc"), "there is no run", 1, marks=pytest.mark.slow),
+        pytest.param(("run", "nobody", "x"), "`tessera agent new` makes one", 1, marks=pytest.mark.slow),
+        pytest.param(("approve", "clerk", "zz"), "hex digits", 2, marks=pytest.mark.slow),
+        pytest.param(("approve", "clerk", "abcd"), "no question that waits", 1, marks=pytest.mark.slow),
+        pytest.param(("tools", "clerk", "--accept", "x"), "no server of clerk", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_word_is_told_in_one_line(agents: Path, words: tuple[str, ...], told: str, status: int) -> None:
