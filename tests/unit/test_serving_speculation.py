@@ -33,10 +33,11 @@ def test_nothing_known_is_nothing_guessed() -> None:
 
 
 def test_a_table_knows_what_mostly_followed_elsewhere() -> None:
-    table = NgramTable([[1, 2, 3], [1, 2, 3], [1, 2, 4], [7, 2, 5]])
+    table = NgramTable([[1, 2, 3]] * 3 + [[1, 2, 4], *[[7, 2, 5]] * 3, [8, 2, 9]])
     assert table.after([1, 2]) == 3
     assert table.after([7, 2]) == 5
     assert table.after([9, 2]) == 3
+    assert table.after([8, 2]) == 3, "seen once only: what two tokens say counts less than what one says"
     assert table.after([9]) is None
     assert propose(NgramDraft(table), [9, 1]) == [2, 3]
 

@@ -17,9 +17,9 @@ from tessera.serving.stage_session import MAX_GUESSES
 
 __all__ = ["Draft", "Drafter", "NgramDraft", "NgramTable", "Pace"]
 
-LONGEST = 4  # tokens that must agree before a text is taken to repeat itself: tried first, down to SHORTEST
-SHORTEST = 2
-WORTH = 0.03  # a guess is sent while the chance that it and all before it are right is at least this
+LONGEST = 4  # tokens that agree when a text repeats itself: tried first, then fewer
+SHORTEST = 2  # at least; one more where a table knows what two tokens mostly mean
+WORTH = 0.02  # a guess is sent while the chance that it and all before it are right is at least this
 MEMORY = 0.9  # of the estimate, for each guess that was judged
 PROBE_EVERY = 8  # rounds without a guess before one is tried again
 
@@ -42,17 +42,22 @@ class NgramTable:
     """What mostly follows the last few tokens, counted in other texts.
 
     Args:
+        order: tokens looked back at, at most.
+        least: times that a context of several tokens must have been seen; fewer say less than a shorter context does.
         entries: contexts kept at most, the most frequent ones.
     """
 
-    def __init__(self, texts: Iterable[Sequence[int]], *, order: int = 3, entries: int = 100_000) -> None:
+    def __init__(
+        self, texts: Iterable[Sequence[int]], *, order: int = 3, least: int = 3, entries: int = 100_000
+    ) -> None:
         self.order = order
         counts: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         for text in texts:
             for end in range(1, len(text)):
                 for size in range(1, min(order, end) + 1):
                     counts[tuple(text[end - size : end])][text[end]] += 1
-        common = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))[:entries]
+        known = [(context, after) for context, after in counts.items() if len(context) == 1 or after.total() >= least]
+        common = sorted(known, key=lambda item: (-item[1].total(), item[0]))[:entries]
         self._next = {context: max(after.items(), key=lambda pair: (pair[1], -pair[0]))[0] for context, after in common}
 
     def __len__(self) -> int:
@@ -79,12 +84,13 @@ class NgramDraft:
 class _NgramDrafter:
     def __init__(self, table: NgramTable | None) -> None:
         self._table = table
+        self._shortest = SHORTEST if table is None else SHORTEST + 1
         self._seen = 0
         self._ends: dict[tuple[int, ...], int] = {}  # where a run of tokens ended last
 
     async def propose(self, ids: Sequence[int], count: int) -> list[int]:
         for end in range(max(1, self._seen), len(ids)):  # a run counts once something has followed it
-            for size in range(SHORTEST, min(LONGEST, end) + 1):
+            for size in range(self._shortest, min(LONGEST, end) + 1):
                 self._ends[tuple(ids[end - size : end])] = end
         self._seen = len(ids)
         text = list(ids[-max(LONGEST, self._table.order if self._table else 0) :])
@@ -104,7 +110,7 @@ class _NgramDrafter:
 
     def _repeats(self, ids: Sequence[int]) -> int | None:
         """Where what followed the same tokens before begins."""
-        for size in range(min(LONGEST, len(ids)), SHORTEST - 1, -1):
+        for size in range(min(LONGEST, len(ids)), self._shortest - 1, -1):
             if (end := self._ends.get(tuple(ids[-size:]))) is not None:
                 return end
         return None
