@@ -79,6 +79,6 @@ async def test_bought_credit_pays_for_what_is_asked_from_then_on(stack: Stack) -
         with pytest.raises(Refused):  # beyond the budget
             await buyer.buy_credit(PRICE)
         with pytest.raises(Refused) as caught:  # the credit does not cover it, and the limit for a request neither
-            await buyer.complete("abc", model=MODEL, max_tokens=500)
+            await buyer.complete("abc", model=MODEL, max_tokens=390)
         assert caught.value.rule == "price"
     assert await stack.income() == 3 * PRICE
