@@ -25,10 +25,11 @@ from agents_world import (  # noqa: F401
 from contract_sources import SHOP, bytecode
 from runtime_world import OPENED, Killed, close_desks, fresh_tables, says_no, says_yes  # noqa: F401
 from tessera.agents.approvals import Approvals, approve
+from tessera.agents.commerce.tools import CommerceTools
 from tessera.agents.intents import Coin as CoinTerms
 from tessera.agents.mandates import asset_id
 from tessera.agents.paying import Payer
-from tessera.agents.runtime.agent import Agent
+from tessera.agents.runtime.agent import Agent, Tool
 from tessera.agents.runtime.models import scripted
 from tessera.agents.runtime.server import make_server
 from tessera.agents.runtime.session import Runtime
@@ -256,3 +257,19 @@ async def test_without_a_request_a_call_waits_and_is_made_once_after_a_yes(purse
         purse.approvals.grant(approve(question.call, APPROVER, NOW + 600))
         assert (await told(client, *call))["state"] == "consumed"
         assert await purse.held(SELLER) == 40
+
+
+async def test_job_tools_are_offered_too_and_hire_nobody_whom_the_user_did_not_name() -> None:
+    class Unreached:
+        """Whatever the guard refuses reaches neither buyer nor registry."""
+
+    unreached: Any = Unreached()
+    mandate = make_mandate()
+    jobs = CommerceTools(unreached, unreached, mandate.id, mandate.asset, APPROVER.account, "run")
+    steps = StepLedger(fresh_tables())
+    OPENED.append(steps)
+    agent = Agent("buyer", scripted([]), tools=[Tool(function, spec) for function, spec in jobs.tools()])
+    async with Client(make_server(Runtime(agent, steps), f"Pay 40 to {SELLER}")) as client:
+        assert {tool.name for tool in await client.list_tools()} >= {"search_agents", "hire", "get_job", "read_work"}
+        order = {"provider": ATTACKER.account, "units": 40, "kind": "chart", "text": "draw"}
+        assert (await told(client, "hire", order))["rule"] == "nobody"
