@@ -90,6 +90,7 @@ async def test_a_card_counts_only_for_the_wallet_that_the_registry_knows(registr
     assert [one.card.account for one in registry.search("write")] == []
 
 
+@pytest.mark.slow
 async def test_fake_feedback_is_refused_and_moves_no_rank(market: Market, registry: Registry) -> None:
     """Without a receipt, for another's job, twice, or for oneself."""
     number = await registry.register(PROVIDER, CARD)
