@@ -90,10 +90,14 @@ async def _mandate(terms: MandateTerms, accounts: dict[str, str]) -> tuple[Manda
     """The mandate, and what the definition says of the purse."""
     if not terms.coin or terms.per_payment <= 0 or terms.per_day <= 0 or terms.days <= 0:
         raise Invalid("a mandate needs --coin, --per-payment, --per-day and --days, all above zero")
-    chain = RpcChain(HttpRpc(terms.chain))
-    coin = Coin(chain, terms.coin)
-    asset = asset_id(await chain.chain_id(), coin.address)
-    name, version = await coin.name(), await coin.version()
+    rpc = HttpRpc(terms.chain)
+    try:
+        chain = RpcChain(rpc)
+        coin = Coin(chain, terms.coin)
+        asset = asset_id(await chain.chain_id(), coin.address)
+        name, version = await coin.name(), await coin.version()
+    finally:
+        await rpc.aclose()
     mandate = Mandate(
         payer=parse_account(accounts["payer"]), agent=parse_account(accounts["agent"]),
         approver=parse_account(accounts["approver"]), per_payment=Amount(terms.per_payment, asset),

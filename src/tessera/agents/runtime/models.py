@@ -26,7 +26,7 @@ from tessera.core.amount import Amount
 from tessera.core.errors import Invalid, Unavailable
 from tessera.core.hashing import sha256
 
-__all__ = ["PayingTransport", "RecordedModel", "compatible", "nobody", "read_script", "scripted"]
+__all__ = ["PayingTransport", "RecordedModel", "close_model", "compatible", "nobody", "read_script", "scripted"]
 
 SCRIPT_LIMIT = 1 << 20  # bytes
 _QUESTION: ContextVar[str] = ContextVar("question")  # of which run, and its how-manieth
@@ -49,6 +49,13 @@ def compatible(
     http = httpx.AsyncClient(transport=transport, timeout=timeout_s, follow_redirects=False)
     client = AsyncOpenAI(base_url=url, api_key=api_key, http_client=http, max_retries=0 if transport else 2)
     return OpenAIChatModel(name, provider=OpenAIProvider(openai_client=client))
+
+
+async def close_model(model: Model) -> None:
+    """Let go of its connections. Models of other makes hold none that we opened."""
+    client = getattr(model, "client", None)
+    if client is not None:
+        await client.close()
 
 
 class PayingTransport(httpx.AsyncBaseTransport):

@@ -17,7 +17,7 @@ from tessera.agents.runtime.build import build
 from tessera.agents.runtime.calls import Ask
 from tessera.agents.runtime.definition import WalletPart
 from tessera.agents.runtime.home import AgentHome
-from tessera.agents.runtime.models import PayingTransport
+from tessera.agents.runtime.models import PayingTransport, close_model
 from tessera.agents.runtime.session import Runtime
 from tessera.agents.runtime.wallet import Wallet
 from tessera.agents.settlements import ChainSettlements
@@ -53,12 +53,16 @@ async def open_agent(home: AgentHome, secret: Secret, ask: Ask | None = None) ->
         mandate = home.mandate()
         wallet = payer = None
         if mandate is not None and home.definition.wallet is not None:
-            wallet = _wallet(home.definition.wallet, mandate, ledger, secret("agent"))
+            rpc = HttpRpc(home.definition.wallet.chain)
+            stack.push_async_callback(rpc.aclose)
+            wallet = _wallet(home.definition.wallet, mandate, ledger, secret("agent"), RpcChain(rpc))
             payer = wallet.payer
             stack.push_async_callback(payer.aclose)
         stopped = (lambda: False) if mandate is None else (lambda: ledger.is_stopped(mandate.id))
+        agent = _agent(home, wallet)
+        stack.push_async_callback(close_model, agent.model)
         runtime = Runtime(
-            _agent(home, wallet), steps, approvals=approvals, ask=ask, memory=memory, stopped=stopped,
+            agent, steps, approvals=approvals, ask=ask, memory=memory, stopped=stopped,
             mandate=NO_MANDATE if mandate is None else mandate.id,
             check_payment=None if wallet is None else wallet.check_payment,
         )  # fmt: skip
@@ -76,8 +80,7 @@ def _agent(home: AgentHome, wallet: Wallet | None) -> Agent:
     return build(home.definition, home.folder, wallet=tools, transport=transport)
 
 
-def _wallet(part: WalletPart, mandate: Mandate, ledger: IntentLedger, key: AccountKey) -> Wallet:
-    chain = RpcChain(HttpRpc(part.chain))
+def _wallet(part: WalletPart, mandate: Mandate, ledger: IntentLedger, key: AccountKey, chain: RpcChain) -> Wallet:
     coin = Coin(mandate.asset, part.coin_name, part.coin_version)
     settlements = ChainSettlements(chain)
     return Wallet(ledger, Payer(ledger, key, coin, settlements), settlements, mandate.id, coin, key, chain)
