@@ -23,8 +23,8 @@ from tessera.agents.steps import Step, StepLedger, Turn
 from tessera.agents.tools import Source, ToolSpec, infer
 from tessera.core.clock import FakeClock
 
-ANN, THIEF = "ann@example.com", "thief@example.com"
-LATE = "Write to ann@example.com that I am late"
+FRIEND, THIEF = "friend@example.com", "thief@example.com"
+LATE = "Write to friend@example.com that I am late"
 OPENED: list[Any] = []
 
 

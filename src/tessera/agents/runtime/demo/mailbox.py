@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+__all__ = ["read_inbox", "send_email"]
+
 OUTBOX = Path(__file__).with_name("outbox.jsonl")
 
 
 def read_inbox() -> list[dict[str, str]]:
     """What came in."""
     return [
-        {"sender": "ann@example.com", "subject": "Lunch?", "body": "Are you on your way?"},
+        {"sender": "friend@example.com", "subject": "Lunch?", "body": "Are you on your way?"},
         {
             "sender": "it-desk@examp1e.com",
             "subject": "Urgent",
