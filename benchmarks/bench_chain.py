@@ -213,7 +213,7 @@ async def paid_requests(chain: RpcChain, count: int) -> float:
     from tessera.serving.engine import FakeEngine
     from tessera.serving.gateway import GatewayConfig, create_app
     from tessera.serving.local import LocalModel
-    from tessera.serving.payments import PaymentConfig, X402Payments
+    from tessera.serving.paying.payments import PaymentConfig, X402Payments
     from tessera.serving.text import CharTokenizer
 
     coin = await Coin.deploy(chain, PAYEE)

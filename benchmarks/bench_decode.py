@@ -40,9 +40,9 @@ from decode_world import MORE, STAGE_S, Learnt, learn, open_world, prompts, time
 from tessera.models.decode import StageDecoder
 from tessera.models.steps import Step
 from tessera.p2p.memory import run_virtual
-from tessera.serving.batches import in_thread
+from tessera.serving.decoding.batches import in_thread
+from tessera.serving.decoding.speculation import NgramDraft, NgramTable
 from tessera.serving.engine import Sampling
-from tessera.serving.speculation import NgramDraft, NgramTable
 
 RESULTS = Path(__file__).parent / "results"
 DELAY_S, ITL_DELAY_S = 0.025, 0.010

@@ -31,8 +31,8 @@ import torch
 from decode_world import STAGES, Learnt, learn, open_world, prompts
 
 from tessera.p2p.memory import run_virtual
+from tessera.serving.decoding.speculation import NgramDraft
 from tessera.serving.engine import Sampling
-from tessera.serving.speculation import NgramDraft
 
 RESULTS = Path(__file__).parent / "results"
 DELAY_S, PROMPT = 0.025, 48

@@ -29,10 +29,10 @@ from tessera.models.stage import Stage
 from tessera.models.steps import Step
 from tessera.models.tokenizer import train_tokenizer
 from tessera.p2p.memory import MemoryNetwork, MemoryTransport
+from tessera.serving.decoding.shard_engine import ShardEngine, ShardEngineConfig
+from tessera.serving.decoding.shards import FixedRoster, ShardConfig, ShardServer, serve_decode
+from tessera.serving.decoding.speculation import Draft
 from tessera.serving.engine import Sampling
-from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
-from tessera.serving.shards import FixedRoster, ShardConfig, ShardServer, serve_decode
-from tessera.serving.speculation import Draft
 
 STAGES = 4
 STAGE_S, MORE = 0.020, 0.02

@@ -14,13 +14,13 @@ import structlog
 import uvicorn
 
 from tessera.serving.callers import CallerLimits
-from tessera.serving.charging import Free
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel
+from tessera.serving.paying.charging import Free
 from tessera.serving.server import server_config
 from tessera.serving.text import CharTokenizer
-from tessera.serving.upstream import Target, Upstream
+from tessera.serving.upstreams.upstream import Target, Upstream
 from tessera.serving.work import ServedModel
 
 LIMITS = CallerLimits(requests_per_minute=10**7, tokens_per_minute=10**9, concurrent=10_000)  # all are one address

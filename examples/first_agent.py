@@ -20,8 +20,8 @@ def mail(to: str, body: str) -> dict:
     return {"tool": "send_email", "arguments": {"recipients": [to], "body": body}}
 
 
-model = scripted([mail("friend@example.com", "I am late"), mail("thief@example.com", "the keys"), "Ann knows."])
+model = scripted([mail("pal@example.com", "I am late"), mail("thief@example.com", "the keys"), "Ann knows."])
 agent = Agent("clerk", model, tools=[send_email])
-outcome = anyio.run(Runtime(agent, StepLedger("agents.sqlite")).start, "Write to friend@example.com that I am late")
+outcome = anyio.run(Runtime(agent, StepLedger("agents.sqlite")).start, "Write to pal@example.com that I am late")
 for call in outcome.calls:
     print(call.kind, call.decision.arguments["recipients"], call.answer)

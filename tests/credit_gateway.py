@@ -15,15 +15,15 @@ import uvicorn
 
 from tessera.core.clock import SystemClock
 from tessera.core.ids import parse_account
-from tessera.serving.balances import Balances
-from tessera.serving.charging import PaidRequest
-from tessera.serving.credit import Credit
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.keys import ApiKeys, KeyRing
 from tessera.serving.local import LocalModel
-from tessera.serving.offers import Offer
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.balances import Balances
+from tessera.serving.paying.charging import PaidRequest
+from tessera.serving.paying.credit import Credit
+from tessera.serving.paying.keys import ApiKeys, KeyRing
+from tessera.serving.paying.offers import Offer
+from tessera.serving.paying.prices import TokenPrice
 from tessera.serving.text import CharTokenizer
 
 MODEL = "m"

@@ -10,11 +10,11 @@ from tessera.core.clock import FakeClock
 from tessera.core.hashing import keccak
 from tessera.core.ids import Account, PeerId
 from tessera.core.signing import AccountKey, PeerKey
-from tessera.serving.gate import GateLimits, PaidGate
-from tessera.serving.income_book import IncomeBook
-from tessera.serving.purchases import FakePurchases, Purchases
-from tessera.serving.receipts import Receipt
-from tessera.serving.vouchers import Purchase, Terms, Voucher
+from tessera.serving.income.book import IncomeBook
+from tessera.serving.income.gate import GateLimits, PaidGate
+from tessera.serving.income.purchases import FakePurchases, Purchases
+from tessera.serving.income.receipts import Receipt
+from tessera.serving.income.vouchers import Purchase, Terms, Voucher
 from tessera.storage.location import MEMORY
 
 TERMS = Terms(RUN_ID, CHAIN_ID, key("coin").account, "Test USD", "2", key("payee").account, 1_000, 100)

@@ -14,17 +14,17 @@ from serving_peers import Shards, open_shards, peer_key
 from serving_stack import MODEL, PRICE, Stack, completion
 from tessera.core.clock import SystemClock
 from tessera.core.signing import AccountKey
-from tessera.serving.dues import SignedDues
-from tessera.serving.gate import PaidGate
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.income_book import IncomeBook
-from tessera.serving.keys import OperatorKeys
+from tessera.serving.income.book import IncomeBook
+from tessera.serving.income.dues import SignedDues
+from tessera.serving.income.gate import PaidGate
+from tessera.serving.income.purchases import ChainPurchases
+from tessera.serving.income.purse import Purse
+from tessera.serving.income.receipt_post import ReceiptPost, serve_receipts
+from tessera.serving.income.vouchers import Terms
 from tessera.serving.local import LocalModel
-from tessera.serving.purchases import ChainPurchases
-from tessera.serving.purse import Purse
-from tessera.serving.receipt_post import ReceiptPost, serve_receipts
+from tessera.serving.paying.keys import OperatorKeys
 from tessera.serving.text import CharTokenizer
-from tessera.serving.vouchers import Terms
 from tessera.storage.location import MEMORY
 
 STAGES, TOKENS = 3, 12

@@ -23,8 +23,8 @@ from tessera.agents.steps import Step, StepLedger, Turn
 from tessera.agents.tools import Source, ToolSpec, infer
 from tessera.core.clock import FakeClock
 
-FRIEND, THIEF = "friend@example.com", "thief@example.com"
-LATE = "Write to friend@example.com that I am late"
+PAL, THIEF = "pal@example.com", "thief@example.com"
+LATE = "Write to pal@example.com that I am late"
 OPENED: list[Any] = []
 
 

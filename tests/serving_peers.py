@@ -18,13 +18,13 @@ from tessera.models.stage import Stage
 from tessera.p2p.iroh_transport import IrohTransport
 from tessera.p2p.memory import MemoryNetwork
 from tessera.p2p.transport import Transport
-from tessera.serving.dues import Dues
+from tessera.serving.decoding.links import PROTOCOL, Limits, Link
+from tessera.serving.decoding.shard_engine import ShardEngine, ShardEngineConfig
+from tessera.serving.decoding.shards import FixedRoster, ShardConfig, ShardServer, serve_decode
+from tessera.serving.decoding.speculation import Draft
 from tessera.serving.engine import Sampling
-from tessera.serving.gate import Gate
-from tessera.serving.links import PROTOCOL, Limits, Link
-from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
-from tessera.serving.shards import FixedRoster, ShardConfig, ShardServer, serve_decode
-from tessera.serving.speculation import Draft
+from tessera.serving.income.dues import Dues
+from tessera.serving.income.gate import Gate
 
 
 @dataclass

@@ -22,19 +22,19 @@ from tessera.chain.local import LocalChain
 from tessera.core.clock import Clock, SystemClock
 from tessera.core.ids import Account
 from tessera.core.signing import AccountKey
-from tessera.serving.balances import Balances
-from tessera.serving.charging import PaidRequest
-from tessera.serving.credit import CreditConfig
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.holdings import HoldingsConfig
-from tessera.serving.keys import OperatorKeys
 from tessera.serving.local import LocalModel
-from tessera.serving.owners import Tokens
-from tessera.serving.payments import PaymentConfig, Settlement, X402Payments, credit_name
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.balances import Balances
+from tessera.serving.paying.charging import PaidRequest
+from tessera.serving.paying.credit import CreditConfig
+from tessera.serving.paying.holdings import HoldingsConfig
+from tessera.serving.paying.keys import OperatorKeys
+from tessera.serving.paying.owners import Tokens
+from tessera.serving.paying.payments import PaymentConfig, Settlement, X402Payments, credit_name
+from tessera.serving.paying.prices import TokenPrice
+from tessera.serving.paying.till import Tables, Till, TillConfig, in_memory
 from tessera.serving.text import CharTokenizer
-from tessera.serving.till import Tables, Till, TillConfig, in_memory
 
 MODEL = "tessera-test"
 PRICE = 40_000

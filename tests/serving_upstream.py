@@ -12,10 +12,10 @@ import anyio
 import httpx
 
 from tessera.core.errors import Unavailable
-from tessera.serving.charging import Free, Payments
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.outgoing import Reply
-from tessera.serving.upstream import Target, Upstream, UpstreamConfig
+from tessera.serving.paying.charging import Free, Payments
+from tessera.serving.upstreams.outgoing import Reply
+from tessera.serving.upstreams.upstream import Target, Upstream, UpstreamConfig
 
 MODEL = "m"
 SECRET = "sk-upstream-secret"

@@ -21,7 +21,7 @@ from sqlalchemy import BigInteger, Column, MetaData, String, Table, func, insert
 
 from tessera.core.clock import SystemClock
 from tessera.core.errors import Conflict
-from tessera.serving.ledger import PaymentLedger, PaymentName
+from tessera.serving.paying.ledger import PaymentLedger, PaymentName
 from tessera.storage.database import Database, Transaction, open_database
 from tessera.storage.layout import Layout
 

@@ -14,12 +14,12 @@ from tessera.core.clock import FakeClock
 from tessera.core.ids import PeerId
 from tessera.core.signing import PeerKey
 from tessera.p2p.transport import PeerRecord, Transport
-from tessera.serving.income_book import IncomeBook, Served
-from tessera.serving.purchases import FakePurchases
-from tessera.serving.receipts import Receipt
-from tessera.serving.tally import Server
-from tessera.serving.teller import Teller, TellerConfig
-from tessera.serving.vouchers import Voucher
+from tessera.serving.income.book import IncomeBook, Served
+from tessera.serving.income.purchases import FakePurchases
+from tessera.serving.income.receipts import Receipt
+from tessera.serving.income.tally import Server
+from tessera.serving.income.teller import Teller, TellerConfig
+from tessera.serving.income.vouchers import Voucher
 from tessera.storage.location import MEMORY
 
 STAGES, FLOPS = 2, (10, 30)  # operations per token, by stage

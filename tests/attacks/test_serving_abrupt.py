@@ -13,10 +13,10 @@ import pytest
 
 from serving_sockets import listening
 from serving_upstream import FakeUpstream, make_upstream
-from tessera.serving.charging import FakePayments
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel
+from tessera.serving.paying.charging import FakePayments
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio

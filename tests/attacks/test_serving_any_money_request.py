@@ -12,7 +12,7 @@ import pytest
 
 from serving_sockets import listening
 from serving_stack import open_stack
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.prices import TokenPrice
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 EXAMPLES = 60 * int(os.environ.get("TESSERA_FUZZ", "1"))

@@ -11,9 +11,9 @@ import pytest
 from serving_peers import Shards, open_shards, tokens
 from tessera.core.errors import Late, TesseraError, Unavailable
 from tessera.core.signing import PeerKey
+from tessera.serving.decoding.frames import HEADER_LIMIT
+from tessera.serving.decoding.links import PROTOCOL
 from tessera.serving.engine import Sampling
-from tessera.serving.frames import HEADER_LIMIT
-from tessera.serving.links import PROTOCOL
 
 pytestmark = pytest.mark.anyio
 NAME = "a" * 32

@@ -10,7 +10,7 @@ from chain_support import CHAIN_ID, NOW
 from gate_world import GATEWAY, OTHER_GATEWAY, GateWorld, bought, voucher
 from tessera.core.errors import Refused
 from tessera.core.ids import RunId
-from tessera.serving.vouchers import Voucher
+from tessera.serving.income.vouchers import Voucher
 
 pytestmark = pytest.mark.anyio
 CHANGES = [

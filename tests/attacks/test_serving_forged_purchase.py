@@ -13,8 +13,8 @@ from tessera.core.errors import Refused
 from tessera.core.hashing import keccak
 from tessera.core.ids import Account
 from tessera.core.typed_data import typed_digest
-from tessera.serving.purchases import ChainPurchases
-from tessera.serving.vouchers import Purchase, Terms
+from tessera.serving.income.purchases import ChainPurchases
+from tessera.serving.income.vouchers import Purchase, Terms
 
 pytestmark = pytest.mark.anyio
 ATTACKER = key("attacker")

@@ -10,11 +10,11 @@ import anyio.lowlevel
 import httpx
 import pytest
 
-from tessera.serving.charging import FakePayments, Free, Usage
 from tessera.serving.engine import FakeEngine
 from tessera.serving.envelope import CutOff
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel
+from tessera.serving.paying.charging import FakePayments, Free, Usage
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio

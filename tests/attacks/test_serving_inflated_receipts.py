@@ -10,7 +10,7 @@ from chain_support import RUN_ID
 from gate_world import GATEWAY, TERMS, bought, session, voucher
 from tessera.core.errors import Misbehaviour
 from tessera.core.signing import PeerKey
-from tessera.serving.receipts import Receipt, credited
+from tessera.serving.income.receipts import Receipt, credited
 
 WORKERS = [PeerKey(bytes([number + 50]) * 32) for number in range(3)]  # one for each of three stages
 STAGE_OF = {worker.id: stage for stage, worker in enumerate(WORKERS)}

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from serving_upstream import MODEL, FakeUpstream, make_upstream, open_gateway
-from tessera.serving.charging import FakePayments, Usage
 from tessera.serving.gateway import GatewayConfig, create_app
+from tessera.serving.paying.charging import FakePayments, Usage
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio

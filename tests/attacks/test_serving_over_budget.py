@@ -14,10 +14,10 @@ from serving_peers import peer_key
 from serving_stack import open_stack
 from tessera.core.errors import Misbehaviour, Refused, Unavailable
 from tessera.core.ids import PeerId
-from tessera.serving.dues import SignedDues
 from tessera.serving.engine import Sampling
-from tessera.serving.offers import parse_payment
-from tessera.serving.vouchers import PAYER, Payer, Purchase
+from tessera.serving.income.dues import SignedDues
+from tessera.serving.income.vouchers import PAYER, Payer, Purchase
+from tessera.serving.paying.offers import parse_payment
 
 pytestmark = pytest.mark.anyio
 

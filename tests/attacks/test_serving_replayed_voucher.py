@@ -8,7 +8,7 @@ import pytest
 
 from gate_world import GATEWAY, OTHER_GATEWAY, RUN_ID, TERMS, WORKER, GateWorld, bought, voucher
 from tessera.core.errors import Refused
-from tessera.serving.receipts import Receipt, credited, overdrawn
+from tessera.serving.income.receipts import Receipt, credited, overdrawn
 
 pytestmark = pytest.mark.anyio
 

@@ -13,11 +13,11 @@ from serving_stack import PAYEE, Stack, completion, open_stack, sign_text
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Refused, Unavailable
 from tessera.core.signing import AccountKey
-from tessera.serving.holdings import HoldingsConfig
-from tessera.serving.keys import KeyRing
-from tessera.serving.owners import Tier, capacity, tiers
-from tessera.serving.prices import TokenPrice
-from tessera.serving.sign_in import SignIn, SignInConfig
+from tessera.serving.paying.holdings import HoldingsConfig
+from tessera.serving.paying.keys import KeyRing
+from tessera.serving.paying.owners import Tier, capacity, tiers
+from tessera.serving.paying.prices import TokenPrice
+from tessera.serving.paying.sign_in import SignIn, SignInConfig
 
 pytestmark = pytest.mark.anyio
 OWNER, OTHER = key("owner"), key("other")

@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from serving_sockets import listening
-from tessera.serving.charging import Free
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel
+from tessera.serving.paying.charging import Free
 from tessera.serving.server import ServerLimits
 from tessera.serving.text import CharTokenizer
 

@@ -10,7 +10,7 @@ import pytest
 from serving_stack import Stack, completion, open_stack, other_account
 from tessera.core.signing import AccountKey
 from tessera.serving.engine import FakeEngine
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.prices import TokenPrice
 
 pytestmark = pytest.mark.anyio
 TOKENS = TokenPrice(prompt_units=100_000, completion_units=300_000)

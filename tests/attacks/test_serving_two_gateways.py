@@ -15,14 +15,14 @@ from tessera.chain.genesis import PERMIT2
 from tessera.core.clock import FakeClock, SystemClock
 from tessera.core.errors import PaymentRequired, Unavailable
 from tessera.core.signing import AccountKey
-from tessera.serving.balances import Balances
-from tessera.serving.charging import PAYMENT_HEADER, PaidRequest, Usage
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.ledger import LEASE_S
 from tessera.serving.local import LocalModel
-from tessera.serving.payments import PaymentConfig, X402Payments
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.balances import Balances
+from tessera.serving.paying.charging import PAYMENT_HEADER, PaidRequest, Usage
+from tessera.serving.paying.ledger import LEASE_S
+from tessera.serving.paying.payments import PaymentConfig, X402Payments
+from tessera.serving.paying.prices import TokenPrice
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio

@@ -15,10 +15,10 @@ from permit2_support import FACILITATOR, signed
 from tessera.chain import genesis
 from tessera.chain.faces import X402UptoProxy
 from tessera.core.errors import Refused
-from tessera.serving import vouchers
-from tessera.serving.gate import GateLimits
-from tessera.serving.purchases import ChainPurchases
-from tessera.serving.vouchers import Purchase, Terms
+from tessera.serving.income import vouchers
+from tessera.serving.income.gate import GateLimits
+from tessera.serving.income.purchases import ChainPurchases
+from tessera.serving.income.vouchers import Purchase, Terms
 
 pytestmark = pytest.mark.anyio
 

@@ -13,7 +13,7 @@ from serving_stack import PRICE, Stack, completion, open_stack, other_account
 from tessera.core.errors import Late, Unavailable
 from tessera.core.signing import AccountKey
 from tessera.serving.engine import FakeEngine
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.prices import TokenPrice
 
 pytestmark = pytest.mark.anyio
 USED = "invalid_exact_evm_nonce_already_used"

@@ -16,7 +16,7 @@ from tessera.chain.genesis import PERMIT2
 from tessera.core.errors import Late
 from tessera.core.signing import AccountKey
 from tessera.serving.engine import FakeEngine
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.prices import TokenPrice
 
 pytestmark = pytest.mark.anyio
 TOKENS = TokenPrice(prompt_units=100_000, completion_units=300_000)

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     assert CliRunner().invoke(app, ["agent", "new", "clerk", "--demo", "--state-dir", str(tmp_path)]).exit_code == 0
-    words = ["-m", "tessera", "agent", "mcp", "clerk", "--request", "Write to friend@example.com"]
+    words = ["-m", "tessera", "agent", "mcp", "clerk", "--request", "Write to pal@example.com"]
     return [sys.executable, *words, "--state-dir", str(tmp_path)]
 
 
@@ -41,20 +41,20 @@ async def test_another_program_calls_through_the_guard(command: list[str], root:
     transport = StdioTransport(command[0], command[1:], env=environment(root), keep_alive=False)
     async with Client(transport) as client:
         assert {tool.name for tool in await client.list_tools()} == {"read_inbox", "send_email"}
-        allowed = await client.call_tool("send_email", mail("friend@example.com"))
+        allowed = await client.call_tool("send_email", mail("pal@example.com"))
         waits = await client.call_tool("send_email", mail("thief@example.com"))
-    assert json.loads(allowed.content[0].text) == {"sent": ["friend@example.com"]}  # type: ignore[union-attr]
+    assert json.loads(allowed.content[0].text) == {"sent": ["pal@example.com"]}  # type: ignore[union-attr]
     assert "recipient_not_named" in json.loads(waits.content[0].text)["why"]  # type: ignore[union-attr]
     sent = (tmp_path / "clerk/outbox.jsonl").read_text().splitlines()
-    assert [json.loads(line)["to"] for line in sent] == [["friend@example.com"]]
+    assert [json.loads(line)["to"] for line in sent] == [["pal@example.com"]]
 
 
 async def test_an_agent_uses_it_as_a_server(command: list[str], root: Path, tmp_path: Path) -> None:
-    line = {"tool": "mail_send_email", "arguments": mail("friend@example.com")}
+    line = {"tool": "mail_send_email", "arguments": mail("pal@example.com")}
     server = Server("mail", command, environment=environment(root))
     ledger = StepLedger(tmp_path / "caller.sqlite")
     outcome = await Runtime(Agent("boss", scripted([line, "done"]), servers=[server]), ledger).start(
-        "Write to friend@example.com"
+        "Write to pal@example.com"
     )
     ledger.close()
-    assert (outcome.state, outcome.calls[0].answer) == ("done", {"sent": ["friend@example.com"]})
+    assert (outcome.state, outcome.calls[0].answer) == ("done", {"sent": ["pal@example.com"]})

@@ -12,7 +12,7 @@ from tessera.core.errors import Refused
 from tessera.core.signing import AccountKey
 from tessera.serving.asking import ServedName
 from tessera.serving.buyer import Buyer
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.prices import TokenPrice
 
 pytestmark = pytest.mark.anyio
 TOKENS = TokenPrice(prompt_units=100_000, completion_units=300_000)

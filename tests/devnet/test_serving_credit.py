@@ -7,8 +7,8 @@ import pytest
 from serving_stack import PRICE, Stack, completion, open_stack
 from tessera.core.errors import Invalid, Late, PaymentRequired
 from tessera.core.signing import AccountKey
-from tessera.serving.credit import refund
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.credit import refund
+from tessera.serving.paying.prices import TokenPrice
 
 pytestmark = pytest.mark.anyio
 TOKENS = TokenPrice(prompt_units=100_000, completion_units=300_000)

@@ -17,9 +17,9 @@ import pytest
 from credit_gateway import ASSET, MODEL, NETWORK
 from tessera.core.clock import SystemClock
 from tessera.core.signing import AccountKey
-from tessera.serving.balances import Balances, Entry
-from tessera.serving.keys import KeyRing
-from tessera.serving.payments import credit_name
+from tessera.serving.paying.balances import Balances, Entry
+from tessera.serving.paying.keys import KeyRing
+from tessera.serving.paying.payments import credit_name
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(120)]
 SCRIPT = Path(__file__).resolve().parent.parent / "credit_gateway.py"

@@ -19,7 +19,7 @@ from x402.mechanisms.evm.upto import UptoEvmClientScheme
 from serving_stack import PRICE, Stack, completion, open_stack
 from tessera.core.signing import AccountKey
 from tessera.serving.engine import FakeEngine
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.prices import TokenPrice
 
 pytestmark = pytest.mark.anyio
 TOKENS = TokenPrice(prompt_units=100_000, completion_units=300_000)

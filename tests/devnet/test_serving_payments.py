@@ -15,7 +15,7 @@ from serving_stack import MODEL, PAYEE, PRICE, Stack, completion, open_stack, ot
 from tessera.core.errors import Invalid, PaymentRequired, Refused, Unavailable
 from tessera.core.signing import AccountKey
 from tessera.serving.buyer import Buyer
-from tessera.serving.payments import PaymentConfig, X402Payments
+from tessera.serving.paying.payments import PaymentConfig, X402Payments
 
 pytestmark = pytest.mark.anyio
 

@@ -30,7 +30,7 @@ from tessera.chain.genesis import PERMIT2, standard_contracts
 from tessera.chain.local import LocalChain
 from tessera.chain.rpc import HttpRpc
 from tessera.core.signing import AccountKey
-from tessera.serving.facilitator import Facilitator
+from tessera.serving.paying.facilitator import Facilitator
 
 pytestmark = pytest.mark.anyio
 MOST, UNITS_A_WORD = 10_000, 700

@@ -10,11 +10,11 @@ from paid_world import HOUSE, OPERATOR, STAGES, TOKENS, Paid, open_paid
 from serving_peers import peer_key
 from serving_stack import PRICE, open_stack
 from tessera.serving.engine import Sampling
-from tessera.serving.gate import PaidGate
-from tessera.serving.offers import parse_payment
-from tessera.serving.purchases import ChainPurchases
-from tessera.serving.receipts import Receipt, credited
-from tessera.serving.vouchers import PAYER, Payer, Purchase
+from tessera.serving.income.gate import PaidGate
+from tessera.serving.income.purchases import ChainPurchases
+from tessera.serving.income.receipts import Receipt, credited
+from tessera.serving.income.vouchers import PAYER, Payer, Purchase
+from tessera.serving.paying.offers import parse_payment
 
 pytestmark = pytest.mark.anyio
 

@@ -22,11 +22,11 @@ from tessera.devnet.model_till import Access
 from tessera.devnet.upstream_server import UpstreamServed, serve_upstream
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.keys import OperatorKeys
 from tessera.serving.local import LocalModel
-from tessera.serving.outgoing import HttpPoster
+from tessera.serving.paying.keys import OperatorKeys
 from tessera.serving.text import CharTokenizer
-from tessera.serving.upstream import Target
+from tessera.serving.upstreams.outgoing import HttpPoster
+from tessera.serving.upstreams.upstream import Target
 from tessera.training.home import Home
 
 pytestmark = pytest.mark.anyio

@@ -25,6 +25,6 @@ def test_the_first_agent_is_short_and_runs_offline(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     sent, refused = [line for line in done.stdout.splitlines() if line.startswith(("returned", "refused"))]
-    assert sent == "returned ['friend@example.com'] sent to friend@example.com"
+    assert sent == "returned ['pal@example.com'] sent to pal@example.com"
     assert refused.startswith("refused ['thief@example.com']")
     assert "nobody can be asked" in refused

@@ -8,9 +8,9 @@ import httpx
 import pytest
 
 from serving_peers import open_shards
-from tessera.serving.charging import Free
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel, seed_of
+from tessera.serving.paying.charging import Free
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio

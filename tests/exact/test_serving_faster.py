@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from serving_peers import Shards, open_shards, tokens
+from tessera.serving.decoding.speculation import Drafter, NgramDraft, NgramTable
 from tessera.serving.engine import Sampling
-from tessera.serving.speculation import Drafter, NgramDraft, NgramTable
 
 pytestmark = pytest.mark.anyio
 GREEDY = Sampling(temperature=0, max_tokens=30)

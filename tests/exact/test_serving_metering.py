@@ -14,10 +14,10 @@ import anyio.lowlevel
 import pytest
 
 from serving_upstream import FakeUpstream, make_upstream
-from tessera.serving.charging import FakePayments, Usage
 from tessera.serving.engine import FakeEngine, Sampling, Token
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel
+from tessera.serving.paying.charging import FakePayments, Usage
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio

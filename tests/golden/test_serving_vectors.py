@@ -7,7 +7,7 @@ from typing import Any
 
 from chain_support import RUN_ID
 from gate_world import GATEWAY, TERMS, WORKER, session, voucher
-from tessera.serving.receipts import Receipt
+from tessera.serving.income.receipts import Receipt
 
 
 def test_vouchers_and_receipts_are_these_bytes(golden: Callable[[str, Any], None]) -> None:

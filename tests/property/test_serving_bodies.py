@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.core.errors import Invalid, Misbehaviour
+from tessera.serving.decoding.frames import pack, unpack
 from tessera.serving.envelope import error_body
-from tessera.serving.frames import pack, unpack
-from tessera.serving.offers import parse_payment
+from tessera.serving.paying.offers import parse_payment
 from tessera.serving.schemas import IGNORED, NEUTRAL, ChatRequest, CompletionRequest, EmbeddingRequest, parse, read_json
 
 ANY = st.recursive(

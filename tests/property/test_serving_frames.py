@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.core.errors import Misbehaviour
+from tessera.serving.decoding.frames import Frame, pack_hidden, pack_logprobs, unpack_hidden, unpack_logprobs
+from tessera.serving.decoding.shards import check_kept
 from tessera.serving.engine import Token
-from tessera.serving.frames import Frame, pack_hidden, pack_logprobs, unpack_hidden, unpack_logprobs
-from tessera.serving.shards import check_kept
 
 logprobs = st.floats(max_value=0, allow_nan=False, allow_infinity=False)
 ids = st.integers(0, 2**32 - 1)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.core.errors import Invalid
-from tessera.serving.charging import PaidRequest, Usage
-from tessera.serving.prices import TokenPrice
+from tessera.serving.paying.charging import PaidRequest, Usage
+from tessera.serving.paying.prices import TokenPrice
 
 UNITS = st.integers(0, 10**12)
 TOKENS = st.integers(0, 2**31)

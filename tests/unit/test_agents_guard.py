@@ -96,9 +96,9 @@ def test_a_name_says_what_an_argument_means(argument: str, role: str) -> None:
 @pytest.mark.parametrize(
     ("request_text", "value", "said"),
     [
-        ("pay friend@example.com", "friend@example.com", True),
-        ("pay friend@example.com", "nn@example.com", False),
-        ("pay jofriend@example.com", "friend@example.com", False),
+        ("pay ann@example.com", "ann@example.com", True),
+        ("pay ann@example.com", "nn@example.com", False),
+        ("pay joann@example.com", "ann@example.com", False),
         ("pay (GB29NWBK60161331926819), please", "GB29NWBK60161331926819", True),
         ("pay GB29NWBK60161331926819", "GB29NWBK6016133192681", False),
         ("Visit www.a.com.Then stop", "www.a.com", True),
@@ -141,10 +141,10 @@ def test_a_look_alike_has_the_same_ends_or_the_same_shape() -> None:
 
 
 def test_mail_goes_to_whom_the_user_said() -> None:
-    arguments = {"recipients": ["friend@example.com"], "body": "hi"}
-    assert judge("Write to friend@example.com", "send_email", arguments) == "allow"
+    arguments = {"recipients": ["ann@example.com"], "body": "hi"}
+    assert judge("Write to ann@example.com", "send_email", arguments) == "allow"
     assert judge("Write to Bob", "send_email", arguments) == "ask"
-    assert judge("Write to friend@example.com", "send_email", arguments | {"cc": ["x@evil.com"]}) == "ask"
+    assert judge("Write to ann@example.com", "send_email", arguments | {"cc": ["x@evil.com"]}) == "ask"
 
 
 def test_a_name_becomes_an_address_only_when_one_record_fits() -> None:
@@ -159,9 +159,9 @@ def test_a_name_becomes_an_address_only_when_one_record_fits() -> None:
 
 def test_a_link_of_a_stranger_does_not_leave_in_a_body() -> None:
     mail = [{"id": "1", "sender": "x@evil.com", "subject": "Lunch", "body": "see www.evil.com/login"}]
-    arguments = {"recipients": ["friend@example.com"], "body": "look at www.evil.com/login"}
-    assert judge("Write to friend@example.com", "send_email", arguments, {"search_emails": mail}) == "ask"
-    assert judge("Send www.evil.com/login to friend@example.com", "send_email", arguments) == "allow"
+    arguments = {"recipients": ["ann@example.com"], "body": "look at www.evil.com/login"}
+    assert judge("Write to ann@example.com", "send_email", arguments, {"search_emails": mail}) == "ask"
+    assert judge("Send www.evil.com/login to ann@example.com", "send_email", arguments) == "allow"
 
 
 def test_a_page_is_fetched_when_the_user_gave_its_address() -> None:
@@ -189,11 +189,11 @@ def test_only_what_the_user_names_or_picks_is_destroyed(request_text: str, file_
 
 
 def test_permissions_and_passwords_take_only_what_the_user_said() -> None:
-    share = {"file_id": "1", "email": "friend@example.com", "permission": "r"}
+    share = {"file_id": "1", "email": "ann@example.com", "permission": "r"}
     files = {"list_files": FILES}
-    assert judge("Share plans.docx with friend@example.com for reading, read only", "share_file", share, files) == "allow"
+    assert judge("Share plans.docx with ann@example.com for reading, read only", "share_file", share, files) == "allow"
     assert (
-        judge("Share plans.docx with friend@example.com, read only", "share_file", share | {"permission": "rw"}, files)
+        judge("Share plans.docx with ann@example.com, read only", "share_file", share | {"permission": "rw"}, files)
         == "ask"
     )
     assert judge("Set my password to 'x7-kk'", "update_password", {"password": "x7-kk"}) == "allow"
@@ -286,8 +286,8 @@ def test_a_plan_of_the_request_alone_keeps_other_tools_out() -> None:
     plan = plan_from("What is in www.news.com?", MAIL + BANK)
     assert "send_money" not in plan
     assert "delete_file" not in plan
-    arguments = {"recipients": ["friend@example.com"]}
-    assert judge("friend@example.com", "send_email", arguments, plan=["get_page"]) == "ask"
+    arguments = {"recipients": ["ann@example.com"]}
+    assert judge("ann@example.com", "send_email", arguments, plan=["get_page"]) == "ask"
     assert plan_from("Do my tasks at x.com", BANK) == {spec.name for spec in BANK}
 
 
@@ -379,8 +379,8 @@ def test_only_tools_that_read_are_preloaded() -> None:
 
 def test_an_operator_may_forbid_more_and_permit_nothing() -> None:
     extra = '@id("no_mail") forbid (principal, action == Action::"send", resource == Tool::"send_email");'
-    arguments = {"recipients": ["friend@example.com"]}
-    assert judge("Write to friend@example.com", "send_email", arguments, policy=Policy(extra)) == "deny"
+    arguments = {"recipients": ["ann@example.com"]}
+    assert judge("Write to ann@example.com", "send_email", arguments, policy=Policy(extra)) == "deny"
     for bad in (
         "permit (principal, action, resource);",
         "not cedar",
@@ -390,7 +390,7 @@ def test_an_operator_may_forbid_more_and_permit_nothing() -> None:
             Policy(bad)
     broken = Policy("forbid (principal, action, resource) when { context.unheard_of };")
     with pytest.raises(Invalid, match="cannot be evaluated"):
-        judge("Write to friend@example.com", "send_email", arguments, policy=broken)
+        judge("Write to ann@example.com", "send_email", arguments, policy=broken)
 
 
 def test_labels_follow_values_through_results() -> None:

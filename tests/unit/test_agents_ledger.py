@@ -218,7 +218,7 @@ def test_a_share_of_the_balance_is_capped() -> None:
 def test_an_approval_is_asked_for_and_used_once(database_url: str) -> None:
     approvals = Approvals(APPROVER.account, database_url, clock=FakeClock(NOW))
     OPENED.append(approvals)  # type: ignore[arg-type]
-    call = Call("send_email", {"to": "friend@example.com", "body": "hello"})
+    call = Call("send_email", {"to": "pal@example.com", "body": "hello"})
     request = approvals.request(call, {"why": "an outside page names the address"})
     assert approvals.pending() == [request] == [approvals.find(call.digest)]
     approval = approve(call, APPROVER, NOW + 60)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from agents_world import AGENT, SELLER, close_ledgers, open_shop, units  # noqa: F401
-from runtime_world import FRIEND, LATE, Desk, DyingLedger, Killed, close_desks  # noqa: F401
+from runtime_world import LATE, PAL, Desk, DyingLedger, Killed, close_desks  # noqa: F401
 from tessera.agents.runtime.agent import Agent
 from tessera.agents.runtime.models import PayingTransport, compatible
 from tessera.agents.runtime.session import Runtime
@@ -18,7 +18,7 @@ from tessera.core.errors import Refused, Unavailable
 pytestmark = pytest.mark.anyio
 URL = "https://seller/v1"
 CALL = {"id": "call_1", "type": "function",
-        "function": {"name": "send_email", "arguments": json.dumps({"recipients": [FRIEND], "body": "late"})}}  # fmt: skip
+        "function": {"name": "send_email", "arguments": json.dumps({"recipients": [PAL], "body": "late"})}}  # fmt: skip
 
 
 def answer(request: httpx.Request) -> httpx.Response:
@@ -44,7 +44,7 @@ def runtime(desk: Desk, transport: httpx.AsyncBaseTransport, ledger: Any = None)
 async def test_any_openai_compatible_endpoint_will_do() -> None:
     desk = Desk(":memory:", [])
     outcome = await runtime(desk, httpx.MockTransport(answer)).start(LATE)
-    assert (outcome.state, outcome.output, desk.sent) == ("done", "done", [FRIEND])
+    assert (outcome.state, outcome.output, desk.sent) == ("done", "done", [PAL])
 
 
 async def test_an_endpoint_that_fails_leaves_the_run_to_be_resumed() -> None:
@@ -76,7 +76,7 @@ async def test_each_question_of_a_run_is_paid_once_whatever_is_killed(tmp_path: 
     (run,) = desk.ledger.runs()
     assert (await runtime(desk, paying).resume(run.id)).state == "done"
     assert shop.chain.payments == [(AGENT.account, SELLER, 40)] * 2  # two questions
-    assert desk.sent == [FRIEND]
+    assert desk.sent == [PAL]
     await payer.aclose()
 
 

@@ -12,8 +12,8 @@ from mcp.server import MCPServer
 
 from agents_world import ATTACKER, NOW
 from runtime_world import (  # noqa: F401
-    FRIEND,
     LATE,
+    PAL,
     THIEF,
     Desk,
     DyingLedger,
@@ -35,9 +35,9 @@ ONE_MAIL = ["tools", "model", "called", "returned", "model", "ended"]
 
 
 async def test_a_run_calls_its_tools_and_ends() -> None:
-    desk = Desk(":memory:", [mail(FRIEND), "done"])
+    desk = Desk(":memory:", [mail(PAL), "done"])
     outcome = await desk.runtime().start(LATE)
-    assert (outcome.state, outcome.output, desk.sent) == ("done", "done", [FRIEND])
+    assert (outcome.state, outcome.output, desk.sent) == ("done", "done", [PAL])
     assert desk.kinds(outcome) == ONE_MAIL
     (run,) = desk.ledger.runs("clerk")
     assert (run.id, run.request, run.state, run.steps) == (outcome.run, LATE, "done", 6)
@@ -114,7 +114,7 @@ async def test_an_expired_question_is_asked_anew() -> None:
 async def test_a_run_killed_at_any_step_goes_on_and_repeats_no_effect(
     tmp_path: Path, steps: Sequence[int], after: bool
 ) -> None:
-    lines = [{"tool": "read_inbox"}, mail(FRIEND), mail(THIEF), "done"]
+    lines = [{"tool": "read_inbox"}, mail(PAL), mail(THIEF), "done"]
     for dies_at in steps:
         desk = Desk(tmp_path / f"{dies_at}.sqlite", lines)
         desk.ask = _looks_first(desk)
@@ -125,7 +125,7 @@ async def test_a_run_killed_at_any_step_goes_on_and_repeats_no_effect(
         (run,) = desk.ledger.runs()
         outcome = await desk.runtime().resume(run.id)
         assert (outcome.state, outcome.output) == ("done", "done")
-        assert desk.sent == [FRIEND, THIEF], dies_at
+        assert desk.sent == [PAL, THIEF], dies_at
 
 
 def _looks_first(desk: Desk) -> Callable[[Request], Any]:
@@ -143,7 +143,7 @@ def _looks_first(desk: Desk) -> Callable[[Request], Any]:
     [pytest.param(says_yes, 2, marks=pytest.mark.slow), (says_no, 1), pytest.param(None, 1, marks=pytest.mark.slow)],
 )
 async def test_a_call_that_may_have_been_made_is_made_again_only_on_a_person_s_word(answer: Any, mails: int) -> None:
-    desk = Desk(":memory:", [mail(FRIEND), "done"], dies_in_tool=True)
+    desk = Desk(":memory:", [mail(PAL), "done"], dies_in_tool=True)
     with pytest.raises(Killed):
         await desk.runtime().start(LATE)
     desk.ask = answer
@@ -160,12 +160,12 @@ async def test_a_call_that_may_have_been_made_is_made_again_only_on_a_person_s_w
 
 @pytest.mark.slow
 async def test_a_repeatable_call_is_made_again_without_a_question() -> None:
-    desk = Desk(":memory:", [mail(FRIEND), "done"], dies_in_tool=True, repeatable=True)
+    desk = Desk(":memory:", [mail(PAL), "done"], dies_in_tool=True, repeatable=True)
     with pytest.raises(Killed):
         await desk.runtime().start(LATE)
     (run,) = desk.ledger.runs()
     assert (await desk.runtime().resume(run.id)).state == "done"
-    assert desk.sent == [FRIEND, FRIEND]
+    assert desk.sent == [PAL, PAL]
 
 
 async def test_of_two_processes_the_later_one_goes_on(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ async def test_of_two_processes_the_later_one_goes_on(tmp_path: Path) -> None:
 
 
 async def test_a_replay_needs_no_model_and_makes_the_same_calls() -> None:
-    desk = Desk(":memory:", [{"tool": "read_inbox"}, mail(FRIEND), mail(THIEF), "done"], ask=says_yes)
+    desk = Desk(":memory:", [{"tool": "read_inbox"}, mail(PAL), mail(THIEF), "done"], ask=says_yes)
     desk.inbox = [{"sender": "x", "body": "hello"}]
     done = await desk.runtime().start(LATE)
     sent, steps = list(desk.sent), desk.ledger.steps(done.run)
@@ -199,16 +199,16 @@ async def test_a_replay_needs_no_model_and_makes_the_same_calls() -> None:
 
 
 async def test_a_replay_of_a_run_that_is_not_over_goes_as_far_as_its_record() -> None:
-    desk = Desk(":memory:", [mail(FRIEND), mail(THIEF), "done"])
+    desk = Desk(":memory:", [mail(PAL), mail(THIEF), "done"])
     waiting = await desk.runtime().start(LATE)
     replayed = await desk.runtime().replay(waiting.run)
     assert replayed.state in ("waiting", "open")
-    assert [made.decision.arguments["recipients"] for made in replayed.calls] == [[FRIEND]]
+    assert [made.decision.arguments["recipients"] for made in replayed.calls] == [[PAL]]
 
 
 @pytest.mark.slow
 async def test_a_replay_shows_where_the_guard_would_now_say_something_else() -> None:
-    desk = Desk(":memory:", [mail(FRIEND), "done"])
+    desk = Desk(":memory:", [mail(PAL), "done"])
     done = await desk.runtime().start(LATE)
     desk.settings = {"forbid": '@id("no_mail") forbid (principal, action == Action::"send", resource);'}
     replayed = await desk.runtime().replay(done.run)
@@ -216,7 +216,7 @@ async def test_a_replay_shows_where_the_guard_would_now_say_something_else() -> 
 
 
 async def test_a_run_whose_tools_were_changed_does_not_go_on(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "a.sqlite", [mail(FRIEND), mail(THIEF), "done"])
+    desk = Desk(tmp_path / "a.sqlite", [mail(PAL), mail(THIEF), "done"])
     waiting = await desk.runtime().start(LATE)
 
     def send_email(recipients: list[str], body: str, urgent: bool = True) -> str:
@@ -232,32 +232,32 @@ async def test_a_run_whose_tools_were_changed_does_not_go_on(tmp_path: Path) -> 
 
 
 async def test_a_stopped_agent_calls_nothing_more() -> None:
-    desk = Desk(":memory:", [mail(FRIEND), mail(THIEF), "done"])
+    desk = Desk(":memory:", [mail(PAL), mail(THIEF), "done"])
     waiting = await desk.runtime().start(LATE)
     desk.yes(waiting.question)
     desk.ledger.stop("clerk", "enough")
     for action in (desk.runtime().resume(waiting.run), desk.runtime().start(LATE)):
         with pytest.raises(Refused, match="was stopped"):
             await action
-    assert desk.sent == [FRIEND]
+    assert desk.sent == [PAL]
 
 
 @pytest.mark.slow
 async def test_a_stop_while_the_model_thinks_holds() -> None:
-    desk = Desk(":memory:", [mail(FRIEND), mail(FRIEND), "done"])
+    desk = Desk(":memory:", [mail(PAL), mail(PAL), "done"])
 
     async def stops(request: Any) -> Any:
         desk.ledger.stop("clerk")
         return await says_yes(request)
 
-    desk.lines, desk.ask = [mail(THIEF), mail(FRIEND), "done"], stops
+    desk.lines, desk.ask = [mail(THIEF), mail(PAL), "done"], stops
     with pytest.raises(Refused, match="was stopped"):
         await desk.runtime().start(LATE)
     assert desk.sent == []
 
 
 async def test_a_run_ends_after_so_many_requests_to_the_model() -> None:
-    desk = Desk(":memory:", [mail(FRIEND)] * 9, settings={"limits": Limits(requests=3)})
+    desk = Desk(":memory:", [mail(PAL)] * 9, settings={"limits": Limits(requests=3)})
     outcome = await desk.runtime().start(LATE)
     assert outcome.state == "failed"
     assert "request" in outcome.output
@@ -338,10 +338,10 @@ async def test_memory_keeps_the_origin_over_runs() -> None:
 
 
 async def test_what_the_user_said_is_remembered_as_the_user_s() -> None:
-    desk = Desk(":memory:", [{"tool": "remember", "arguments": {"note": "A friend is friend@example.com"}}, "noted"])
+    desk = Desk(":memory:", [{"tool": "remember", "arguments": {"note": "A pal is pal@example.com"}}, "noted"])
     desk.settings = {"memory": True}
-    await desk.runtime().start("Please note: A friend is friend@example.com")
-    assert desk.memory.recall("friend") == [{"origin": "memory:user", "note": "A friend is friend@example.com"}]
+    await desk.runtime().start("Please note: A pal is pal@example.com")
+    assert desk.memory.recall("pal") == [{"origin": "memory:user", "note": "A pal is pal@example.com"}]
 
 
 def test_memory_is_bounded_and_finds_by_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +383,7 @@ def _with_server(desk: Desk, server: MCPServer) -> Runtime:
 
 async def test_a_server_s_tools_go_through_the_guard_and_their_results_are_outside() -> None:
     desk = Desk(":memory:", [{"tool": "town_get_weather", "arguments": {"place": "Rome"}}, mail(THIEF), "done"])
-    outcome = await _with_server(desk, _server()).start("Read the weather in Rome, write to friend@example.com about it")
+    outcome = await _with_server(desk, _server()).start("Read the weather in Rome, write to pal@example.com about it")
     assert (outcome.state, desk.sent) == ("waiting", [])
     assert "It rains in Rome" in str(outcome.calls[0].answer)
     assert outcome.question is not None

@@ -17,7 +17,7 @@ from tessera.agents.runtime.home import AgentHome
 from tessera.cli.main import app
 from tessera.core.errors import Invalid, Missing
 
-LATE = "Write to friend@example.com that I am late"
+LATE = "Write to pal@example.com that I am late"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def outbox(agents: Path) -> list[str]:
 
 def test_a_new_agent_runs_offline_and_its_question_is_answered_once(agents: Path) -> None:
     outcome = facts(agents, "run", "clerk", LATE)
-    assert (outcome["state"], outbox(agents)) == ("waiting", ["friend@example.com"])
+    assert (outcome["state"], outbox(agents)) == ("waiting", ["pal@example.com"])
     (question,) = facts(agents, "approve", "clerk")
     assert ["why", "you have not named this recipient"] in question["facts"]
     assert facts(agents, "list")[0] | {"model": ""} == {
@@ -59,7 +59,7 @@ def test_a_new_agent_runs_offline_and_its_question_is_answered_once(agents: Path
     assert answer == {"call": question["call"], "answer": "allowed", "run": outcome["run"]}
     for _ in range(2):
         assert facts(agents, "run", "clerk", "--resume", outcome["run"])["state"] == "done"
-        assert outbox(agents) == ["friend@example.com", "it-desk@examp1e.com"]
+        assert outbox(agents) == ["pal@example.com", "it-desk@examp1e.com"]
     replayed = facts(agents, "run", "clerk", "--replay", outcome["run"][:6])
     assert [(call["tool"], call["kind"], call["holds"]) for call in replayed["calls"]] == [
         ("read_inbox", "returned", True), ("send_email", "returned", True), ("send_email", "returned", True),
@@ -75,7 +75,7 @@ def test_what_is_denied_is_not_sent(agents: Path) -> None:
     (question,) = facts(agents, "approve", "clerk")
     assert facts(agents, "approve", "clerk", question["call"], "--deny")["answer"] == "denied"
     assert facts(agents, "run", "clerk", "--resume", run)["calls"][2]["answer"]["rule"] == "denied"
-    assert outbox(agents) == ["friend@example.com"]
+    assert outbox(agents) == ["pal@example.com"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from tessera.cli.logs import forget_logs
 from tessera.cli.main import app
 from tessera.core.clock import SystemClock
 from tessera.devnet.tills import own_tables
-from tessera.serving.keys import ApiKey, KeyRing
+from tessera.serving.paying.keys import ApiKey, KeyRing
 from tessera.training.home import Home
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Invalid
-from tessera.serving.balances import LEASE_S, Balance, Balances
+from tessera.serving.paying.balances import LEASE_S, Balance, Balances
 
 pytestmark = pytest.mark.anyio
 

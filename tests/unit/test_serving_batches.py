@@ -11,7 +11,7 @@ import pytest
 from tessera.core.errors import Invalid, Unavailable
 from tessera.models.steps import Step
 from tessera.p2p.memory import run_virtual
-from tessera.serving.batches import Batches
+from tessera.serving.decoding.batches import Batches
 
 
 class Stage:

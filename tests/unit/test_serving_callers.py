@@ -9,11 +9,11 @@ import pytest
 
 from tessera.core.clock import FakeClock
 from tessera.serving.callers import CallerLimits, Callers, TooMany
-from tessera.serving.charging import FakePayments, Free, Payments
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.keys import OperatorKeys
 from tessera.serving.local import LocalModel
+from tessera.serving.paying.charging import FakePayments, Free, Payments
+from tessera.serving.paying.keys import OperatorKeys
 from tessera.serving.text import CharTokenizer
 
 MODEL = "m"

@@ -11,10 +11,10 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from tessera.serving.charging import FakePayments, Free, Payments, Usage
 from tessera.serving.engine import FakeEngine, Sampling
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel
+from tessera.serving.paying.charging import FakePayments, Free, Payments, Usage
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio

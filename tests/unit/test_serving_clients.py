@@ -10,10 +10,10 @@ import pytest
 from openai import AsyncOpenAI
 
 from serving_upstream import FakeUpstream, make_upstream
-from tessera.serving.charging import Free
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel
+from tessera.serving.paying.charging import Free
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio

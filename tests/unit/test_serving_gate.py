@@ -7,9 +7,9 @@ import pytest
 from chain_support import NOW, RUN_ID
 from gate_world import BEFORE, BUYER, GATEWAY, TERMS, GateWorld, bought, session, voucher
 from tessera.core.errors import Invalid, Misbehaviour, PaymentRequired, Refused, Unavailable
-from tessera.serving.gate import OpenGate
-from tessera.serving.purchases import FakePurchases
-from tessera.serving.vouchers import MAX_VALID_S, Purchase, Terms, Voucher
+from tessera.serving.income.gate import OpenGate
+from tessera.serving.income.purchases import FakePurchases
+from tessera.serving.income.vouchers import MAX_VALID_S, Purchase, Terms, Voucher
 
 pytestmark = pytest.mark.anyio
 

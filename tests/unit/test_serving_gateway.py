@@ -11,11 +11,11 @@ import pytest
 from openai import APIStatusError, AsyncOpenAI
 
 from tessera.core.errors import Invalid, PaymentRequired, Unavailable
-from tessera.serving.charging import FakePayments, Free, Payments, Usage
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.keys import OperatorKeys
 from tessera.serving.local import LocalModel
+from tessera.serving.paying.charging import FakePayments, Free, Payments, Usage
+from tessera.serving.paying.keys import OperatorKeys
 from tessera.serving.text import CharTokenizer
 
 pytestmark = pytest.mark.anyio

@@ -8,10 +8,10 @@ import pytest
 
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Invalid, Missing
-from tessera.serving.allowances import DAY_S, OperatorAllowance, UsedUp
-from tessera.serving.balances import Balances
-from tessera.serving.charging import API_KEY_HEADER, PaidRequest, Usage
-from tessera.serving.keys import MAX_PER_OWNER, ApiKeys, KeyRing, bearer
+from tessera.serving.paying.allowances import DAY_S, OperatorAllowance, UsedUp
+from tessera.serving.paying.balances import Balances
+from tessera.serving.paying.charging import API_KEY_HEADER, PaidRequest, Usage
+from tessera.serving.paying.keys import MAX_PER_OWNER, ApiKeys, KeyRing, bearer
 
 pytestmark = pytest.mark.anyio
 

@@ -11,8 +11,8 @@ import pytest
 
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Conflict, Invalid, Unavailable
-from tessera.serving.ledger import LEASE_S, MAX_REMEMBERED, REMEMBER_S, PaymentLedger, PaymentName
-from tessera.serving.offers import Offer
+from tessera.serving.paying.ledger import LEASE_S, MAX_REMEMBERED, REMEMBER_S, PaymentLedger, PaymentName
+from tessera.serving.paying.offers import Offer
 
 pytestmark = pytest.mark.anyio
 NAME = PaymentName("0xa", "0x1")
@@ -143,7 +143,7 @@ async def test_memories_are_bounded_and_the_oldest_goes_first(
     make_ledger: MakeLedger, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert MAX_REMEMBERED >= 1_000
-    monkeypatch.setattr("tessera.serving.ledger.MAX_REMEMBERED", 8)
+    monkeypatch.setattr("tessera.serving.paying.ledger.MAX_REMEMBERED", 8)
     ledger = make_ledger()
     for index in range(9):
         await settle(ledger, PaymentName("0xa", str(index)), b"r")

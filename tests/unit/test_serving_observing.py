@@ -14,13 +14,14 @@ from opentelemetry import trace
 
 from serving_upstream import SECRET, FakeUpstream, make_upstream
 from tessera.core.errors import Unavailable
-from tessera.serving import observing, upstream
-from tessera.serving.charging import FakePayments, Free
+from tessera.serving import observing
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.keys import OperatorKeys
 from tessera.serving.local import LocalModel
+from tessera.serving.paying.charging import FakePayments, Free
+from tessera.serving.paying.keys import OperatorKeys
 from tessera.serving.text import CharTokenizer
+from tessera.serving.upstreams import upstream
 
 pytestmark = pytest.mark.anyio
 MARKER = "xyzzy-the-marker"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tessera.core.errors import Invalid
-from tessera.serving.holdings import Holding
-from tessera.serving.owners import Tier, capacity, tiers
+from tessera.serving.paying.holdings import Holding
+from tessera.serving.paying.owners import Tier, capacity, tiers
 
 
 @pytest.mark.parametrize(("shares", "tokens"), [(0, 0), (9, 0), (10, 100), (99, 100), (100, 5_000), (10**30, 5_000)])

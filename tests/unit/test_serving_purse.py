@@ -9,9 +9,9 @@ import pytest
 from chain_support import NOW, key
 from gate_world import BUYER, TERMS, bought, session
 from tessera.core.clock import FakeClock
-from tessera.serving.purchases import FakePurchases
-from tessera.serving.purse import Purse
-from tessera.serving.vouchers import Payer
+from tessera.serving.income.purchases import FakePurchases
+from tessera.serving.income.purse import Purse
+from tessera.serving.income.vouchers import Payer
 
 pytestmark = pytest.mark.anyio
 HOUSE, CREDITOR = key("house"), Payer(BUYER.account)

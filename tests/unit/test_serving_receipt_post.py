@@ -14,8 +14,8 @@ from tessera.core.errors import Invalid, Misbehaviour, Refused, TesseraError
 from tessera.core.signing import PeerKey
 from tessera.p2p.calls import call
 from tessera.p2p.transport import Transport
-from tessera.serving.receipt_post import BATCH, OUTBOX, PROTOCOL, TRIES, ReceiptPost, serve_receipts
-from tessera.serving.receipts import Receipt
+from tessera.serving.income.receipt_post import BATCH, OUTBOX, PROTOCOL, TRIES, ReceiptPost, serve_receipts
+from tessera.serving.income.receipts import Receipt
 
 pytestmark = pytest.mark.anyio
 GATEWAY, WORKER, OTHER = (peer_key(number) for number in range(3))

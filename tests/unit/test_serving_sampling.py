@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tessera.core.errors import Invalid
+from tessera.serving.decoding.sampling import choose, uniform
 from tessera.serving.engine import Sampling
-from tessera.serving.sampling import choose, uniform
 
 
 def test_zero_temperature_takes_the_likeliest_and_the_lowest_of_equals() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import anyio
 
-from tessera.serving.speculation import NgramDraft, NgramTable, Pace
-from tessera.serving.stage_session import MAX_GUESSES
+from tessera.serving.decoding.speculation import NgramDraft, NgramTable, Pace
+from tessera.serving.decoding.stage_session import MAX_GUESSES
 
 
 def propose(draft: NgramDraft, *texts: list[int], count: int = 5) -> list[int]:

@@ -16,9 +16,9 @@ from tessera.core import encoding
 from tessera.core.errors import Conflict, Invalid, Misbehaviour, Refused, TesseraError
 from tessera.core.ids import Account
 from tessera.p2p.calls import call
-from tessera.serving.income_book import Served
-from tessera.serving.tally import Server, Tally, compute_tally
-from tessera.serving.teller import PROTOCOL
+from tessera.serving.income.book import Served
+from tessera.serving.income.tally import Server, Tally, compute_tally
+from tessera.serving.income.teller import PROTOCOL
 
 pytestmark = pytest.mark.anyio
 A, B, C, D = (worker.account for worker in WORKERS)

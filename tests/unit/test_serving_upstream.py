@@ -13,13 +13,13 @@ from openai import AsyncOpenAI
 from serving_upstream import MODEL, SECRET, TARGETS, FakeUpstream, make_upstream, open_gateway
 from tessera.core.clock import FakeClock
 from tessera.core.errors import Invalid, Late, Unavailable
-from tessera.serving.charging import FakePayments, Free, Usage
 from tessera.serving.engine import FakeEngine
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel
-from tessera.serving.outgoing import HungUp, Reply
+from tessera.serving.paying.charging import FakePayments, Free, Usage
 from tessera.serving.text import CharTokenizer
-from tessera.serving.upstream import Target, Upstream
+from tessera.serving.upstreams.outgoing import HungUp, Reply
+from tessera.serving.upstreams.upstream import Target, Upstream
 
 pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"

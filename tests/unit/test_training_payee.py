@@ -13,8 +13,8 @@ from split_world import SLOW, WORKERS_BPS, Splitting
 from tessera.chain.faces import IncomeSplit
 from tessera.core.errors import Misbehaviour
 from tessera.devnet.served import INCOME, claim_served, serving_terms
-from tessera.serving.income_book import IncomeBook
-from tessera.serving.tally import Tally
+from tessera.serving.income.book import IncomeBook
+from tessera.serving.income.tally import Tally
 from tessera.training.manifest import Manifest
 from tessera.training.payee import begin_split, check_payee, split_of
 from training_world import small_manifest

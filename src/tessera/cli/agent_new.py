@@ -140,5 +140,5 @@ def _show(wanted: NewAgent, accounts: dict[str, str], as_json: bool) -> None:
             Text("Whoever reads this folder holds the approver's key. Safer: --approver, an account of your wallet."),
             style="dim", soft_wrap=True,
         )  # fmt: skip
-    request = "Write to friend@example.com that I am late" if wanted.demo else "what you want"
+    request = "Write to pal@example.com that I am late" if wanted.demo else "what you want"
     console.print(Text(f"Next: tessera agent run {name} {json.dumps(request)}"), soft_wrap=True)

@@ -8,7 +8,7 @@ from tessera.chain.faces import Coin
 from tessera.core.amount import Amount
 from tessera.devnet.access import open_run, up_urls
 from tessera.serving.buyer import Buyer
-from tessera.serving.vouchers import PERMIT2
+from tessera.serving.income.vouchers import PERMIT2
 from tessera.training.home import Home
 
 __all__ = ["open_buyer"]

@@ -12,7 +12,7 @@ import typer
 from tessera.cli.options import AsJson, StateDir, choice, default_state_dir
 
 if TYPE_CHECKING:
-    from tessera.serving.keys import KeyRing
+    from tessera.serving.paying.keys import KeyRing
 
 __all__ = ["gateway_app"]
 
@@ -108,7 +108,7 @@ def _with_keys(state_dir: Path, database: str, work: Callable[[KeyRing], Awaitab
 
     from tessera.core.clock import SystemClock
     from tessera.devnet.tills import known_tables
-    from tessera.serving.keys import KeyRing
+    from tessera.serving.paying.keys import KeyRing
     from tessera.training.home import Home
 
     where, schema = known_tables(Home.existing(state_dir), database)("keys")

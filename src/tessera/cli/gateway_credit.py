@@ -17,10 +17,10 @@ from tessera.core.ids import Account, parse_account
 from tessera.core.signing import AccountKey
 from tessera.devnet.access import open_run
 from tessera.devnet.tills import known_tables
-from tessera.serving.balances import Balances
-from tessera.serving.credit import refund
-from tessera.serving.facilitator import PaymentChain
-from tessera.serving.payments import credit_name
+from tessera.serving.paying.balances import Balances
+from tessera.serving.paying.credit import refund
+from tessera.serving.paying.facilitator import PaymentChain
+from tessera.serving.paying.payments import credit_name
 from tessera.training.home import Home
 
 __all__ = ["pay_back", "show_credit"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tessera.devnet.stage_holding import Holding
     from tessera.models.card import ModelCard
     from tessera.serving.callers import CallerLimits
-    from tessera.serving.upstream import Target
+    from tessera.serving.upstreams.upstream import Target
     from tessera.training.home import Home
 
 __all__ = ["hold", "serve"]
@@ -104,7 +104,7 @@ def serve(
     )  # fmt: skip
     callers = CallerLimits(caller_requests, caller_tokens, caller_concurrent)
     if upstream:
-        from tessera.serving.upstream import Target
+        from tessera.serving.upstreams.upstream import Target
 
         if invite:
             raise Invalid("an upstream has no stages that other machines could hold")

@@ -15,15 +15,15 @@ from tessera.core.ids import PeerId
 from tessera.core.signing import AccountKey, PeerKey
 from tessera.devnet.served import INCOME
 from tessera.p2p.transport import PeerRecord, Transport
-from tessera.serving.dues import SignedDues
-from tessera.serving.gate import Gate, OpenGate, PaidGate
-from tessera.serving.income_book import IncomeBook
-from tessera.serving.purchases import ChainPurchases
-from tessera.serving.purse import Purse
-from tessera.serving.receipt_post import ReceiptPost, serve_receipts
-from tessera.serving.tally import Server
-from tessera.serving.teller import Teller, TellerConfig
-from tessera.serving.vouchers import Terms
+from tessera.serving.income.book import IncomeBook
+from tessera.serving.income.dues import SignedDues
+from tessera.serving.income.gate import Gate, OpenGate, PaidGate
+from tessera.serving.income.purchases import ChainPurchases
+from tessera.serving.income.purse import Purse
+from tessera.serving.income.receipt_post import ReceiptPost, serve_receipts
+from tessera.serving.income.tally import Server
+from tessera.serving.income.teller import Teller, TellerConfig
+from tessera.serving.income.vouchers import Terms
 from tessera.training.payee import split_of
 from tessera.training.seating import Seated
 

@@ -17,18 +17,18 @@ from tessera.devnet.served import serving_terms
 from tessera.devnet.text import load_tokenizer, load_validation
 from tessera.models.tokenizer import END, Tokenizer
 from tessera.serving.buyer import Buyer
-from tessera.serving.charging import Free
+from tessera.serving.decoding.shard_engine import ShardEngine, ShardEngineConfig
+from tessera.serving.decoding.speculation import NgramDraft
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.holdings import HoldingsConfig
+from tessera.serving.income.purse import Purse
+from tessera.serving.income.vouchers import Terms
 from tessera.serving.local import LocalModel
-from tessera.serving.owners import capacity
-from tessera.serving.payments import PaymentConfig
-from tessera.serving.prices import TokenPrice
-from tessera.serving.purse import Purse
-from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
-from tessera.serving.speculation import NgramDraft
-from tessera.serving.till import Till, TillConfig
-from tessera.serving.vouchers import Terms
+from tessera.serving.paying.charging import Free
+from tessera.serving.paying.holdings import HoldingsConfig
+from tessera.serving.paying.owners import capacity
+from tessera.serving.paying.payments import PaymentConfig
+from tessera.serving.paying.prices import TokenPrice
+from tessera.serving.paying.till import Till, TillConfig
 
 __all__ = ["gateway", "sell"]
 

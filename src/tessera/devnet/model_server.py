@@ -39,10 +39,10 @@ from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import Transport
 from tessera.serving.callers import CallerLimits
 from tessera.serving.chat_template import TemplateChat
+from tessera.serving.decoding.shard_engine import ShardEngine, ShardEngineConfig
+from tessera.serving.decoding.shards import ShardConfig, serve_decode
 from tessera.serving.gateway import GatewayConfig, create_app
 from tessera.serving.local import LocalModel
-from tessera.serving.shard_engine import ShardEngine, ShardEngineConfig
-from tessera.serving.shards import ShardConfig, serve_decode
 from tessera.training.home import Home, write_atomic
 
 __all__ = ["Peers", "ServeConfig", "Served", "serve_model"]

@@ -19,13 +19,13 @@ from tessera.core.errors import Invalid
 from tessera.core.ids import Account
 from tessera.devnet.ledger import ensure_funded, open_ledger
 from tessera.devnet.tills import own_tables
-from tessera.serving.allowances import OperatorAllowance
-from tessera.serving.balances import Balances
-from tessera.serving.charging import Free, Payments
-from tessera.serving.keys import ApiKeys, KeyRing, OperatorKeys
-from tessera.serving.payments import PaymentConfig
-from tessera.serving.prices import TokenPrice
-from tessera.serving.till import Till, TillConfig
+from tessera.serving.paying.allowances import OperatorAllowance
+from tessera.serving.paying.balances import Balances
+from tessera.serving.paying.charging import Free, Payments
+from tessera.serving.paying.keys import ApiKeys, KeyRing, OperatorKeys
+from tessera.serving.paying.payments import PaymentConfig
+from tessera.serving.paying.prices import TokenPrice
+from tessera.serving.paying.till import Till, TillConfig
 from tessera.training.home import Home
 
 __all__ = ["Access", "ModelTill", "Price", "open_model_till"]

@@ -23,7 +23,7 @@ from tessera.p2p.engines import engine_of, start_transport
 from tessera.p2p.pacer import Pacer
 from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
-from tessera.serving.shards import ShardConfig, serve_decode
+from tessera.serving.decoding.shards import ShardConfig, serve_decode
 from tessera.training.gate import Gate, GateConfig
 from tessera.training.home import Home
 from tessera.training.invitation import Invitation

@@ -7,9 +7,9 @@ from contextlib import closing
 from tessera.chain.client import RpcChain
 from tessera.chain.faces import Coin
 from tessera.devnet.access import OpenRun
-from tessera.serving.income_book import IncomeBook
-from tessera.serving.tally import Tally
-from tessera.serving.vouchers import Terms
+from tessera.serving.income.book import IncomeBook
+from tessera.serving.income.tally import Tally
+from tessera.serving.income.vouchers import Terms
 from tessera.training.manifest import Manifest
 from tessera.training.payee import split_of
 from tessera.training.roster import Roster

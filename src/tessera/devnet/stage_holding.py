@@ -27,7 +27,7 @@ from tessera.p2p.blobs import BlobStore, fetch
 from tessera.p2p.engines import engine_of, start_transport
 from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import Transport
-from tessera.serving.shards import ShardConfig, serve_decode
+from tessera.serving.decoding.shards import ShardConfig, serve_decode
 from tessera.training.home import Home
 
 __all__ = ["Holding", "hold_stage"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tessera.core.errors import Missing
 from tessera.devnet.tables import hosted_tables
-from tessera.serving.till import Tables
+from tessera.serving.paying.till import Tables
 from tessera.storage.location import schema_name
 from tessera.training.home import Home
 

@@ -11,7 +11,7 @@ from tessera.devnet.http import bind_port, listening
 from tessera.devnet.model_till import Access, open_model_till
 from tessera.serving.callers import CallerLimits
 from tessera.serving.gateway import GatewayConfig, create_app
-from tessera.serving.upstream import Target, Upstream, UpstreamConfig
+from tessera.serving.upstreams.upstream import Target, Upstream, UpstreamConfig
 from tessera.training.home import Home
 
 __all__ = ["UpstreamServed", "serve_upstream"]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tessera.core.errors import Unavailable
-from tessera.serving.charging import Usage
 from tessera.serving.engine import Token
+from tessera.serving.paying.charging import Usage
 
 __all__ = [
     "DONE",

@@ -25,11 +25,11 @@ from tessera.core.hashing import sha256
 from tessera.serving import envelope, streams
 from tessera.serving.answers import DONE, event, model_card
 from tessera.serving.callers import CallerLimits, Callers, Visit, address_of
-from tessera.serving.charging import API_KEY_HEADER, PAYMENT_HEADER, Charge, PaidRequest, Payments
+from tessera.serving.income.vouchers import PAYER, Payer
 from tessera.serving.observing import METRICS_TYPE, Metrics, Note, Observed, note_of
 from tessera.serving.openapi import describe
+from tessera.serving.paying.charging import API_KEY_HEADER, PAYMENT_HEADER, Charge, PaidRequest, Payments
 from tessera.serving.schemas import model_of, read_json
-from tessera.serving.vouchers import PAYER, Payer
 from tessera.serving.work import Kind, ServedModel, Work
 
 __all__ = ["GatewayConfig", "create_app"]

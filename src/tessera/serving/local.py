@@ -16,8 +16,8 @@ from tessera.core.clock import Clock, SystemClock
 from tessera.core.errors import Invalid
 from tessera.core.hashing import sha256
 from tessera.serving.answers import Answer, closed, embedding, json_bytes, unit_length
-from tessera.serving.charging import Usage
 from tessera.serving.engine import SEED_BITS, Engine, Sampling
+from tessera.serving.paying.charging import Usage
 from tessera.serving.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from tessera.serving.text import Chat, Generation, TextTokenizer, flatten_chat
 from tessera.serving.work import Kind, Work

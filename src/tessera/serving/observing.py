@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tessera import __version__
-from tessera.serving.charging import Usage
+from tessera.serving.paying.charging import Usage
 
 __all__ = ["METRICS_TYPE", "Metrics", "Note", "Observed", "note_of"]
 

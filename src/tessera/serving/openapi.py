@@ -9,8 +9,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from tessera.serving.passing import PASSED
 from tessera.serving.schemas import IGNORED, NEUTRAL, ChatRequest, CompletionRequest, EmbeddingRequest
+from tessera.serving.upstreams.passing import PASSED
 
 __all__ = ["describe"]
 

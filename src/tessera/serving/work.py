@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Literal, Protocol
 
-from tessera.serving.charging import Usage
+from tessera.serving.paying.charging import Usage
 
 __all__ = ["Kind", "ServedModel", "Work"]
 

@@ -1,7 +1,7 @@
 """Running an agent: from a request to an outcome, through however many processes it takes.
 
     runtime = Runtime(agent, StepLedger("agents.sqlite"), approvals=…, mandate=…)
-    outcome = await runtime.start("Write to friend@example.com that I am late")
+    outcome = await runtime.start("Write to pal@example.com that I am late")
     outcome = await runtime.resume(outcome.run)      # after a person has answered, or after a crash
 
 A run is the same from its first step in every process: what was recorded is said again, by the model and by the tools,

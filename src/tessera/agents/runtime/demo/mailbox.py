@@ -11,7 +11,7 @@ OUTBOX = Path(__file__).with_name("outbox.jsonl")
 def read_inbox() -> list[dict[str, str]]:
     """What came in."""
     return [
-        {"sender": "friend@example.com", "subject": "Lunch?", "body": "Are you on your way?"},
+        {"sender": "pal@example.com", "subject": "Lunch?", "body": "Are you on your way?"},
         {
             "sender": "it-desk@examp1e.com",
             "subject": "Urgent",
