@@ -21,7 +21,7 @@ TERMS = Terms(RUN_ID, CHAIN_ID, key("coin").account, "Test USD", "2", key("payee
 GATEWAY, OTHER_GATEWAY, WORKER, BEFORE = (
     PeerKey(keccak(name)) for name in (b"gateway", b"other", b"worker", b"before")
 )
-VALID_S = 10**6  # of a purchase: the time of a chain that tests share only goes forward
+VALID_S = 10**8  # of a purchase: the time of a chain that tests share only goes forward
 BUYER = key("buyer")
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from chain_support import NOW, WORKERS, key, local_world
-from gate_world import BUYER, GateWorld, bought, voucher
+from gate_world import BUYER, VALID_S, GateWorld, bought, voucher
 from permit2_support import FACILITATOR, signed
 from tessera.chain import genesis
 from tessera.chain.faces import X402UptoProxy
@@ -70,7 +70,7 @@ async def test_an_honest_meter_is_found_on_the_chain() -> None:
         GateWorld().terms, asset=coin.address, asset_name=await coin.name(), asset_version=await coin.version(),
         pay_to=world.share.address,
     )  # fmt: skip
-    paper = signed(coin.address, "upto", signer=BUYER, to=world.share.address, deadline=NOW + 10**6)
+    paper = signed(coin.address, "upto", signer=BUYER, to=world.share.address, deadline=NOW + VALID_S)
     (_, most), nonce, deadline = paper.permit
     purchase = Purchase(
         BUYER.account, most, 0, deadline, nonce.to_bytes(32, "big"), paper.signature, FACILITATOR.account
