@@ -20,7 +20,7 @@ def mail(to: str, body: str) -> dict:
     return {"tool": "send_email", "arguments": {"recipients": [to], "body": body}}
 
 
-model = scripted([mail("pal@example.com", "I am late"), mail("thief@example.com", "the keys"), "Ann knows."])
+model = scripted([mail("pal@example.com", "I am late"), mail("thief@example.com", "the keys"), "Done."])
 agent = Agent("clerk", model, tools=[send_email])
 outcome = anyio.run(Runtime(agent, StepLedger("agents.sqlite")).start, "Write to pal@example.com that I am late")
 for call in outcome.calls:
