@@ -123,14 +123,14 @@ def test_ctrl_c_keeps_chain_keys_and_model_and_training_goes_on(tmp_path: Path) 
 @pytest.mark.slow
 def test_workers_end_with_whoever_started_them_and_training_goes_on(tmp_path: Path) -> None:
     state = tmp_path / "state"
-    with started(up(state, steps=120), tmp_path, tmp_path / "first.log") as process:
+    with started(up(state, steps=60), tmp_path, tmp_path / "first.log") as process:
         until(lambda: _checkpoints(state, 0) >= 10, "ten steps are done")
         workers = [_pid_of(state, number) for number in range(4)]
         process.kill()
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "the workers are gone", 30)
-    done = run(up(state, steps=120), tmp_path, 2 * PATIENCE_S)
+    done = run(up(state, steps=60), tmp_path, 2 * PATIENCE_S)
     assert done.returncode == 0, done.stderr
-    assert last_object(done.stdout)["steps"] == 120
+    assert last_object(done.stdout)["steps"] == 60
 
 
 @pytest.mark.slow

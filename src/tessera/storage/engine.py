@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
@@ -41,7 +42,7 @@ def _sqlite(location: Location, durability: str, patience_s: float) -> Engine:
 
     @event.listens_for(engine, "connect")
     def set_up(connection: sqlite3.Connection, record: Any) -> None:
-        connection.execute("pragma journal_mode = wal")
+        _write_ahead(connection, patience_s)
         connection.execute(f"pragma synchronous = {durability}")
         connection.execute("pragma foreign_keys = on")
 
@@ -52,6 +53,19 @@ def _sqlite(location: Location, durability: str, patience_s: float) -> Engine:
         connection.exec_driver_sql("begin" if view else "begin immediate")
 
     return engine
+
+
+def _write_ahead(connection: sqlite3.Connection, patience_s: float) -> None:
+    """Turning it on takes the file for oneself, and SQLite does not wait for that as it does for other locks."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            connection.execute("pragma journal_mode = wal")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.005)
 
 
 def _postgres(location: Location, durability: str, patience_s: float) -> Engine:
