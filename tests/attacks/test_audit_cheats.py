@@ -20,6 +20,7 @@ def test_a_cheat_fails_wherever_he_sits(kind: str, stage: int, mode: str) -> Non
         assert finding.reason.startswith("code" if mode == "forward" else "gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_int8_parameters_fail_whatever_the_manifest_declares(compute: str) -> None:
     done = crew(compute).step(STEP, Cheat("lower_precision", 1, "both", "int8"))

@@ -33,6 +33,7 @@ thread.join()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", [BOMBS[0], *(pytest.param(bomb, marks=pytest.mark.slow) for bomb in BOMBS[1:])])
 def test_nested_json_does_not_end_the_process(bomb: str) -> None:
     command = [sys.executable, "-c", PROGRAM.format(bomb=bomb)]

@@ -330,6 +330,7 @@ def test_a_malformed_comparison_bars_the_liar(lie: Callable[[bytes], bytes]) -> 
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_endless_differences_end() -> None:
     """Each range that the victim asks about is cut in two that differ again: it gives up after a bounded effort."""
     asked = 0
@@ -357,6 +358,7 @@ def test_endless_differences_end() -> None:
     assert 64 < asked < 150 / 15 * 2 * 64 * 64
 
 
+@pytest.mark.slow
 def test_claims_to_hold_what_it_does_not_cost_the_liar_its_place() -> None:
     rng = random.Random(2)
 

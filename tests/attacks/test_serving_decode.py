@@ -81,6 +81,7 @@ async def open_session(shards: Shards, last: int) -> tuple[Any, Any]:
     return listening, chain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("header", "ids"),
     [
@@ -198,6 +199,7 @@ async def test_a_stage_that_fails_in_mid_generation_ends_it_everywhere(stage: in
         await shards.settled()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 async def test_a_stage_killed_without_a_word_is_noticed_and_the_others_are_freed(stage: int) -> None:
     async with open_shards(3, gateway_settings=LEAVE) as shards:

@@ -146,6 +146,7 @@ def test_the_page_works_without_scripts(browser: Browser) -> None:
         assert visit.page.get_by_test_id("workers").locator("tbody tr").count() == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height", "scheme"), SIZES)
 def test_axe_finds_nothing(browser: Browser, width: int, height: int, scheme: str) -> None:
     script = os.environ.get("TESSERA_AXE")

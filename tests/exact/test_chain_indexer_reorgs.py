@@ -80,6 +80,7 @@ async def test_after_reverts_the_tables_are_those_of_a_fresh_index(world: World,
     index.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 4, 12])
 async def test_anvils_reorg_is_followed(anvil_url: str, depth: int) -> None:
     """Within the window of eight blocks, and beyond it."""

@@ -43,6 +43,7 @@ def _tensor(random: np.random.Generator, shape: tuple[int, ...]):  # type: ignor
     return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("codec", [preset_codec("codec", 8), preset_codec("reparam", 8), FLOAT_WIRE])
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.anyio
 GREEDY = Sampling(temperature=0, max_tokens=24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", [False, True], ids=["memory", "quic"])
 @pytest.mark.parametrize(
     ("stages", "codec"),
@@ -26,6 +27,7 @@ async def test_greedy_decoding_over_peers_equals_one_process(stages: int, codec:
         await shards.settled()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("away", [(2,), *(pytest.param(a, marks=pytest.mark.slow) for a in ((0,), (6,), (0, 3, 4, 7)))])
 async def test_a_stage_answers_as_long_as_one_of_its_workers_is_there(away: tuple[int, ...]) -> None:
     """Two at each of four stages; the first of a stage is asked first."""
@@ -48,6 +50,7 @@ async def test_equal_seeds_give_equal_text_and_other_seeds_another() -> None:
     assert samples[0] != samples[2]
 
 
+@pytest.mark.slow
 async def test_sessions_at_the_same_time_do_not_mix() -> None:
     async with open_shards(4) as shards:
         prompts = [[n, n + 1, 2 * n] for n in range(6)]

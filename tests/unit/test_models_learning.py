@@ -27,7 +27,8 @@ def periodic(length: int, seed: int) -> np.ndarray:
     [
         ("float32", "codec"),
         ("float32", "dense"),
-        ("bfloat16", "codec"),  # what `tessera up` trains with, where the processor can
+        # what `tessera up` trains with, where the processor can
+        pytest.param("bfloat16", "codec", marks=pytest.mark.slow),
         *(pytest.param("float32", kind, marks=pytest.mark.slow) for kind in ("control", "reparam", "ssn")),
         *(pytest.param("bfloat16", kind, marks=pytest.mark.slow) for kind in ("control", "dense", "reparam", "ssn")),
     ],

@@ -202,6 +202,7 @@ def test_the_dead_say_nothing_and_can_do_nothing() -> None:
     run_virtual(main)
 
 
+@pytest.mark.slow
 def test_half_a_day_of_forty_peers_that_come_and_go_is_simulated_at_once() -> None:
     """Everybody keeps asking somebody; peers die and return; whoever is up is answered."""
     rng = random.Random(11)
