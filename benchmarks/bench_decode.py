@@ -23,19 +23,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import anyio
 import structlog
 import torch
-from decode_world import MORE, STAGE_S, Learnt, learn, open_world, prompts, timed
+from decode_world import MORE, STAGE_S, Learnt, learn, open_world, prompts, table, timed, write_results
 
 from tessera.models.decode import StageDecoder
 from tessera.models.steps import Step
@@ -44,7 +40,6 @@ from tessera.serving.decoding.batches import in_thread
 from tessera.serving.decoding.speculation import NgramDraft, NgramTable
 from tessera.serving.engine import Sampling
 
-RESULTS = Path(__file__).parent / "results"
 DELAY_S, ITL_DELAY_S = 0.025, 0.010
 STREAMS, PROMPT = 16, 48
 ENTRY_BYTES = 6  # of a table's entry: two ids and what follows, two bytes each
@@ -67,7 +62,7 @@ def main() -> None:
     result = measure(learnt, texts=2 if arguments.quick else 4, tokens=32 if arguments.quick else 96)
     print(table(result))
     if not arguments.quick:
-        write_results(result)
+        write_results("decode", "Decoding over four sites", about(), result)
     if arguments.json:
         print(json.dumps({key: result[key] for key in FIGURES}))
 
@@ -203,32 +198,14 @@ def batch_gain(learnt: Learnt, tokens: int) -> float:
     return used[0] / used[1]
 
 
-def table(result: dict[str, Any]) -> str:
-    rows = [
-        f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
-        for key, value in result.items()
-    ]
-    return "\n".join(["| figure | value |", "|---|---|", *rows])
-
-
-def write_results(result: dict[str, Any]) -> None:
-    facts = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
-    (RESULTS / "decode.json").write_text(json.dumps(facts, indent=1) + "\n")
-    page = f"""# Decoding over four sites
-
-Trained here for 240 steps; 96 tokens each after 4 texts that it has not seen. A forward is charged
+def about() -> str:
+    return f"""Trained here for 240 steps; 96 tokens each after 4 texts that it has not seen. A forward is charged
 {1000 * STAGE_S:.0f} ms and {100 * MORE:.0f} % more for each further token.
-{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}.
-`python benchmarks/bench_decode.py`, which says what each figure is.
 
 What this does not say: half a minute of training gives a model whose greedy texts soon repeat themselves, and those are
 easy to guess. At temperature 0.8 (`sampled_speedup`) guesses gain next to nothing. A better model with a better draft
 lies between; what does not depend on the model is that the texts are equal.
-
-{table(facts)}
 """
-    name = f"decode_{os.cpu_count()}core_{datetime.now(UTC):%Y%m}.md"
-    (RESULTS / name).write_text(page)
 
 
 if __name__ == "__main__":

@@ -17,24 +17,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import anyio
 import structlog
 import torch
-from decode_world import STAGES, Learnt, learn, open_world, prompts
+from decode_world import STAGES, Learnt, learn, open_world, prompts, table, write_results
 
 from tessera.p2p.memory import run_virtual
 from tessera.serving.decoding.speculation import NgramDraft
 from tessera.serving.engine import Sampling
 
-RESULTS = Path(__file__).parent / "results"
 DELAY_S, PROMPT = 0.025, 48
 FIGURES = (
     "kills",
@@ -45,6 +40,10 @@ FIGURES = (
     "first_token_s",
     "silent_s",
 )
+
+
+ABOUT = """Four stages with two workers each, 25 ms apart, virtual time, 48 tokens after 48 of a text that the
+model has not seen."""
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def main() -> None:
     result = measure(learnt, kills=8 if arguments.quick else 50, tokens=24 if arguments.quick else 48)
     print(table(result))
     if not arguments.quick:
-        write_results(result)
+        write_results("failover", "Losing stages in mid-text", ABOUT, result)
     if arguments.json:
         print(json.dumps({key: result[key] for key in FIGURES}))
 
@@ -118,25 +117,6 @@ async def one(
         "first_s": first_s,
         "silent": silent,
     }
-
-
-def table(result: dict[str, Any]) -> str:
-    rows = [f"| {key} | {value:.4g} |" for key, value in result.items()]
-    return "\n".join(["| figure | value |", "|---|---|", *rows])
-
-
-def write_results(result: dict[str, Any]) -> None:
-    facts = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
-    (RESULTS / "failover.json").write_text(json.dumps(facts, indent=1) + "\n")
-    page = f"""# Losing stages in mid-text
-
-Four stages with two workers each, 25 ms apart, virtual time, 48 tokens after 48 of a text that the model has not seen.
-{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}.
-`python benchmarks/bench_failover.py`, which says what each figure is.
-
-{table(facts)}
-"""
-    (RESULTS / f"failover_{os.cpu_count()}core_{datetime.now(UTC):%Y%m}.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,21 @@ tokens, so more tokens in one forward cost little.
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import anyio
 import numpy as np
+import torch
 
 from tessera.core.signing import PeerKey
 from tessera.models.config import ModelConfig, ModelSpec
@@ -34,6 +40,7 @@ from tessera.serving.decoding.shards import FixedRoster, ShardConfig, ShardServe
 from tessera.serving.decoding.speculation import Draft
 from tessera.serving.engine import Sampling
 
+RESULTS = Path(__file__).parent / "results"
 STAGES = 4
 STAGE_S, MORE = 0.020, 0.02
 VOCABULARY, UNSEEN_EVERY = 1024, 8
@@ -166,3 +173,23 @@ async def timed(engine: ShardEngine, prompt: Sequence[int], sampling: Sampling) 
         ended = anyio.current_time()
         began = began if len(found) > 1 else ended
     return found, ended - began
+
+
+def table(facts: dict[str, Any]) -> str:
+    rows = [
+        f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
+        for key, value in facts.items()
+    ]
+    return "\n".join(["| figure | value |", "|---|---|", *rows])
+
+
+def write_results(name: str, title: str, about: str, result: dict[str, Any]) -> None:
+    """One flat object, and a page that says where it was measured and what it does not say."""
+    facts = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
+    (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    where = (
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}."
+    )
+    command = f"`python benchmarks/bench_{name}.py`, which says what each figure is."
+    page = f"# {title}\n\n{about}\n{where}\n{command}\n\n{table(facts)}\n"
+    (RESULTS / f"{name}_{os.cpu_count()}core_{datetime.now(UTC):%Y%m}.md").write_text(page)

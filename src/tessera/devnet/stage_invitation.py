@@ -6,8 +6,6 @@ a stage, so it is for machines that the host trusts to compute honestly: nobody 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 import secrets
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from typing import Any
 from tessera.core import encoding
 from tessera.core.clock import Clock
 from tessera.core.errors import Invalid
+from tessera.core.paper import read_paper, write_paper
 from tessera.core.signing import PeerKey, verify_peer
 from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
@@ -25,7 +24,6 @@ __all__ = ["StageInvitation"]
 
 PREFIX = "tessera-stage1"
 DOMAIN = "stage-invitation"
-TEXT_LIMIT = 16 * 1024  # characters
 MAX_RELAYS = 8
 
 _HEX_32, _HEX_64, _HEX_128 = (re.compile(rf"[0-9a-f]{{{digits}}}") for digits in (32, 64, 128))
@@ -64,23 +62,12 @@ class StageInvitation:
         return "127.0.0.1:0" if local else "0.0.0.0:0"
 
     def to_text(self) -> str:
-        value = {**self._body(), "signature": self.signature.hex()}
-        return PREFIX + base64.urlsafe_b64encode(encoding.encode(value)).decode().rstrip("=")
+        return write_paper(PREFIX, {**self._body(), "signature": self.signature.hex()})
 
     @classmethod
     def parse(cls, text: str, clock: Clock) -> StageInvitation:
         """Raises `Invalid` for a text that is cut, altered, foreign or expired."""
-        text = "".join(text.split())
-        if not text.startswith(PREFIX):
-            raise Invalid(f"an invitation to hold a stage starts with {PREFIX!r}, this text with {text[:14]!r}")
-        if len(text) > TEXT_LIMIT:
-            raise Invalid(f"an invitation has at most {TEXT_LIMIT} characters, this one {len(text)}")
-        body = text[len(PREFIX) :]
-        try:
-            data = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
-            invitation = cls._from_value(encoding.decode(data, TEXT_LIMIT))
-        except (binascii.Error, Invalid, UnicodeDecodeError) as error:
-            raise Invalid(f"the invitation is damaged or cut short: {error}; copy the whole of it again") from error
+        invitation = read_paper(text, PREFIX, "an invitation to hold a stage", cls._from_value)
         if invitation.expires < clock.time():
             raise Invalid("the invitation has expired: ask who serves the model for a new one")
         return invitation

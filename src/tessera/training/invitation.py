@@ -7,8 +7,6 @@ are taken. Everything that is fetched through it is checked against the run id.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 import secrets
 import time
@@ -20,6 +18,7 @@ from tessera.core import encoding
 from tessera.core.clock import Clock
 from tessera.core.errors import Invalid
 from tessera.core.ids import RunId, parse_run_id
+from tessera.core.paper import read_paper, write_paper
 from tessera.core.signing import PeerKey, verify_peer
 from tessera.p2p.relay.url import RelayUrl
 from tessera.p2p.transport import PeerRecord
@@ -28,7 +27,6 @@ __all__ = ["Invitation"]
 
 PREFIX = "tessera1"
 DOMAIN = "invitation"
-TEXT_LIMIT = 16 * 1024  # characters
 MAX_PEERS, MAX_RELAYS, MAX_SEATS = 16, 8, 128
 FIELDS = {"run_id", "chain_id", "peers", "relays", "id", "seats", "expires", "signature"}
 
@@ -79,8 +77,7 @@ class Invitation:
         return "127.0.0.1:0" if local else "0.0.0.0:0"
 
     def to_text(self) -> str:
-        value = {**self._body(), "signature": self.signature.hex()}
-        return PREFIX + base64.urlsafe_b64encode(encoding.encode(value)).decode().rstrip("=")
+        return write_paper(PREFIX, {**self._body(), "signature": self.signature.hex()})
 
     @classmethod
     def parse(cls, text: str, clock: Clock, *, even_expired: bool = False) -> Invitation:
@@ -89,17 +86,7 @@ class Invitation:
         Args:
             even_expired: for who has his seat already: it stays his.
         """
-        text = "".join(text.split())
-        if not text.startswith(PREFIX):
-            raise Invalid(f"an invitation starts with {PREFIX!r}, this one with {text[:8]!r}")
-        if len(text) > TEXT_LIMIT:
-            raise Invalid(f"an invitation has at most {TEXT_LIMIT} characters, this one {len(text)}")
-        body = text[len(PREFIX) :]
-        try:
-            data = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
-            invitation = cls._from_value(encoding.decode(data, TEXT_LIMIT))
-        except (binascii.Error, Invalid, UnicodeDecodeError) as error:
-            raise Invalid(f"the invitation is damaged or cut short: {error}; copy the whole of it again") from error
+        invitation = read_paper(text, PREFIX, "an invitation", cls._from_value)
         if not even_expired and invitation.expires < clock.time():
             when, now = _utc(invitation.expires), _utc(clock.time())
             raise Invalid(
